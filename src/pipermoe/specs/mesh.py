@@ -1,0 +1,94 @@
+"""Which rank stands where: the coordinates of a rank and the groups it communicates in. One mapping, read by all.
+
+Ranks are numbered with the pipeline outermost and tensor parallelism innermost: attention `pp, dp, cp, tp`,
+experts `pp, edp, ep, etp`, both over the same consecutive ranks of a stage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pipermoe.specs.strategy import Strategy
+
+Axis = Literal["pp", "dp", "cp", "tp", "edp", "ep", "etp", "stage"]
+DENSE_AXES: tuple[Axis, ...] = ("dp", "cp", "tp")
+EXPERT_AXES: tuple[Axis, ...] = ("edp", "ep", "etp")
+
+
+@dataclass(frozen=True, slots=True)
+class Coordinates:
+    """Where one rank stands on every axis of both arrangements."""
+
+    pp: int
+    dp: int
+    cp: int
+    tp: int
+    edp: int
+    ep: int
+    etp: int
+
+
+def axis_sizes(strategy: Strategy) -> dict[Axis, int]:
+    return {
+        "pp": strategy.pipeline_parallel,
+        "dp": strategy.data_parallel,
+        "cp": strategy.context_parallel,
+        "tp": strategy.tensor_parallel,
+        "edp": strategy.expert_data_parallel,
+        "ep": strategy.expert_parallel,
+        "etp": strategy.expert_tensor_parallel,
+    }
+
+
+def coordinates(strategy: Strategy, rank: int) -> Coordinates:
+    """The coordinates of `rank`, 0 <= rank < world size."""
+    if not 0 <= rank < strategy.world_size:
+        raise ValueError(f"rank {rank} is outside of 0..{strategy.world_size - 1}")
+    pp, inner = divmod(rank, strategy.ranks_per_stage)
+    dp, rest = divmod(inner, strategy.context_parallel * strategy.tensor_parallel)
+    cp, tp = divmod(rest, strategy.tensor_parallel)
+    edp, rest = divmod(inner, strategy.expert_parallel * strategy.expert_tensor_parallel)
+    ep, etp = divmod(rest, strategy.expert_tensor_parallel)
+    return Coordinates(pp, dp, cp, tp, edp, ep, etp)
+
+
+def groups(strategy: Strategy, axis: Axis) -> list[tuple[int, ...]]:
+    """All rank groups along `axis`, each in the order of its coordinate; together they hold every rank once.
+
+    The axis "stage" is all ranks of one pipeline stage (dp x cp x tp, equally edp x ep x etp).
+    """
+    if axis == "stage":
+        varying = DENSE_AXES
+        family: tuple[Axis, ...] = ("pp", *DENSE_AXES)
+    else:
+        varying = (axis,)
+        family = ("pp", *(EXPERT_AXES if axis in EXPERT_AXES else DENSE_AXES))
+    members: dict[tuple[int, ...], list[int]] = {}
+    for rank in range(strategy.world_size):
+        here = coordinates(strategy, rank)
+        key = tuple(getattr(here, name) for name in family if name not in varying)
+        members.setdefault(key, []).append(rank)
+    return [tuple(ranks) for ranks in members.values()]
+
+
+def group_of(strategy: Strategy, axis: Axis, rank: int) -> tuple[int, ...]:
+    """The ranks that `rank` communicates with along `axis`, itself included."""
+    return next(ranks for ranks in groups(strategy, axis) if rank in ranks)
+
+
+def split_layers(num_layers: int, stages: int, layer_split: tuple[int, ...] = ()) -> list[range]:
+    """The consecutive layers of every stage: as `layer_split` says, else as even as possible, longer stages first."""
+    if layer_split:
+        if len(layer_split) != stages or sum(layer_split) != num_layers:
+            raise ValueError(
+                f"layer_split = {list(layer_split)} must give {stages} stages with {num_layers} layers in all"
+            )
+        sizes = list(layer_split)
+    else:
+        if stages > num_layers:
+            raise ValueError(f"{stages} stages need at least as many layers; the model has {num_layers}")
+        base, longer = divmod(num_layers, stages)
+        sizes = [base + (stage < longer) for stage in range(stages)]
+    starts = [sum(sizes[:stage]) for stage in range(stages)]
+    return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]

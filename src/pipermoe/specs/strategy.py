@@ -1,0 +1,79 @@
+"""Strategy: how ranks are arranged, what is sharded, what is recomputed. One of the four decisions."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from pipermoe.specs.base import Frozen
+
+Recompute = Literal["none", "selective", "full"]
+
+
+class Strategy(Frozen):
+    """Two arrangements of the same ranks (parallel folding): attention `pp x dp x cp x tp`, experts `pp x edp x ep x etp`.
+
+    The paper's expert-data parallel mesh is `cp = tp = etp = edp = 1`, `ep = dp`.
+    `layer_split` gives the layers of every stage (of `pipeline_parallel * virtual_stages`); empty means as even as possible.
+    `zero_dense` and `zero_expert` are ZeRO levels over dp and edp: 1 shards optimizer state, 2 gradients too, 3 weights too.
+    """
+
+    pipeline_parallel: PositiveInt = 1
+    virtual_stages: PositiveInt = 1
+    data_parallel: PositiveInt = 1
+    context_parallel: PositiveInt = 1
+    tensor_parallel: PositiveInt = 1
+    expert_parallel: PositiveInt = 1
+    expert_data_parallel: PositiveInt = 1
+    expert_tensor_parallel: PositiveInt = 1
+    micro_batch_size: PositiveInt = 1
+    schedule: str = "1f1b"
+    layer_split: tuple[PositiveInt, ...] = ()
+    recompute: Recompute = "none"
+    recompute_modules: tuple[str, ...] = ()
+    zero_dense: int = Field(default=0, ge=0, le=3)
+    zero_expert: int = Field(default=0, ge=0, le=3)
+
+    @model_validator(mode="after")
+    def _folds(self) -> Strategy:
+        dense = self.data_parallel * self.context_parallel * self.tensor_parallel
+        expert = self.expert_data_parallel * self.expert_parallel * self.expert_tensor_parallel
+        if dense != expert:
+            raise ValueError(
+                f"data_parallel * context_parallel * tensor_parallel = {dense} must equal "
+                f"expert_data_parallel * expert_parallel * expert_tensor_parallel = {expert}"
+            )
+        return self
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.pipeline_parallel * self.ranks_per_stage
+
+    @property
+    def ranks_per_stage(self) -> int:
+        return self.data_parallel * self.context_parallel * self.tensor_parallel
+
+    @property
+    def num_stages(self) -> int:
+        """Model chunks in the whole pipeline."""
+        return self.pipeline_parallel * self.virtual_stages
+
+    def compact(self) -> str:
+        """One line for tables: `pp2 dp2 ep2 mbs4 1f1b z1`; degrees of one are left out, except pp, dp and ep."""
+        degrees = [
+            ("pp", self.pipeline_parallel, True),
+            ("vpp", self.virtual_stages, False),
+            ("dp", self.data_parallel, True),
+            ("cp", self.context_parallel, False),
+            ("tp", self.tensor_parallel, False),
+            ("ep", self.expert_parallel, True),
+            ("edp", self.expert_data_parallel, False),
+            ("etp", self.expert_tensor_parallel, False),
+        ]
+        words = [f"{name}{degree}" for name, degree, always in degrees if always or degree > 1]
+        zero = (
+            f"z{self.zero_dense}" if self.zero_dense == self.zero_expert else f"z{self.zero_dense}/{self.zero_expert}"
+        )
+        return " ".join([*words, zero])

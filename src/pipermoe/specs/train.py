@@ -1,0 +1,51 @@
+"""TrainConfig: the job. Batch, sequence, precision, optimizer, data; nothing about how it is spread over ranks."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from pipermoe.specs.base import Frozen
+
+Precision = Literal["fp32", "bf16"]
+
+
+class Optimizer(Frozen):
+    """AdamW with linear warm-up and cosine decay to `minimum_learning_rate`."""
+
+    learning_rate: PositiveFloat = 3e-4
+    minimum_learning_rate: NonNegativeFloat = 3e-5
+    warmup_steps: NonNegativeInt = 10
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    epsilon: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    gradient_clip: NonNegativeFloat = 1.0
+
+
+class Data(Frozen):
+    """Where the text comes from. No `paths`: the sources and docstrings of Python's standard library."""
+
+    paths: tuple[str, ...] = ()
+    tokenizer: str = "bytes"
+    validation_fraction: float = Field(default=0.05, gt=0, lt=1)
+
+
+class TrainConfig(Frozen):
+    """One training job: `global_batch_size` sequences of `seq_len` tokens a step."""
+
+    seq_len: PositiveInt
+    global_batch_size: PositiveInt
+    steps: PositiveInt = 100
+    precision: Precision = "fp32"
+    auxiliary_loss: NonNegativeFloat = 0.01
+    seed: NonNegativeInt = 0
+    optimizer: Optimizer = Optimizer()
+    data: Data = Data()
+    validation_batches: PositiveInt = 4
+    checkpoint_every: NonNegativeInt = 0
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.seq_len * self.global_batch_size
