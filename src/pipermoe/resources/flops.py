@@ -27,8 +27,8 @@ class LayerFlops:
 def layer_forward_flops(model: ModelSpec, layer: int, *, tokens, seq_len, causal: bool, routed_rows=None) -> LayerFlops:
     """Forward FLOPs of `layer` for `tokens` tokens in sequences of `seq_len`.
 
-    `routed_rows` is the number of (token, expert) pairs the experts compute: `tokens * top_k` unless given (a rank's own
-    share under imbalance). `causal` halves the attention core; the executed kernel on CPU computes the full square.
+    `routed_rows` is the number of (token, expert) pairs the experts compute: `tokens * top_k` unless given (a rank's
+    own share under imbalance). `causal` halves the attention core; the executed kernel on CPU computes the full square.
     """
     attention, moe, hidden, is_moe = model.attention, model.moe, model.hidden_size, model.is_moe(layer)
     query = attention.num_heads * attention.head_dim

@@ -38,7 +38,7 @@ class Router(Frozen):
 
 
 class MixtureOfExperts(Frozen):
-    """The MoE feed-forward block: `num_experts` (E) routed experts of width `expert_width` (d_ffn), `top_k` (k) a token."""
+    """The MoE block: `num_experts` (E) routed experts of width `expert_width` (d_ffn), `top_k` (k) for every token."""
 
     num_experts: PositiveInt
     top_k: PositiveInt

@@ -25,7 +25,7 @@ class Evidence(Frozen):
 
 
 class RateCurve(Frozen):
-    """An achieved rate against a problem size: piecewise linear in the logarithm of the size, constant beyond the ends."""
+    """An achieved rate against a problem size: linear in the logarithm of the size, constant beyond the ends."""
 
     size: tuple[PositiveFloat, ...]
     rate: tuple[PositiveFloat, ...]
@@ -65,7 +65,7 @@ class LinkCost(Frozen):
 
 
 class Level(Frozen):
-    """One level of the network: `ranks` consecutive ranks reach each other at these costs (the innermost level first)."""
+    """One level of the network: `ranks` consecutive ranks reach each other at these costs (innermost level first)."""
 
     name: str
     ranks: PositiveInt

@@ -1,4 +1,4 @@
-"""StepReport: what one training step costs. The resource model predicts one, a run measures one; they are laid side by side.
+"""StepReport: what one training step costs. The resource model predicts one, a run measures one.
 
 Because prediction and measurement are the same type, a term that exists on one side only cannot exist.
 """
@@ -20,6 +20,8 @@ TERMS: tuple[Term, ...] = (
     "other",  # the rest: loading the batch, Python between actions
 )
 
+# Weights, gradients and optimizer state by what they are; every other tensor by where it is born: `communication` buffers
+# of collectives, `activations` in forward actions, `temporary` in backward actions, reductions and the optimizer.
 MemoryCategory = Literal["weights", "gradients", "optimizer", "activations", "communication", "temporary"]
 MEMORY_CATEGORIES: tuple[MemoryCategory, ...] = (
     "weights",
