@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -34,7 +35,7 @@ class RateCurve(Frozen):
     def _is_a_curve(self) -> RateCurve:
         if len(self.size) != len(self.rate) or not self.size:
             raise ValueError("size and rate must be lists of the same length, at least 1")
-        if any(a >= b for a, b in zip(self.size, self.size[1:], strict=False)):
+        if any(a >= b for a, b in pairwise(self.size)):
             raise ValueError("size must ascend")
         return self
 
@@ -108,7 +109,7 @@ class Platform(Frozen):
     @model_validator(mode="after")
     def _levels_grow(self) -> Platform:
         sizes = [level.ranks for level in self.levels]
-        if any(inner >= outer for inner, outer in zip(sizes, sizes[1:], strict=False)):
+        if any(inner >= outer for inner, outer in pairwise(sizes)):
             raise ValueError(f"levels must grow from the innermost: ranks = {sizes}")
         return self
 

@@ -20,8 +20,8 @@ TERMS: tuple[Term, ...] = (
     "other",  # the rest: loading the batch, Python between actions
 )
 
-# Weights, gradients and optimizer state by what they are; every other tensor by where it is born: `communication` buffers
-# of collectives, `activations` in forward actions, `temporary` in backward actions, reductions and the optimizer.
+# Weights, gradients and optimizer state by what they are; every other tensor by where it is born: `communication`
+# buffers of collectives, `activations` in forward actions, `temporary` in backward actions, reductions, the optimizer.
 MemoryCategory = Literal["weights", "gradients", "optimizer", "activations", "communication", "temporary"]
 MEMORY_CATEGORIES: tuple[MemoryCategory, ...] = (
     "weights",

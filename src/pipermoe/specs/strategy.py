@@ -12,11 +12,13 @@ Recompute = Literal["none", "selective", "full"]
 
 
 class Strategy(Frozen):
-    """Two arrangements of the same ranks (parallel folding): attention `pp x dp x cp x tp`, experts `pp x edp x ep x etp`.
+    """Two arrangements of the same ranks (parallel folding).
 
+    Attention is spread over `pp x dp x cp x tp`, experts over `pp x edp x ep x etp`.
     The paper's expert-data parallel mesh is `cp = tp = etp = edp = 1`, `ep = dp`.
-    `layer_split` gives the layers of every stage (of `pipeline_parallel * virtual_stages`); empty means as even as possible.
-    `zero_dense` and `zero_expert` are ZeRO levels over dp and edp: 1 shards optimizer state, 2 gradients too, 3 weights too.
+    `layer_split` gives the layers of each of the `pipeline_parallel * virtual_stages` stages; empty: as even as possible.
+    `zero_dense` and `zero_expert` are ZeRO levels over dp and edp: 1 shards optimizer state, 2 also gradients, 3 also
+    weights.
     """
 
     pipeline_parallel: PositiveInt = 1
