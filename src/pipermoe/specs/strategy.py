@@ -16,7 +16,7 @@ class Strategy(Frozen):
 
     Attention is spread over `pp x dp x cp x tp`, experts over `pp x edp x ep x etp`.
     The paper's expert-data parallel mesh is `cp = tp = etp = edp = 1`, `ep = dp`.
-    `layer_split` gives the layers of each of the `pipeline_parallel * virtual_stages` stages; empty: as even as possible.
+    `layer_split` gives the layers of each of the `pipeline_parallel * virtual_stages` stages; empty: as even as can be.
     `zero_dense` and `zero_expert` are ZeRO levels over dp and edp: 1 shards optimizer state, 2 also gradients, 3 also
     weights.
     """
