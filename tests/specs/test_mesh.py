@@ -1,0 +1,67 @@
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipermoe.specs.mesh import coordinates, group_of, groups, split_layers
+from pipermoe.specs.strategy import Strategy
+
+degrees = st.sampled_from([1, 2, 3, 4])
+
+
+@st.composite
+def folded(draw) -> Strategy:
+    """A strategy whose two arrangements cover the same ranks."""
+    ep, edp, etp = draw(degrees), draw(degrees), draw(st.sampled_from([1, 2]))
+    inner = ep * edp * etp
+    tp = draw(st.sampled_from([d for d in (1, 2) if inner % d == 0]))
+    cp = draw(st.sampled_from([d for d in (1, 2) if (inner // tp) % d == 0]))
+    return Strategy(
+        pipeline_parallel=draw(degrees),
+        data_parallel=inner // tp // cp,
+        context_parallel=cp,
+        tensor_parallel=tp,
+        expert_parallel=ep,
+        expert_data_parallel=edp,
+        expert_tensor_parallel=etp,
+    )
+
+
+@given(folded())
+@settings(deadline=None, max_examples=50)
+def test_the_groups_of_every_axis_hold_every_rank_once(strategy):
+    for axis in ("pp", "dp", "cp", "tp", "edp", "ep", "etp", "stage"):
+        ranks = [rank for group in groups(strategy, axis) for rank in group]
+        assert sorted(ranks) == list(range(strategy.world_size))
+
+
+@given(folded())
+@settings(deadline=None, max_examples=50)
+def test_a_group_is_ordered_by_the_coordinate_of_its_axis(strategy):
+    for axis in ("pp", "dp", "cp", "tp", "edp", "ep", "etp"):
+        for group in groups(strategy, axis):
+            assert [getattr(coordinates(strategy, rank), axis) for rank in group] == list(range(len(group)))
+
+
+def test_two_stages_of_expert_data_parallelism_are_the_mesh_of_the_paper():
+    strategy = Strategy(pipeline_parallel=2, data_parallel=4, expert_parallel=4)
+    assert groups(strategy, "ep") == groups(strategy, "dp") == [(0, 1, 2, 3), (4, 5, 6, 7)]
+    assert groups(strategy, "pp") == [(0, 4), (1, 5), (2, 6), (3, 7)]
+    assert group_of(strategy, "ep", 6) == (4, 5, 6, 7)
+
+
+def test_expert_replicas_are_strided_over_expert_groups():
+    strategy = Strategy(data_parallel=4, expert_parallel=2, expert_data_parallel=2)
+    assert groups(strategy, "ep") == [(0, 1), (2, 3)]
+    assert groups(strategy, "edp") == [(0, 2), (1, 3)]
+
+
+def test_layers_are_split_as_evenly_as_possible_or_as_told():
+    assert split_layers(6, 2) == [range(3), range(3, 6)]
+    assert [len(stage) for stage in split_layers(61, 16)] == [4] * 13 + [3] * 3
+    assert split_layers(6, 3, (1, 2, 3)) == [range(1), range(1, 3), range(3, 6)]
+
+
+@pytest.mark.parametrize(("layers", "stages", "split"), [(2, 4, ()), (6, 2, (3, 4)), (6, 2, (6,))])
+def test_a_split_that_leaves_layers_over_is_refused(layers, stages, split):
+    with pytest.raises(ValueError, match="layers"):
+        split_layers(layers, stages, split)
