@@ -1,0 +1,197 @@
+"""What makes a strategy legal. Each rule is written once: an array predicate, and the sentence for the user.
+
+`LEGAL` are the rules of any training system, `EXECUTABLE` what this project's runtime can run today.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipermoe.specs.errors import describe_value, nearest_divisors
+from pipermoe.specs.model import ModelSpec
+from pipermoe.specs.strategy import Strategy
+from pipermoe.specs.strategy_table import RECOMPUTE_NAMES, SCHEDULE_NAMES, StrategyTable
+from pipermoe.specs.train import TrainConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a strategy is judged against."""
+
+    model: ModelSpec
+    train: TrainConfig
+    world_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """`holds(table, job)` is a mask over rows; `explain(strategy, job)` gives (key, value, rule and way out)."""
+
+    holds: Callable[[StrategyTable, Job], NDArray[np.bool_]]
+    explain: Callable[[Strategy, Job], tuple[str, object, str]]
+
+
+def divides(divisor, number) -> NDArray[np.bool_]:
+    return np.asarray(number) % np.asarray(divisor) == 0
+
+
+def _nearest(value: int, total: int) -> str:
+    return ", ".join(map(str, nearest_divisors(value, total)))
+
+
+def _must_divide(key: str, total: Callable[[Job], int], name: str) -> Rule:
+    """The degree `key` must divide the size `total(job)`, which the user knows as `name`."""
+    return Rule(
+        holds=lambda table, job: divides(getattr(table, key), total(job)),
+        explain=lambda strategy, job: (
+            key,
+            getattr(strategy, key),
+            f"must divide {name} = {total(job)}; nearest: {_nearest(getattr(strategy, key), total(job))}",
+        ),
+    )
+
+
+def _must_be(key: str, accepted: tuple, codes: tuple[int, ...]) -> Rule:
+    """This runtime executes only the `accepted` values of `key`; `codes` are their values in the table."""
+    words = str(accepted[0]) if len(accepted) == 1 else " or ".join(map(str, accepted))
+    return Rule(
+        holds=lambda table, job: np.isin(getattr(table, key), codes),
+        explain=lambda strategy, job: (key, getattr(strategy, key), f"this runtime executes {words} only"),
+    )
+
+
+def _explain_world(strategy: Strategy, job: Job) -> tuple[str, object, str]:
+    key = "pipeline_parallel * data_parallel * context_parallel * tensor_parallel"
+    wanted = job.world_size // strategy.ranks_per_stage
+    fits = wanted * strategy.ranks_per_stage == job.world_size
+    way_out = f"; pipeline_parallel = {wanted} would" if fits else ""
+    return key, strategy.world_size, f"must equal the number of ranks = {job.world_size}{way_out}"
+
+
+def _explain_fold(strategy: Strategy, job: Job) -> tuple[str, object, str]:
+    experts = strategy.expert_data_parallel * strategy.expert_parallel * strategy.expert_tensor_parallel
+    return (
+        "expert_data_parallel * expert_parallel * expert_tensor_parallel",
+        experts,
+        f"must equal data_parallel * context_parallel * tensor_parallel = {strategy.ranks_per_stage}",
+    )
+
+
+def _explain_stages(strategy: Strategy, job: Job) -> tuple[str, object, str]:
+    layers = job.model.num_layers
+    return (
+        "pipeline_parallel * virtual_stages",
+        strategy.num_stages,
+        f"every stage needs a layer and the model has num_layers = {layers}; at most {layers}",
+    )
+
+
+def _splits_fit(table: StrategyTable, job: Job) -> NDArray[np.bool_]:
+    lengths = np.array([len(split) for split in table.splits])[table.layer_split]
+    sums = np.array([sum(split) for split in table.splits])[table.layer_split]
+    return (lengths == 0) | ((lengths == table.num_stages) & (sums == job.model.num_layers))
+
+
+def _explain_split(strategy: Strategy, job: Job) -> tuple[str, object, str]:
+    return (
+        "layer_split",
+        list(strategy.layer_split),
+        f"must give {strategy.num_stages} stages with {job.model.num_layers} layers in all; "
+        "leave it out for an even split",
+    )
+
+
+def _explain_batch(strategy: Strategy, job: Job) -> tuple[str, object, str]:
+    batch, dp = job.train.global_batch_size, strategy.data_parallel
+    if batch % dp:
+        way_out = f"nearest data_parallel: {_nearest(dp, batch)}"
+    else:
+        way_out = f"nearest micro_batch_size: {_nearest(strategy.micro_batch_size, batch // dp)}"
+    return (
+        "data_parallel * micro_batch_size",
+        dp * strategy.micro_batch_size,
+        f"must divide global_batch_size = {batch}; {way_out}",
+    )
+
+
+def _explain_microbatches(strategy: Strategy, job: Job) -> tuple[str, object, str]:
+    per_rank = job.train.global_batch_size // strategy.data_parallel
+    return (
+        "micro_batch_size",
+        strategy.micro_batch_size,
+        f"gives {per_rank // strategy.micro_batch_size} micro-batches, and 1f1b needs at least pipeline_parallel = "
+        f"{strategy.pipeline_parallel}; use gpipe, a smaller micro-batch or a larger global batch",
+    )
+
+
+def _enough_microbatches(table: StrategyTable, job: Job) -> NDArray[np.bool_]:
+    is_1f1b = table.schedule == SCHEDULE_NAMES.index("1f1b")
+    return ~is_1f1b | (table.microbatches(job.train.global_batch_size) >= table.pipeline_parallel)
+
+
+WORLD_RULE = Rule(lambda table, job: table.world_size == job.world_size, _explain_world)
+
+LEGAL: tuple[Rule, ...] = (
+    WORLD_RULE,
+    Rule(lambda table, job: table.ranks_per_stage == table.expert_ranks_per_stage, _explain_fold),
+    _must_divide("expert_parallel", lambda job: job.model.moe.num_experts, "num_experts"),
+    _must_divide("tensor_parallel", lambda job: job.model.attention.num_kv_heads, "num_kv_heads"),
+    _must_divide("context_parallel", lambda job: job.train.seq_len, "seq_len"),
+    _must_divide("expert_tensor_parallel", lambda job: job.model.moe.expert_width, "expert_width"),
+    Rule(lambda table, job: table.num_stages <= job.model.num_layers, _explain_stages),
+    Rule(_splits_fit, _explain_split),
+    Rule(
+        lambda table, job: divides(table.data_parallel * table.micro_batch_size, job.train.global_batch_size),
+        _explain_batch,
+    ),
+    Rule(_enough_microbatches, _explain_microbatches),
+)
+
+EXECUTABLE: tuple[Rule, ...] = (
+    *(
+        _must_be(key, (1,), (1,))
+        for key in ("virtual_stages", "context_parallel", "tensor_parallel", "expert_tensor_parallel")
+    ),
+    _must_be("schedule", SCHEDULE_NAMES, tuple(range(len(SCHEDULE_NAMES)))),
+    _must_be("recompute", ("none", "full"), (RECOMPUTE_NAMES.index("none"), RECOMPUTE_NAMES.index("full"))),
+    _must_be("zero_dense", (0, 1), (0, 1)),
+    _must_be("zero_expert", (0, 1), (0, 1)),
+    Rule(
+        lambda table, job: (table.pipeline_parallel == 1) | (not job.model.tie_word_embeddings),
+        lambda strategy, job: (
+            "pipeline_parallel",
+            strategy.pipeline_parallel,
+            f"{job.model.name} ties its word embeddings, which this runtime cannot split over stages; use 1",
+        ),
+    ),
+)
+
+RULES = LEGAL + EXECUTABLE
+
+
+def legal_mask(
+    table: StrategyTable, model: ModelSpec, train: TrainConfig, world_size: int, rules: tuple[Rule, ...] = RULES
+) -> NDArray[np.bool_]:
+    """Which rows obey every rule."""
+    job = Job(model, train, world_size)
+    legal = np.ones(len(table), dtype=bool)
+    for rule in rules:
+        legal &= rule.holds(table, job)
+    return legal
+
+
+def violations(
+    strategy: Strategy, model: ModelSpec, train: TrainConfig, world_size: int, rules: tuple[Rule, ...] = RULES
+) -> list[str]:
+    """A line for every broken rule: `strategy.expert_parallel = 12: must divide num_experts = 128; nearest: 8, 16`."""
+    table, job = StrategyTable.of([strategy]), Job(model, train, world_size)
+    lines = []
+    for rule in rules:
+        if not rule.holds(table, job)[0]:
+            key, value, sentence = rule.explain(strategy, job)
+            lines.append(describe_value("", f"strategy.{key}", value, sentence))
+    return lines

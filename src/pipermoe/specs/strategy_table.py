@@ -1,0 +1,123 @@
+"""StrategyTable: many strategies as a structure of arrays, so that one formula judges one strategy or a million."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipermoe.specs.strategy import Strategy
+
+SCHEDULE_NAMES: tuple[str, ...] = ("gpipe", "1f1b")
+RECOMPUTE_NAMES: tuple[str, ...] = ("none", "selective", "full")
+UNKNOWN = -1  # the code of a name that is not in the tuples above
+
+Column = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class StrategyTable:
+    """One row per strategy, one int64 array per field of `Strategy`.
+
+    `schedule` and `recompute` are indices into `SCHEDULE_NAMES` and `RECOMPUTE_NAMES`; `layer_split` is an index into
+    `splits`, whose first entry is the even split `()`.
+    """
+
+    pipeline_parallel: Column
+    virtual_stages: Column
+    data_parallel: Column
+    context_parallel: Column
+    tensor_parallel: Column
+    expert_parallel: Column
+    expert_data_parallel: Column
+    expert_tensor_parallel: Column
+    micro_batch_size: Column
+    schedule: Column
+    recompute: Column
+    zero_dense: Column
+    zero_expert: Column
+    layer_split: Column
+    splits: tuple[tuple[int, ...], ...] = ((),)
+
+    @classmethod
+    def of(cls, strategies: Sequence[Strategy]) -> StrategyTable:
+        """The table whose rows are `strategies`, in order."""
+        splits = tuple(dict.fromkeys([(), *(strategy.layer_split for strategy in strategies)]))
+        columns = {
+            name: np.array([_encode(strategy, name, splits) for strategy in strategies], dtype=np.int64)
+            for name in COLUMNS
+        }
+        return cls(**columns, splits=splits)
+
+    @classmethod
+    def product(cls, **axes: Iterable[int]) -> StrategyTable:
+        """Every combination of the given values; a column that is not named is 1, an index column 0."""
+        values = {name: np.asarray(list(axes[name]), dtype=np.int64) for name in axes}
+        grid = np.meshgrid(*values.values(), indexing="ij")
+        named = {name: column.ravel() for name, column in zip(values, grid, strict=True)}
+        rows = grid[0].size
+        return cls(
+            **{
+                name: named.get(name, np.full(rows, int(name not in ZERO_BY_DEFAULT), dtype=np.int64))
+                for name in COLUMNS
+            }
+        )
+
+    def __len__(self) -> int:
+        return len(self.pipeline_parallel)
+
+    def take(self, rows: NDArray) -> StrategyTable:
+        """The rows that `rows` (indices or a mask) selects."""
+        return replace(self, **{name: getattr(self, name)[rows] for name in COLUMNS})
+
+    def with_columns(self, **columns: Column) -> StrategyTable:
+        """The same rows with some columns replaced."""
+        return replace(self, **columns)
+
+    def row(self, index: int) -> Strategy:
+        """Row `index` as a `Strategy`."""
+        values = {name: int(getattr(self, name)[index]) for name in COLUMNS}
+        return Strategy.model_validate(
+            values
+            | {
+                "schedule": SCHEDULE_NAMES[values["schedule"]],
+                "recompute": RECOMPUTE_NAMES[values["recompute"]],
+                "layer_split": self.splits[values["layer_split"]],
+            }
+        )
+
+    @property
+    def ranks_per_stage(self) -> Column:
+        return self.data_parallel * self.context_parallel * self.tensor_parallel
+
+    @property
+    def expert_ranks_per_stage(self) -> Column:
+        return self.expert_data_parallel * self.expert_parallel * self.expert_tensor_parallel
+
+    @property
+    def world_size(self) -> Column:
+        return self.pipeline_parallel * self.ranks_per_stage
+
+    @property
+    def num_stages(self) -> Column:
+        return self.pipeline_parallel * self.virtual_stages
+
+    def microbatches(self, global_batch_size: int) -> Column:
+        """Micro-batches that one data-parallel rank runs in a step (M); rounded down where they do not divide."""
+        return global_batch_size // (self.data_parallel * self.micro_batch_size)
+
+
+COLUMNS: tuple[str, ...] = tuple(field.name for field in fields(StrategyTable) if field.name != "splits")
+ZERO_BY_DEFAULT = {"schedule", "recompute", "zero_dense", "zero_expert", "layer_split"}
+
+
+def _encode(strategy: Strategy, name: str, splits: tuple[tuple[int, ...], ...]) -> int:
+    value = getattr(strategy, name)
+    if name == "layer_split":
+        return splits.index(value)
+    names = {"schedule": SCHEDULE_NAMES, "recompute": RECOMPUTE_NAMES}.get(name)
+    if names is None:
+        return value
+    return names.index(value) if value in names else UNKNOWN
