@@ -1,0 +1,313 @@
+"""The command line. Thin: each command parses, calls one function and prints its result.
+
+Results go to stdout, progress to stderr. Exit codes: 0 done, 2 wrong input, 3 no plan fits, 4 the machine failed,
+130 interrupted. Imports are lazy, so that `--help` is quick and planning never loads torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+from cyclopts import App, CycloptsError, Parameter
+from rich.console import Console
+
+from pipermoe import __version__
+from pipermoe.specs.errors import UserError
+
+app = App(
+    name="pipermoe",
+    version=__version__,
+    help="Find, predict and run the best way to train a Mixture-of-Experts language model.",
+    help_on_error=False,
+)
+
+Output = Parameter(name=["--output", "-o"])
+Switch = Parameter(negative="")
+Json = Annotated[bool, Switch]
+
+
+@app.command(sort_key=0)
+def measure(
+    *,
+    nproc: int = 4,
+    output: Annotated[Path, Output] = Path("machine.toml"),
+    model: str | None = None,
+    memory: str | None = None,
+    quick: Annotated[bool, Switch] = False,
+    json: Json = False,
+) -> None:
+    """Measure what this machine can do and write it as a platform file.
+
+    Parameters
+    ----------
+    nproc
+        Ranks on this machine.
+    output
+        The platform file to write (TOML).
+    model
+        Measure at this model's sizes: a catalogue name or a file.
+    memory
+        Memory budget of one rank, for example 96MiB. Without it: this machine's memory divided by the ranks.
+    quick
+        Fewer sizes and repeats, about a quarter of the time.
+    json
+        Print the platform as JSON.
+    """
+    from pipermoe.measure import measure_platform
+    from pipermoe.report.platform import render_platform
+    from pipermoe.specs.catalogue import load_model
+    from pipermoe.specs.documents import save
+    from pipermoe.specs.units import parse_bytes
+
+    budget = _quantity("--memory", memory, parse_bytes)
+    spec = load_model(model) if model else None
+    platform = measure_platform(nproc=nproc, model=spec, memory_bytes=budget, quick=quick)
+    save(
+        output,
+        platform,
+        header=f"Measured by pipermoe {__version__}. Edit freely; every number has its evidence below.",
+    )
+    _show(platform, json, lambda console: render_platform(platform, console))
+    _note(f"Wrote {output}", json)
+
+
+@app.command(sort_key=1)
+def describe(
+    model: str,
+    *,
+    seq_len: int = 4096,
+    assume: str | None = None,
+    json: Json = False,
+) -> None:
+    """Count a model exactly: parameters, active parameters, FLOPs per token, per component and layer.
+
+    Parameters
+    ----------
+    model
+        A catalogue name, a model file (TOML), a Hugging Face config.json or its folder.
+    seq_len
+        Sequence length for attention FLOPs and activation sizes.
+    assume
+        Read a config.json of unknown model_type as this family.
+    json
+        Print as JSON.
+    """
+    from pipermoe.report.describe import render_description
+    from pipermoe.resources.describe import describe_model
+    from pipermoe.specs.catalogue import load_model
+
+    description = describe_model(load_model(model, assume=assume), seq_len=seq_len)
+    _show(description, json, lambda console: render_description(description, console))
+
+
+@app.command(sort_key=2)
+def plan(
+    model: str,
+    *,
+    platform: Path,
+    job: Path | None = None,
+    ranks: Annotated[int | None, Parameter(name=["--ranks", "--gpus"])] = None,
+    seq_len: int | None = None,
+    global_batch: int | None = None,
+    memory: str | None = None,
+    top: int = 8,
+    output: Annotated[Path, Output] = Path("plan.toml"),
+    json: Json = False,
+) -> None:
+    """Find the fastest strategy that fits, and say why it won.
+
+    Parameters
+    ----------
+    model
+        A catalogue name, a model file (TOML), a Hugging Face config.json or its folder.
+    platform
+        The platform file (see `pipermoe measure`).
+    job
+        The training job (TOML): batch, sequence, optimizer, data. Options below override it.
+    ranks
+        Number of ranks. Default: the ranks of the platform's host.
+    seq_len
+        Tokens in a sequence.
+    global_batch
+        Sequences in a step.
+    memory
+        Memory budget of one rank, for example 80GiB. Default: the platform's.
+    top
+        Rows in the ranked table.
+    output
+        The plan file to write (TOML): what `pipermoe train` runs.
+    json
+        Print the ranking and the explanation as JSON.
+    """
+    from pipermoe.planner import find_plan
+    from pipermoe.report.plan import render_planning
+    from pipermoe.specs.catalogue import load_model
+    from pipermoe.specs.documents import load, save
+    from pipermoe.specs.platform import Platform
+    from pipermoe.specs.units import parse_bytes
+
+    machine = load(platform, Platform)
+    planning = find_plan(
+        load_model(model),
+        machine,
+        _job(job, seq_len, global_batch),
+        world_size=ranks or machine.host.ranks,
+        memory_budget_bytes=_quantity("--memory", memory, parse_bytes),
+        top=top,
+    )
+    save(output, planning.plan, header=f"A plan by pipermoe {__version__}: {planning.plan.strategy.compact()}")
+    _show(planning, json, lambda console: render_planning(planning, console))
+    _note(f"Wrote {output}", json)
+
+
+@app.command(sort_key=3)
+def train(
+    *,
+    plan: Path,
+    output: Annotated[Path, Output] = Path("run"),
+    steps: int | None = None,
+    resume: Annotated[bool, Switch] = False,
+    json: Json = False,
+) -> None:
+    """Train with exactly the strategy of a plan, and measure what the plan predicted.
+
+    Starts the plan's ranks on this machine, or joins those that torchrun or srun started.
+
+    Parameters
+    ----------
+    plan
+        The plan file (see `pipermoe plan`).
+    output
+        Folder for the log, the measurement and checkpoints.
+    steps
+        Train this many steps instead of the plan's.
+    resume
+        Go on from the newest checkpoint in the output folder.
+    json
+        Print the measurement as JSON.
+    """
+    from pipermoe.runtime.launch import launch
+    from pipermoe.specs.documents import load
+    from pipermoe.specs.plan import Plan
+
+    measurement = launch(load(plan, Plan), output, steps=steps, resume=resume, quiet=json)
+    if measurement is not None and json:
+        print(measurement.model_dump_json(indent=2, exclude_none=True))
+
+
+@app.command(sort_key=4)
+def compare(
+    *,
+    plan: Path,
+    run: Path,
+    json: Json = False,
+) -> None:
+    """Lay a plan's prediction beside the measurement of its run: predicted, measured, error.
+
+    Parameters
+    ----------
+    plan
+        The plan file.
+    run
+        The output folder of `pipermoe train`, or its measurement.json.
+    json
+        Print as JSON.
+    """
+    from pipermoe.report.comparison import compare as lay_side_by_side
+    from pipermoe.report.comparison import render
+    from pipermoe.specs.documents import load
+    from pipermoe.specs.plan import Measurement, Plan
+
+    measurement = load(run / "measurement.json" if run.is_dir() else run, Measurement)
+    comparison = lay_side_by_side(load(plan, Plan), measurement)
+    _show(comparison, json, lambda console: render(comparison, console))
+
+
+@app.command(sort_key=5)
+def demo(*, output: Annotated[Path, Output] = Path("demo"), json: Json = False) -> None:
+    """Walk the whole loop on this machine without a GPU: measure, plan, train on 4 ranks, compare.
+
+    Parameters
+    ----------
+    output
+        Folder for all files that the loop writes.
+    json
+        Print the comparison as JSON.
+    """
+    from pipermoe.demo import run_demo
+
+    code = run_demo(output, as_json=json)
+    if code:
+        sys.exit(code)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line; every expected failure is one line on stderr and an exit code."""
+    sys.exit(_run(sys.argv[1:] if arguments is None else arguments))
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    except UserError as error:
+        return _fail(str(error), error.exit_code)
+    except CycloptsError as error:
+        return _fail(str(error), 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        return _fail("this command needs torch: pip install 'pipermoe[train]'", 2)
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    for line in message.splitlines():
+        print(f"pipermoe: {line}", file=sys.stderr)
+    return code
+
+
+def _show(result: Any, as_json: bool, render: Any) -> None:
+    """The result on stdout, as JSON or for people."""
+    if as_json:
+        print(result.model_dump_json(indent=2, exclude_none=True))
+    else:
+        render(Console())
+
+
+def _note(message: str, as_json: bool) -> None:
+    """A remark for people; on stderr when stdout carries JSON."""
+    Console(stderr=as_json).print(message, highlight=False)
+
+
+def _quantity(option: str, text: str | None, parse: Any) -> Any:
+    if text is None:
+        return None
+    try:
+        value = parse(text) if not text.isdigit() else int(text)
+    except ValueError as error:
+        raise UserError(f"{option} = {text!r}: {error}") from None
+    if value <= 0:
+        raise UserError(f"{option} = {text!r}: must be positive")
+    return value
+
+
+def _job(path: Path | None, seq_len: int | None, global_batch: int | None) -> Any:
+    """The job file with the command line's values on top; UserError when neither gives a needed one."""
+    from pipermoe.specs.documents import read_mapping, validate
+    from pipermoe.specs.train import TrainConfig
+
+    data = read_mapping(path) if path else {}
+    given = {"seq_len": seq_len, "global_batch_size": global_batch}
+    data |= {key: value for key, value in given.items() if value is not None}
+    options = {"seq_len": "--seq-len", "global_batch_size": "--global-batch"}
+    missing = [option for key, option in options.items() if key not in data]
+    if missing:
+        raise UserError(f"{' and '.join(missing)} must be given, or a --job file that holds them")
+    return validate(data, TrainConfig, where=str(path or "command line"))
