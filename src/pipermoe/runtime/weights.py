@@ -1,0 +1,51 @@
+"""Weights by name: the same values for every arrangement of ranks.
+
+Each parameter is drawn from a generator seeded by (seed, global name), each expert by its logical id, so a rank can draw
+the layers and experts that it holds without drawing the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+INITIAL_STD = 0.02  # GPT-2 (Radford et al. 2019); projections into the residual stream are divided by sqrt(2 L)
+
+
+def is_expert(name: str) -> bool:
+    """Whether the global name is that of routed experts' weights: sharded over ep, replicated over edp."""
+    return ".experts." in name
+
+
+@torch.no_grad()
+def initialize(parameters: Iterable[tuple[str, Tensor]], *, seed: int, num_layers: int, first_expert: int = 0) -> None:
+    """Fill (global name, parameter) pairs in place: norms with ones, biases with zeros, matrices with a normal draw.
+
+    Expert parameters are (local experts, in, out); their first local expert is the logical expert `first_expert`.
+    """
+    for name, parameter in parameters:
+        if name.endswith("norm.weight"):
+            parameter.fill_(1.0)
+        elif name.endswith(".bias"):
+            parameter.zero_()
+        elif is_expert(name):
+            for local, expert in enumerate(parameter):
+                expert.copy_(_draw(seed, f"{name}.{first_expert + local}", expert, _std(name, num_layers)))
+        else:
+            parameter.copy_(_draw(seed, name, parameter, _std(name, num_layers)))
+
+
+def _std(name: str, num_layers: int) -> float:
+    into_residual = name.endswith((".output.weight", ".down.weight"))
+    return INITIAL_STD / math.sqrt(2 * num_layers) if into_residual else INITIAL_STD
+
+
+def _draw(seed: int, name: str, like: Tensor, std: float) -> Tensor:
+    """A normal draw on the CPU in fp32, whatever the device and precision of `like`, so that all of them agree."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
+    return torch.empty(like.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
