@@ -1,11 +1,20 @@
-"""How many FLOPs a model's forward pass takes, per component. A multiply-add counts as 2."""
+"""How many FLOPs a model's forward pass takes, per component. A multiply-add counts as 2; only products of matrices
+are counted (norms, activations and softmax are memory-bound). Every formula is written out in docs/resource-model.md.
+
+Two conventions for the attention core: "full" charges every query all keys of its sequence (what a dense kernel
+executes), "causal" only those that it may see (what the model needs).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import singledispatch
 from typing import Any
 
-from pipermoe.specs.model import ModelSpec
+import numpy as np
+
+from pipermoe.resources.parameters import active_parameters, embedding_parameters
+from pipermoe.specs.model import Attention, GroupedQueryAttention, LatentAttention, ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,27 +32,139 @@ class LayerFlops:
     def total(self) -> Any:
         return sum(getattr(self, field.name) for field in fields(self))
 
+    @property
+    def input_gradient(self) -> Any:
+        """Backward FLOPs that earlier layers wait for: both operands of the attention core are activations."""
+        return self.total + self.attention_core
+
+    @property
+    def weight_gradient(self) -> Any:
+        """Backward FLOPs that a zero-bubble schedule may postpone: one product per weight."""
+        return self.total - self.attention_core
+
 
 def layer_forward_flops(model: ModelSpec, layer: int, *, tokens, seq_len, causal: bool, routed_rows=None) -> LayerFlops:
     """Forward FLOPs of `layer` for `tokens` tokens in sequences of `seq_len`.
 
     `routed_rows` is the number of (token, expert) pairs the experts compute: `tokens * top_k` unless given (a rank's
-    own share under imbalance). `causal` halves the attention core; the executed kernel on CPU computes the full square.
+    own share under imbalance). `causal` counts visible keys only; the executed kernel on CPU computes the full square.
     """
-    attention, moe, hidden, is_moe = model.attention, model.moe, model.hidden_size, model.is_moe(layer)
-    query = attention.num_heads * attention.head_dim
-    key_value = attention.num_kv_heads * attention.head_dim
+    moe, hidden, is_moe = model.moe, model.hidden_size, model.is_moe(layer)
     rows = tokens * moe.top_k if routed_rows is None else routed_rows
     return LayerFlops(
-        attention_projections=2 * tokens * hidden * (2 * query + 2 * key_value),
-        attention_core=4 * tokens * seq_len * query / (2 if causal else 1),
+        attention_projections=attention_projection_flops(model.attention, hidden, tokens),
+        attention_core=attention_core_flops(model, layer, tokens=tokens, seq_len=seq_len, causal=causal),
         router=2 * tokens * hidden * moe.num_experts * is_moe,
         routed_experts=2 * rows * moe.expert_matrices * hidden * moe.expert_width * is_moe,
         shared_experts=2 * tokens * hidden * (moe.expert_matrices * moe.shared_width + moe.shared_gate) * is_moe,
-        dense_mlp=2 * tokens * 3 * hidden * model.dense_width * (not is_moe),
+        dense_mlp=2 * tokens * model.dense_matrices * hidden * model.dense_width * (not is_moe),
     )
+
+
+@singledispatch
+def attention_projection_flops(attention: Attention, hidden_size: int, tokens) -> Any:
+    """Forward FLOPs of the products with weights in one attention block, for `tokens` tokens."""
+    raise TypeError(f"no FLOP count for {type(attention).__name__}")
+
+
+@attention_projection_flops.register
+def _(attention: GroupedQueryAttention, hidden_size: int, tokens) -> Any:
+    query = attention.num_heads * attention.head_dim
+    key_value = attention.num_kv_heads * attention.head_dim
+    return 2 * tokens * hidden_size * (2 * query + 2 * key_value)
+
+
+@attention_projection_flops.register
+def _(attention: LatentAttention, hidden_size: int, tokens) -> Any:
+    """As trained: keys and values are expanded for every head (absorbing the up-projection pays in decoding only)."""
+    heads, q_rank, indexer = attention.num_heads, attention.q_lora_rank, attention.indexer
+    per_token = (
+        hidden_size * q_rank
+        + (q_rank or hidden_size) * heads * attention.query_key_dim
+        + hidden_size * (attention.kv_lora_rank + attention.qk_rope_head_dim)
+        + attention.kv_lora_rank * heads * (attention.qk_nope_head_dim + attention.v_head_dim)
+        + heads * attention.v_head_dim * hidden_size
+    )
+    if indexer:
+        per_token += q_rank * indexer.num_heads * indexer.head_dim
+        per_token += hidden_size * (indexer.head_dim + indexer.num_heads)
+    return 2 * tokens * per_token
+
+
+def attention_core_flops(model: ModelSpec, layer: int, *, tokens, seq_len, causal: bool) -> Any:
+    """Scores and weighted values: 2 (d_qk + d_v) FLOPs per head, query and key; an indexer scores all keys first."""
+    attention = model.attention
+    indexer = attention.indexer if isinstance(attention, LatentAttention) else None
+    per_key = 2 * attention.num_heads * (attention.query_key_dim + attention.value_dim)
+    core = tokens * keys_per_query(model, layer, seq_len, causal=causal) * per_key
+    if indexer is None:
+        return core
+    # q.k for every indexer head, then the heads' weighted sum.
+    per_key = 2 * indexer.num_heads * (indexer.head_dim + 1)
+    return core + tokens * _mean_keys(seq_len, causal=causal) * per_key
+
+
+def keys_per_query(model: ModelSpec, layer: int, seq_len, *, causal: bool) -> Any:
+    """Mean number of keys that a query of `layer` meets in a sequence of `seq_len` (S); the diagonal counts half.
+
+    Whole sequence: S, causal S / 2. Window or selection of w keys: min(S, w), causal w - w^2 / 2S for w < S.
+    Chunks of c: min(S, c), causal (floor(S / c) c^2 + (S mod c)^2) / 2S.
+    """
+    attention, local = model.attention, model.local_attention
+    if local is not None and layer in local.layers:
+        if local.kind == "chunked":
+            return _mean_keys_in_chunks(seq_len, local.size, causal=causal)
+        return _mean_keys_in_window(seq_len, local.size, causal=causal)
+    if isinstance(attention, LatentAttention) and attention.indexer:
+        return _mean_keys_in_window(seq_len, attention.indexer.top_k, causal=causal)
+    return _mean_keys(seq_len, causal=causal)
+
+
+def _mean_keys(seq_len, *, causal: bool) -> Any:
+    return seq_len / 2 if causal else seq_len
+
+
+def _mean_keys_in_window(seq_len, window: int, *, causal: bool) -> Any:
+    visible = np.minimum(seq_len, window)
+    return visible - visible**2 / (2 * seq_len) if causal else visible
+
+
+def _mean_keys_in_chunks(seq_len, chunk: int, *, causal: bool) -> Any:
+    whole, rest = seq_len // chunk, seq_len % chunk
+    return (whole * chunk**2 + rest**2) / (2 * seq_len) if causal else np.minimum(seq_len, chunk)
 
 
 def head_forward_flops(model: ModelSpec, tokens) -> Any:
     """The output projection (also when its weight is tied to the embedding)."""
     return 2 * tokens * model.hidden_size * model.vocab_size
+
+
+def mtp_forward_flops(model: ModelSpec, *, tokens, seq_len, causal: bool) -> Any:
+    """All multi-token prediction modules: an MoE layer behind a 2d -> d projection, and the head once more."""
+    layer = layer_forward_flops(model, model.moe_layers[-1], tokens=tokens, seq_len=seq_len, causal=causal).total
+    projection = 4 * tokens * model.hidden_size**2
+    return model.mtp_layers * (layer + projection + head_forward_flops(model, tokens))
+
+
+def model_forward_flops(model: ModelSpec, *, tokens, seq_len, causal: bool) -> Any:
+    """Forward FLOPs of the whole model without multi-token prediction; forward and backward together take 3 times."""
+    layers = sum(
+        layer_forward_flops(model, layer, tokens=tokens, seq_len=seq_len, causal=causal).total
+        for layer in range(model.num_layers)
+    )
+    return layers + head_forward_flops(model, tokens)
+
+
+def six_n_flops_per_token(model: ModelSpec, seq_len) -> Any:
+    """The "6N" convention: 6 FLOPs per active parameter but the input embedding, and the full attention core.
+
+    Forward and backward together, per token. Counts norms and biases as if they were products, which
+    `model_forward_flops` does not. Sources: PaLM, arXiv 2204.02311, appendix B; torchtitan's FLOPs per token.
+    """
+    parameters = active_parameters(model) - embedding_parameters(model)
+    if model.tie_word_embeddings:
+        parameters += embedding_parameters(model)  # the shared weight is a product in the head
+    core = sum(
+        attention_core_flops(model, layer, tokens=1, seq_len=seq_len, causal=False) for layer in range(model.num_layers)
+    )
+    return 6 * parameters + 3 * core
