@@ -1,0 +1,94 @@
+"""What is measured: the widths of the products, and how many sizes and how much time each measurement may take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipermoe.specs.model import ModelSpec
+from pipermoe.specs.units import KIB, MIB
+
+MOST_EXPERT_BYTES = 256 * MIB  # of one rank's experts while measuring
+BYTES_PER_ELEMENT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Widths:
+    """The widths that a model gives to its operations. The default is a small MoE that a laptop trains."""
+
+    hidden: int = 192
+    query: int = 192
+    key_value: int = 64
+    num_heads: int = 6
+    head_dim: int = 32
+    num_experts: int = 8
+    experts: int = 8  # that one rank measures
+    top_k: int = 2
+    expert_width: int = 256
+    vocab: int = 256
+
+    @classmethod
+    def of(cls, model: ModelSpec) -> Widths:
+        """The widths of `model`, with as many experts as a rank can hold while measuring."""
+        attention, moe = model.attention, model.moe
+        bytes_per_expert = BYTES_PER_ELEMENT * 3 * model.hidden_size * moe.expert_width
+        return cls(
+            hidden=model.hidden_size,
+            query=attention.num_heads * attention.head_dim,
+            key_value=attention.num_kv_heads * attention.head_dim,
+            num_heads=attention.num_heads,
+            head_dim=attention.head_dim,
+            num_experts=moe.num_experts,
+            experts=max(1, min(moe.num_experts, 8, MOST_EXPERT_BYTES // bytes_per_expert)),
+            top_k=moe.top_k,
+            expert_width=moe.expert_width,
+            vocab=model.vocab_size,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How many sizes are measured, and the seconds that the repeats of one size may take.
+
+    A size whose single call would exceed `longest_call_seconds` is left out: curves are constant beyond their ends.
+    """
+
+    tokens: tuple[int, ...]
+    rows_per_expert: tuple[int, ...]
+    seq_lens: tuple[int, ...]
+    pass_tokens: tuple[int, ...]
+    element_counts: tuple[int, ...]
+    parameter_counts: tuple[int, ...]
+    message_bytes: tuple[int, ...]
+    compute_seconds: float
+    message_seconds: float
+    crowd_seconds: float
+    longest_call_seconds: float
+
+
+FULL = Effort(
+    tokens=(32, 128, 512, 2048, 8192),
+    rows_per_expert=(4, 16, 64, 256, 1024, 2048),
+    seq_lens=(64, 128, 256, 512, 1024, 2048),
+    pass_tokens=(128, 512, 2048, 8192),
+    element_counts=tuple(2**n for n in (10, 13, 15, 17, 19, 21, 23)),
+    parameter_counts=(2**16, 2**19, 2**22),
+    message_bytes=(KIB, 16 * KIB, 64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB),
+    compute_seconds=0.06,
+    message_seconds=0.2,
+    crowd_seconds=2.0,
+    longest_call_seconds=0.5,
+)
+
+QUICK = Effort(
+    tokens=(128, 1024, 4096),
+    rows_per_expert=(16, 128, 1024),
+    seq_lens=(128, 512),
+    pass_tokens=(256, 2048),
+    element_counts=(2**10, 2**15, 2**19, 2**22),
+    parameter_counts=(2**18, 2**21),
+    message_bytes=(4 * KIB, 128 * KIB, MIB, 4 * MIB),
+    compute_seconds=0.025,
+    message_seconds=0.08,
+    crowd_seconds=0.8,
+    longest_call_seconds=0.15,
+)
