@@ -1,0 +1,90 @@
+"""How long the work of a schedule takes, and what an overlapped pair hides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipermoe.schedule.action import Action, Kind
+
+Seconds = float | Sequence[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Durations:
+    """Seconds of work on one micro-batch. Every field is one number, or one number per stage.
+
+    `forward`, `input_grad` and `weight_grad` are computation; a full backward is both gradients, unless `backward` says
+    otherwise. `forward_exchange` and `backward_exchange` are the all-to-alls inside a forward and an input gradient: a
+    micro-batch alone has to wait for them, an overlapped pair hides them behind the other's computation.
+    `transfer` is the time between the end of an action and the arrival of its result on another rank (per stage that
+    sends); it occupies its link. `unshard` and `reduce` run beside computation on the rank's collective lane.
+    `overlap_efficiency` in [0, 1] is the share that a pair achieves of the hiding that is possible.
+    """
+
+    forward: Seconds = 1.0
+    input_grad: Seconds = 1.0
+    weight_grad: Seconds = 1.0
+    backward: Seconds | None = None
+    forward_exchange: Seconds = 0.0
+    backward_exchange: Seconds = 0.0
+    transfer: Seconds = 0.0
+    unshard: Seconds = 0.0
+    reduce: Seconds = 0.0
+    overlap_efficiency: float = 1.0
+
+    def per_stage(self, num_stages: int) -> WorkTable:
+        """The same, spelt out for every stage."""
+
+        def spread(name: str) -> tuple[float, ...]:
+            value = getattr(self, name)
+            if isinstance(value, int | float):
+                return (float(value),) * num_stages
+            if len(value) != num_stages:
+                raise ValueError(f"durations: {name} has {len(value)} values for {num_stages} stages")
+            return tuple(map(float, value))
+
+        input_grad, weight_grad = spread("input_grad"), spread("weight_grad")
+        both = tuple(i + w for i, w in zip(input_grad, weight_grad, strict=True))
+        nothing = (0.0,) * num_stages
+        backward_exchange = spread("backward_exchange")
+        return WorkTable(
+            compute={
+                Kind.FORWARD: spread("forward"),
+                Kind.BACKWARD: both if self.backward is None else spread("backward"),
+                Kind.INPUT_GRAD: input_grad,
+                Kind.WEIGHT_GRAD: weight_grad,
+            },
+            exchange={
+                Kind.FORWARD: spread("forward_exchange"),
+                Kind.BACKWARD: backward_exchange,
+                Kind.INPUT_GRAD: backward_exchange,
+                Kind.WEIGHT_GRAD: nothing,
+            },
+            lane={Kind.UNSHARD: spread("unshard"), Kind.REDUCE: spread("reduce"), Kind.RESHARD: nothing},
+            transfer=spread("transfer"),
+            overlap_efficiency=self.overlap_efficiency,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class WorkTable:
+    """Seconds per kind and stage, as the simulations read them."""
+
+    compute: dict[Kind, tuple[float, ...]]
+    exchange: dict[Kind, tuple[float, ...]]
+    lane: dict[Kind, tuple[float, ...]]
+    transfer: tuple[float, ...]
+    overlap_efficiency: float
+
+    def work(self, action: Action) -> tuple[float, float]:
+        """Seconds of computation and of exposed all-to-all of a compute action.
+
+        A pair at best takes the longest of: all its computation, all its all-to-alls, either part alone.
+        """
+        if not action.pair:
+            return self.compute[action.kind][action.stage], self.exchange[action.kind][action.stage]
+        forward, backward = map(self.work, action.pair)
+        compute, exchange = forward[0] + backward[0], forward[1] + backward[1]
+        hidden = compute + exchange - max(compute, exchange, sum(forward), sum(backward))
+        return compute, exchange - self.overlap_efficiency * hidden
