@@ -12,7 +12,7 @@ from pipermoe.schedule.timeline import Mail, Timeline, timeline_of
 
 
 def simulate_shared_host(
-    schedule: Schedule, durations: Durations, compute_slots: int, ranks_per_stage: int = 1
+    schedule: Schedule, durations: Durations, compute_slots: float, ranks_per_stage: int = 1
 ) -> Timeline:
     """Like `simulate`, but the computing processes share `compute_slots` cores equally.
 
@@ -33,7 +33,7 @@ class _SharedClock:
     whatever others come and go. At full rate virtual time is time, shifted: no rounding distinguishes them.
     """
 
-    def __init__(self, compute_slots: int, ranks_per_stage: int) -> None:
+    def __init__(self, compute_slots: float, ranks_per_stage: int) -> None:
         self.slots, self.width = compute_slots, ranks_per_stage
         self.computing = 0
         self.rate, self.shift = 1.0, 0.0  # time = virtual / rate + shift
@@ -56,7 +56,7 @@ class _SharedClock:
 class _SharedHost:
     """Events in the order of time: a rank may start, its computation ends, its all-to-all ends."""
 
-    def __init__(self, schedule: Schedule, durations: Durations, compute_slots: int, ranks_per_stage: int) -> None:
+    def __init__(self, schedule: Schedule, durations: Durations, compute_slots: float, ranks_per_stage: int) -> None:
         self.program = compile_program(schedule, durations)
         ranks = range(schedule.num_ranks)
         self.mail = Mail(self.program)

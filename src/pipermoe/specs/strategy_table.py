@@ -57,13 +57,9 @@ class StrategyTable:
         values = {name: np.asarray(list(axes[name]), dtype=np.int64) for name in axes}
         grid = np.meshgrid(*values.values(), indexing="ij")
         named = {name: column.ravel() for name, column in zip(values, grid, strict=True)}
-        rows = grid[0].size
-        return cls(
-            **{
-                name: named.get(name, np.full(rows, int(name not in ZERO_BY_DEFAULT), dtype=np.int64))
-                for name in COLUMNS
-            }
-        )
+        for name in COLUMNS:
+            named.setdefault(name, np.full(grid[0].size, int(name not in ZERO_BY_DEFAULT), dtype=np.int64))
+        return cls(**named, splits=((),))
 
     def __len__(self) -> int:
         return len(self.pipeline_parallel)
