@@ -1,0 +1,82 @@
+"""The attention block of a config: grouped-query or latent, its biases and norms, and which layers see a window."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pipermoe.specs.hf.reader import ConfigReader
+from pipermoe.specs.model import GroupedQueryAttention, Indexer, LatentAttention, LocalAttention
+
+QkNorm = Literal["none", "head", "full", "l2"]
+
+
+def grouped_query(
+    config: ConfigReader,
+    *,
+    qkv_bias: bool = False,
+    output_bias: bool = False,
+    qk_norm: QkNorm = "none",
+    sinks: bool = False,
+) -> GroupedQueryAttention:
+    """Grouped-query attention in the usual keys; `head_dim` is hidden size over heads unless the config gives it."""
+    num_heads = config.size("num_attention_heads")
+    num_kv_heads = config.size("num_key_value_heads", num_heads)
+    if num_heads % num_kv_heads:
+        raise config.error("num_attention_heads", f"must be a multiple of num_key_value_heads = {num_kv_heads}")
+    head_dim = config.size("head_dim", None)
+    if head_dim is None:
+        hidden_size = config.size("hidden_size")
+        if hidden_size % num_heads:
+            raise config.error("num_attention_heads", f"must divide hidden_size = {hidden_size}, or give head_dim")
+        head_dim = hidden_size // num_heads
+    return GroupedQueryAttention(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        qkv_bias=qkv_bias,
+        output_bias=output_bias,
+        qk_norm=qk_norm,
+        sinks=sinks,
+        rope_theta=rope_theta(config),
+    )
+
+
+def latent(config: ConfigReader, *, indexer: bool = False) -> LatentAttention:
+    """Multi-head latent attention (DeepSeek); `q_lora_rank` null means a direct query projection."""
+    return LatentAttention(
+        num_heads=config.size("num_attention_heads"),
+        q_lora_rank=config.size("q_lora_rank", 0),
+        kv_lora_rank=config.size("kv_lora_rank"),
+        qk_nope_head_dim=config.size("qk_nope_head_dim"),
+        qk_rope_head_dim=config.size("qk_rope_head_dim"),
+        v_head_dim=config.size("v_head_dim"),
+        bias=config.flag("attention_bias", False),
+        indexer=_indexer(config) if indexer else None,
+        rope_theta=rope_theta(config),
+    )
+
+
+def rope_theta(config: ConfigReader) -> float:
+    """The rotary base: a key of its own, or inside `rope_parameters` as transformers 5 writes it."""
+    if not config.has("rope_theta") and isinstance(config.raw("rope_parameters"), dict):
+        return config.section("rope_parameters").number("rope_theta", 10000.0)
+    return config.number("rope_theta", 10000.0)
+
+
+def sliding_everywhere(config: ConfigReader, num_layers: int) -> LocalAttention | None:
+    """Every layer sees `sliding_window` keys, when the config gives it."""
+    window = config.size("sliding_window", 0, zero=True)
+    return local("sliding", window, range(num_layers))
+
+
+def local(kind: Literal["sliding", "chunked"], size: int, layers: range | list[int]) -> LocalAttention | None:
+    """Local attention on `layers`; none of them, or no size, is none at all."""
+    return LocalAttention(kind=kind, size=size, layers=tuple(layers)) if size and len(layers) else None
+
+
+def _indexer(config: ConfigReader) -> Indexer:
+    return Indexer(
+        num_heads=config.size("index_n_heads"),
+        head_dim=config.size("index_head_dim"),
+        top_k=config.size("index_topk"),
+    )
