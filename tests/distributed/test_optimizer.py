@@ -1,0 +1,144 @@
+"""For every arrangement and ZeRO level: the norm and the weights of one process with torch.optim.AdamW."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.distributed.harness import run_ranks
+from torch.nn import Parameter
+
+from pipermoe.runtime.groups import ProcessGroups
+from pipermoe.runtime.optimizer import Optimizer
+from pipermoe.runtime.weights import is_expert
+from pipermoe.specs.strategy import Strategy
+from pipermoe.specs.train import Optimizer as OptimizerConfig
+
+EXPERTS, STEPS = 4, 3
+CONFIG = OptimizerConfig(learning_rate=0.01, gradient_clip=1.0)
+# Odd sizes, so that no flat buffer divides by the ranks and shard borders fall inside parameters.
+SHAPES = {
+    f"layers.{layer}.{name}": shape
+    for layer in range(2)
+    for name, shape in {
+        "attention.query.weight": (5, 7),
+        "norm.weight": (7,),
+        "experts.up.weight": (EXPERTS, 3, 7),
+    }.items()
+}
+
+
+def draw(step: int) -> dict[str, torch.Tensor]:
+    """The weights (step -1) or the global gradients of a step: the first is clipped, the last is not."""
+    generator = torch.Generator().manual_seed(100 + step)
+    scale = 0.05 if step == STEPS - 1 else 1.0
+    return {name: scale * torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+
+
+def one_process() -> tuple[dict[str, np.ndarray], list[float]]:
+    weights = {name: Parameter(value) for name, value in draw(-1).items()}
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [p for p in weights.values() if p.ndim >= 2], "weight_decay": CONFIG.weight_decay},
+            {"params": [p for p in weights.values() if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=CONFIG.learning_rate,
+        betas=(CONFIG.beta1, CONFIG.beta2),
+        eps=CONFIG.epsilon,
+    )
+    norms = []
+    for step in range(STEPS):
+        for name, gradient in draw(step).items():
+            weights[name].grad = gradient
+        norms.append(torch.nn.utils.clip_grad_norm_(weights.values(), CONFIG.gradient_clip).item())
+        adamw.step()
+    return {name: weight.detach().numpy() for name, weight in weights.items()}, norms
+
+
+def train_rank(rank: int, strategies: list[Strategy]) -> list[tuple[dict[str, torch.Tensor], list[float]]]:
+    groups = ProcessGroups.create(strategies[0])
+    return [train_one(groups, strategy) for strategy in strategies]
+
+
+def train_one(groups: ProcessGroups, strategy: Strategy) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """The same training on one rank, which contributes a share of the gradients of what it holds."""
+    here = groups.coordinates
+    experts = slice(*(EXPERTS // strategy.expert_parallel * n for n in (here.ep, here.ep + 1)))
+    per_stage = 2 // strategy.pipeline_parallel
+    held = [name for name in SHAPES if int(name.split(".")[1]) // per_stage == here.pp]
+
+    def local(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: tensors[name][experts] if is_expert(name) else tensors[name] for name in held}
+
+    def share(name: str) -> float:
+        """Uneven shares of the copies' ranks that add up to one."""
+        index, ranks = (
+            (here.edp, strategy.expert_data_parallel) if is_expert(name) else (here.dp, strategy.data_parallel)
+        )
+        return 2 * (index + 1) / (ranks * (ranks + 1))
+
+    weights = {name: Parameter(value.clone()) for name, value in local(draw(-1)).items()}
+    optimizer = Optimizer(weights.items(), groups, strategy, CONFIG)
+    norms = []
+    for step in range(STEPS):
+        for name, gradient in local(draw(step)).items():
+            for _ in range(2):  # two micro-batches accumulate
+                weights[name].backward(gradient * share(name) / 2)
+        optimizer.reduce_gradients()
+        squared = optimizer.owned_squared_norm()
+        torch.distributed.all_reduce(squared)
+        norms.append(squared.sqrt().item())
+        optimizer.update(norms[-1], CONFIG.learning_rate)
+        optimizer.gather_weights()
+        optimizer.zero_gradients()
+    return {name: weight.detach() for name, weight in weights.items()}, norms
+
+
+ARRANGEMENTS: dict[str, dict[str, Any]] = {
+    "dp4": {"data_parallel": 4, "expert_data_parallel": 4},
+    "ep4": {"data_parallel": 4, "expert_parallel": 4},
+    "ep2 edp2": {"data_parallel": 4, "expert_parallel": 2, "expert_data_parallel": 2},
+    "pp2 ep2": {"pipeline_parallel": 2, "data_parallel": 2, "expert_parallel": 2},
+    "pp2 edp2": {"pipeline_parallel": 2, "data_parallel": 2, "expert_data_parallel": 2},
+}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+def test_norm_and_weights_equal_one_process_at_every_zero_level(arrangement):
+    strategies = [
+        Strategy(**ARRANGEMENTS[arrangement], zero_dense=zero_dense, zero_expert=zero_expert)
+        for zero_dense, zero_expert in ((0, 0), (1, 1), (1, 0))
+    ]
+    weights, norms = one_process()
+    answers = run_ranks(train_rank, 4, strategies)
+    for level, strategy in enumerate(strategies):
+        for rank, (held, rank_norms) in enumerate(answer[level] for answer in answers):
+            where = f"on rank {rank} of {strategy.compact()}"
+            np.testing.assert_allclose(rank_norms, norms, rtol=1e-6, err_msg=f"norm {where}")
+            size = EXPERTS // strategy.expert_parallel
+            first = rank % strategy.expert_parallel * size
+            for name, weight in held.items():
+                expected = weights[name][first : first + size] if is_expert(name) else weights[name]
+                np.testing.assert_allclose(weight, expected, rtol=0, atol=1e-6, err_msg=f"{name} {where}")
+        assert {name for answer in answers for name in answer[level][0]} == set(SHAPES)
+
+
+def held_elements(rank: int, strategy: Strategy) -> dict[str, int]:
+    groups = ProcessGroups.create(strategy)
+    weights = [(name, Parameter(torch.zeros(shape))) for name, shape in SHAPES.items()]
+    optimizer = Optimizer(weights, groups, strategy, CONFIG)
+    assert weights[0][1].untyped_storage().data_ptr() == optimizer.flats[0].weights_N.untyped_storage().data_ptr()
+    return {category: sum(t.numel() for t in tensors if t.ndim) for category, tensors in optimizer.tensors().items()}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("zero", "share"), [(0, 1), (1, 2)])
+def test_zero_1_keeps_the_moments_of_one_shard(zero, share):
+    strategy = Strategy(data_parallel=2, expert_data_parallel=2, zero_dense=zero, zero_expert=zero)
+    total = sum(int(np.prod(shape)) for shape in SHAPES.values())
+    assert total % 2 == 0  # no padding
+    for held in run_ranks(held_elements, 2, strategy):
+        assert held == {"weights": total, "gradients": total, "optimizer": 2 * total // share}
