@@ -141,7 +141,7 @@ class Assembly:
                     collective,
                     f"{collective}.{size}",
                     f"levels.{LEVEL}.{where}.{collective}",
-                    f"{ranks // size} groups of {size} ranks at once",
+                    _grouping(ranks, size),
                 )
                 for collective in COLLECTIVES
                 if collective != "send"
@@ -175,10 +175,15 @@ class Assembly:
         self.evidence[key] = self.evidence[key].model_copy(update={"source": f"{self.evidence[key].source}; {note}"})
 
     def _record(self, key: str, kind, source: str, residual: float | None = None) -> None:
-        software = ", ".join(f"{name} {version}" for name, version in self.facts.software.items())
+        software = self.facts.software
+        versions = ", ".join(f"{name} {software[name]}" for name in ("torch", "python", "cpu") if name in software)
         self.evidence[key] = Evidence(
-            kind=kind, source=source, date=self.facts.date, software=software, residual=residual
+            kind=kind, source=source, date=self.facts.date, software=versions, residual=residual
         )
+
+
+def _grouping(ranks: int, size: int) -> str:
+    return f"all {ranks} ranks" if size == ranks else f"{ranks // size} groups of {size} ranks at once"
 
 
 def _quality(points: Sequence[Point]) -> str:

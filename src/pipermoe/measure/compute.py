@@ -13,7 +13,7 @@ from pipermoe.specs.platform import PASSES, Pass
 
 Points = dict[str, list[Point]]
 Build = Callable[[], tuple[Call, ...]]
-TOKEN_PASSES = tuple(kind for kind in PASSES if kind not in ("optimizer", "gradient_norm"))
+TOKEN_PASSES: tuple[Pass, ...] = tuple(kind for kind in PASSES if kind not in ("optimizer", "gradient_norm"))
 LARGE_PRODUCT = 1024  # tokens, inner and outer width of the product that shows the device's best rate
 TOKENS_OF_ATTENTION = 1024  # at least one sequence
 GRAPH_OPERATIONS = 64

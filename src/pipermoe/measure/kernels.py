@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import accumulate, cycle
 from typing import TypeVar
 
 import torch
@@ -20,6 +20,7 @@ from pipermoe.specs.platform import Pass
 
 COLD_BYTES = 8 * 2**20  # operands rotate over this much memory: in a step nothing waits in the second-level cache
 MOST_SETS = 8
+NORM_BLOCK = 2**14
 Set = TypeVar("Set")
 
 
@@ -48,57 +49,68 @@ class Kernels:
         return cycle([build() for _ in range(max(1, min(MOST_SETS, round(COLD_BYTES / bytes_of_one))))])
 
     def product(self, tokens: int, inner: int, outer: int) -> tuple[Call, Call, Call]:
-        """y_TN = x_TD w_ND', dx_TD = g_TN w_ND and dw_ND = g_TN' x_TD of a dense layer."""
-        operand_bytes = 4 * (tokens * inner + tokens * outer + inner * outer)
+        """y_TN = x_TD w_ND', dx_TD = g_TN w_ND and dw_ND += g_TN' x_TD of a dense layer."""
+        operand_bytes = 4 * (tokens * inner + tokens * outer + 2 * inner * outer)
         sets = self._rotating(
-            operand_bytes, lambda: (self.random(tokens, inner), self.random(outer, inner), self.random(tokens, outer))
+            operand_bytes,
+            lambda: (
+                self.random(tokens, inner),
+                self.random(outer, inner),
+                self.random(tokens, outer),
+                self.random(outer, inner),
+            ),
         )
 
         def forward() -> Tensor:
-            x_TD, w_ND, _ = next(sets)
+            x_TD, w_ND, _, _ = next(sets)
             return x_TD @ w_ND.t()
 
         def input_gradient() -> Tensor:
-            _, w_ND, g_TN = next(sets)
+            _, w_ND, g_TN, _ = next(sets)
             return g_TN @ w_ND
 
         def weight_gradient() -> Tensor:
-            x_TD, _, g_TN = next(sets)
-            return g_TN.t() @ x_TD
+            x_TD, _, g_TN, dw_ND = next(sets)
+            return dw_ND.addmm_(g_TN.t(), x_TD)
 
         return forward, input_gradient, weight_gradient
 
     def grouped_product(self, rows: list[int], inner: int, outer: int) -> tuple[Call, Call, Call]:
-        """The three products of `rows[e]` rows with expert e's own matrix, rows sorted by expert."""
+        """The three products of `rows[e]` rows with the matrix of expert e, rows sorted by expert: a loop."""
         x_RD, g_RN = self.random(sum(rows), inner), self.random(sum(rows), outer)
-        w_END = self.random(len(rows), outer, inner)
+        w_EDN, dw_EDN = self.random(len(rows), inner, outer), self.random(len(rows), inner, outer)
+        parts = [slice(end - count, end) for end, count in zip(accumulate(rows), rows, strict=True)]
 
         def forward() -> Tensor:
             y_RN = x_RD.new_empty(x_RD.shape[0], outer)
-            for x, y, w in zip(x_RD.split(rows), y_RN.split(rows), w_END, strict=True):
-                torch.mm(x, w.t(), out=y)
+            for expert, part in enumerate(parts):
+                torch.mm(x_RD[part], w_EDN[expert], out=y_RN[part])
             return y_RN
 
         def input_gradient() -> Tensor:
             dx_RD = g_RN.new_empty(g_RN.shape[0], inner)
-            for g, dx, w in zip(g_RN.split(rows), dx_RD.split(rows), w_END, strict=True):
-                torch.mm(g, w, out=dx)
+            for expert, part in enumerate(parts):
+                torch.mm(g_RN[part], w_EDN[expert].t(), out=dx_RD[part])
             return dx_RD
 
         def weight_gradient() -> Tensor:
-            dw_END = torch.empty_like(w_END)
-            for g, x, dw in zip(g_RN.split(rows), x_RD.split(rows), dw_END, strict=True):
-                torch.mm(g.t(), x, out=dw)
-            return dw_END
+            for expert, part in enumerate(parts):
+                dw_EDN[expert].addmm_(x_RD[part].t(), g_RN[part])
+            return dw_EDN
 
         return forward, input_gradient, weight_gradient
 
     def attention(self, batch: int, seq_len: int, widths: Widths) -> Directions:
-        """Causal scaled dot-product attention of `batch` sequences, keys and values already repeated for all heads."""
-        shape = (batch, widths.num_heads, seq_len, widths.head_dim)
-        query, key, value = self.leaf(*shape), self.leaf(*shape), self.leaf(*shape)
+        """Causal scaled dot-product attention of `batch` sequences; heads lie inside tokens, as projected."""
+
+        def heads(count: int) -> Tensor:
+            return self.random(batch, seq_len, count, widths.head_dim).transpose(1, 2).requires_grad_()
+
+        query, key, value = heads(widths.num_heads), heads(widths.num_kv_heads), heads(widths.num_kv_heads)
+        shared = widths.num_heads != widths.num_kv_heads
         return self._differentiable(
-            lambda: F.scaled_dot_product_attention(query, key, value, is_causal=True), (query, key, value)
+            lambda: F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=shared),
+            (query, key, value),
         )
 
     def addition(self, elements: int) -> Call:
@@ -143,8 +155,7 @@ class Kernels:
         """The elements and the calls of one pass of `kind` over `tokens` tokens (see `specs.platform.Pass`)."""
         match kind:
             case "norm":
-                x, w = self.leaf(tokens, widths.hidden), self.leaf(widths.hidden)
-                return x.numel(), self._differentiable(lambda: F.rms_norm(x, (widths.hidden,), w, 1e-6), (x, w))
+                return self._norm(tokens, widths)
             case "residual":
                 x, y = self.leaf(tokens, widths.hidden), self.leaf(tokens, widths.hidden)
                 dx, dy = torch.randn_like(x), torch.randn_like(y)
@@ -169,13 +180,31 @@ class Kernels:
             case _:
                 raise ValueError(f"{kind} is not a pass over tokens")
 
+    def _norm(self, tokens: int, widths: Widths) -> tuple[int, Directions]:
+        x_TD, g_TD = self.random(tokens, widths.hidden), self.random(tokens, widths.hidden)
+        w_D, dw_D = self.random(widths.hidden), self.random(widths.hidden)
+        inverse_T1 = x_TD.square().mean(-1, keepdim=True).rsqrt_()
+
+        def forward() -> Tensor:
+            inverse = x_TD.square().mean(-1, keepdim=True).add_(1e-6).rsqrt_()
+            return (x_TD * inverse).mul_(w_D)
+
+        def backward() -> Tensor:
+            normal_TD = x_TD * inverse_T1
+            dw_D.add_((g_TD * normal_TD).sum(0))
+            scaled_TD = g_TD * w_D
+            mean_T1 = (scaled_TD * normal_TD).mean(-1, keepdim=True)
+            return scaled_TD.sub_(normal_TD.mul_(mean_T1)).mul_(inverse_T1)
+
+        return x_TD.numel(), Directions(forward, backward)
+
     def _rope(self, tokens: int, widths: Widths) -> tuple[int, Directions]:
-        x = self.leaf(tokens, widths.num_heads, widths.head_dim)
-        cosine, sine = self.random(tokens, 1, widths.head_dim // 2), self.random(tokens, 1, widths.head_dim // 2)
+        x = self.random(1, tokens, widths.num_heads, widths.head_dim).transpose(1, 2).requires_grad_()
+        cosine, sine = self.random(tokens, widths.head_dim), self.random(tokens, widths.head_dim)
 
         def rotate() -> Tensor:
-            a, b = x.chunk(2, dim=-1)
-            return torch.cat((a * cosine - b * sine, b * cosine + a * sine), dim=-1)
+            low, high = x.chunk(2, dim=-1)
+            return x * cosine + torch.cat((-high, low), dim=-1) * sine
 
         return x.numel(), self._differentiable(rotate, (x,))
 
@@ -193,22 +222,22 @@ class Kernels:
 
         return y_RD.numel(), self._differentiable(add_up, (y_RD, weight_R))
 
-    def optimizer(self, parameters: int, pieces: int = 16) -> Call:
-        """One AdamW update of `parameters` parameters in `pieces` tensors."""
-        weights = [torch.nn.Parameter(self.random(parameters // pieces)) for _ in range(pieces)]
-        for weight in weights:
-            weight.grad = torch.randn_like(weight)
-        return torch.optim.AdamW(weights, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1).step
+    def optimizer(self, parameters: int) -> Call:
+        """One fused AdamW update of a flat buffer of `parameters` parameters."""
+        weights = torch.nn.Parameter(self.random(parameters))
+        weights.grad = torch.randn_like(weights)
+        return torch.optim.AdamW([weights], lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True).step
 
-    def gradient_norm(self, parameters: int, pieces: int = 16) -> Call:
-        """The norm of `parameters` gradients and their scaling by it."""
-        gradients = [self.random(parameters // pieces) for _ in range(pieces)]
+    def gradient_norm(self, parameters: int) -> Call:
+        """The exact norm of a flat buffer of `parameters` gradients (fp64 over blocks), scaling and zeroing it."""
+        gradients = self.random(parameters)
 
         def run() -> None:
-            norm = torch.nn.utils.get_total_norm(gradients)
-            scale = 1.0 / torch.clamp(norm, min=1.0)
-            for gradient in gradients:
-                gradient.mul_(scale)
+            blocks = gradients.split(NORM_BLOCK)
+            norms = torch.stack(torch._foreach_norm(blocks))  # pyright: ignore[reportPrivateImportUsage]
+            norm = norms.double().square().sum().sqrt()
+            gradients.mul_(1.0 / max(1.0, float(norm)))
+            gradients.zero_()
 
         return run
 
@@ -219,8 +248,15 @@ def _swiglu(gate_up: Tensor) -> Tensor:
 
 
 def _route(scores_TE: Tensor, top_k: int) -> Tensor:
-    """Weights of the chosen experts; the stable sort that groups rows by expert is timed with it."""
-    weights_TK, experts_TK = scores_TE.softmax(dim=-1).topk(top_k, dim=-1)
-    experts_TK.flatten().argsort(stable=True)
-    torch.bincount(experts_TK.flatten(), minlength=scores_TE.shape[-1])
-    return weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+    """Weights of the chosen experts, the balancing loss, and the stable sort that groups rows by expert."""
+    experts = scores_TE.shape[1]
+    share_TE = scores_TE.softmax(dim=-1)
+    experts_TK = share_TE.detach().topk(top_k, dim=-1).indices
+    weights_TK = share_TE.gather(1, experts_TK)
+    weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+    choices = experts_TK.flatten()
+    choices.argsort(stable=True)
+    load_E = torch.zeros(experts, dtype=torch.int64, device=choices.device)
+    load_E.scatter_add_(0, choices, torch.ones_like(choices))
+    balance = experts * (load_E.to(share_TE.dtype) / choices.numel() * share_TE.mean(0)).sum()
+    return torch.cat((weights_TK.flatten(), balance[None]))

@@ -77,28 +77,25 @@ def _rank_main(program: Program, rank: int, pipes: list[tuple[Connection, Connec
 def _collect(readers: list[Connection], processes: list[Any], on_step: Report, deadline: float) -> list[Any]:
     results: dict[int, Any] = {}
     steps = ["starting"] * len(readers)
-    open_readers = dict(zip(readers, range(len(readers)), strict=True))
-    while len(results) < len(readers):
-        ready = wait(list(open_readers), timeout=max(0.0, deadline - time.monotonic()))
+    waiting = dict(enumerate(readers))
+    while waiting:
+        ready = wait(list(waiting.values()), timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
             raise MachineError(f"measuring did not end in time; rank 0 was measuring {steps[0]}")
-        for reader in ready:
-            rank = open_readers[reader]
+        for rank in [rank for rank, reader in waiting.items() if reader in ready]:
             try:
-                kind, value = json.loads(reader.recv_bytes())
+                kind, value = json.loads(waiting[rank].recv_bytes())
             except EOFError:
-                del open_readers[reader]
-                if rank not in results:
-                    raise MachineError(_cause(processes, rank, "it ended without a word", steps[rank])) from None
-                continue
-            if kind == "step":
+                raise MachineError(_cause(processes, rank, "it ended without a word", steps[rank])) from None
+            if kind == "failure":
+                raise MachineError(_cause(processes, rank, value, steps[rank]))
+            if kind == "result":
+                results[rank] = value
+                del waiting[rank]
+            else:
                 steps[rank] = value
                 if rank == 0:
                     on_step(value)
-            elif kind == "result":
-                results[rank] = value
-            else:
-                raise MachineError(_cause(processes, rank, value, steps[rank]))
     return [results[rank] for rank in range(len(readers))]
 
 

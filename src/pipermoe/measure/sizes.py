@@ -19,6 +19,7 @@ class Widths:
     query: int = 192
     key_value: int = 64
     num_heads: int = 6
+    num_kv_heads: int = 2
     head_dim: int = 32
     num_experts: int = 8
     experts: int = 8  # that one rank measures
@@ -33,10 +34,11 @@ class Widths:
         bytes_per_expert = BYTES_PER_ELEMENT * 3 * model.hidden_size * moe.expert_width
         return cls(
             hidden=model.hidden_size,
-            query=attention.num_heads * attention.head_dim,
-            key_value=attention.num_kv_heads * attention.head_dim,
+            query=attention.num_heads * attention.query_key_dim,
+            key_value=max(1, attention.cache_width // 2),
             num_heads=attention.num_heads,
-            head_dim=attention.head_dim,
+            num_kv_heads=attention.num_kv_heads if attention.kind == "gqa" else attention.num_heads,
+            head_dim=attention.query_key_dim,
             num_experts=moe.num_experts,
             experts=max(1, min(moe.num_experts, 8, MOST_EXPERT_BYTES // bytes_per_expert)),
             top_k=moe.top_k,

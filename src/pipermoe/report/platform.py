@@ -1,0 +1,95 @@
+"""A Platform as tables for a terminal: what the device reaches, what the network costs, how far to trust it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from rich.console import Console
+from rich.table import Table
+
+from pipermoe.specs.platform import COLLECTIVES, Collective, Level, LinkCost, Platform, RateCurve
+from pipermoe.specs.train import Precision
+from pipermoe.specs.units import format_bytes, format_count, format_seconds
+
+UNSTEADY = 0.2  # `Host.noise` above which predictions within 10 % are not to be expected
+
+
+def render_platform(platform: Platform, console: Console) -> None:
+    """Print `platform`: device rates, network costs, and what they rest on."""
+    device, host = platform.device, platform.host
+    console.print(f"[bold]{platform.name}[/bold]  {platform.source}", highlight=False)
+    peaks = ", ".join(f"{format_count(rate, 'FLOP/s')} {name}" for name, rate in device.peak_flops_per_s.items())
+    console.print(f"  peak {peaks}; {format_bytes(device.memory_bytes)} a rank; {_sharing(platform)}", highlight=False)
+    console.print(_device_table(platform))
+    for level in platform.levels:
+        console.print(_level_table(platform, level))
+    if host.noise is not None and host.noise > UNSTEADY:
+        console.print(
+            f"[yellow]The machine was unsteady: a fixed kernel varied by {host.noise:.0%} (10th to 90th percentile). "
+            "Measure again on a quiet machine before trusting predictions to 10 %.[/yellow]",
+            highlight=False,
+        )
+
+
+def _sharing(platform: Platform) -> str:
+    host = platform.host
+    noise = "" if host.noise is None else f"; host noise {host.noise:.0%}"
+    return f"{host.ranks} ranks a host compute like {host.compute_slots:.3g} undisturbed ones{noise}"
+
+
+def _device_table(platform: Platform) -> Table:
+    """Every curve as its smallest, a middle and its largest size: rate @size."""
+    table = Table(title="Device: rate of one rank @size", title_justify="left", box=None, pad_edge=False)
+    table.add_column("work")
+    for name in ("small", "middle", "large"):
+        table.add_column(name, justify="right")
+    device = platform.device
+    flops: list[tuple[str, Mapping[Precision, RateCurve]]] = [
+        ("matrix product, by FLOPs", device.gemm),
+        ("experts, by rows each", device.grouped_gemm),
+        ("attention forward, by sequence", device.attention),
+        ("attention backward", device.attention_backward),
+    ]
+    table.add_row("[dim]FLOP/s[/dim]")
+    for name, curves in flops:
+        for precision, curve in curves.items():
+            table.add_row(f"{name} [dim]{precision}[/dim]", *_cells(curve))
+    table.add_row("[dim]bytes/s[/dim]")
+    table.add_row("element-wise, by bytes", *_cells(device.memory_bound))
+    for precision, passes in device.passes.items():
+        table.add_row(f"[dim]elements/s, {precision}[/dim]")
+        for kind, rate in passes.items():
+            table.add_row(f"{kind} forward" if rate.backward else kind, *_cells(rate.forward))
+            if rate.backward:
+                table.add_row(f"{kind} backward", *_cells(rate.backward))
+    return table
+
+
+def _cells(curve: RateCurve) -> list[str]:
+    last = len(curve.size) - 1
+    shown = sorted({0, last // 2, last})
+    return [f"{format_count(curve.rate[i])} [dim]@{format_count(curve.size[i])}[/dim]" for i in shown]
+
+
+def _level_table(platform: Platform, level: Level) -> Table:
+    table = Table(
+        title=f"Network: level {level.name}, {level.ranks} ranks", title_justify="left", box=None, pad_edge=False
+    )
+    table.add_column("call")
+    for name in ("ranks", "latency", "bandwidth", "fit error"):
+        table.add_column(name, justify="right")
+    sizes: list[tuple[int, str, Callable[[Collective], LinkCost | None]]] = [
+        (size, f"group_cost.{size}", costs.get) for size, costs in sorted(level.group_cost.items())
+    ]
+    sizes.append((level.ranks, "cost", level.cost.get))
+    for collective in COLLECTIVES:
+        for size, where, cost_of in sizes:
+            cost = cost_of(collective)
+            if cost is None:
+                continue
+            evidence = platform.evidence_for(f"levels.{level.name}.{where}.{collective}")
+            error = f"{evidence.residual:.0%}" if evidence and evidence.residual is not None else "-"
+            ranks = "2" if collective == "send" else str(size)
+            bandwidth = f"{format_count(cost.bandwidth_bytes_per_s, 'B/s')}"
+            table.add_row(collective, ranks, format_seconds(cost.latency_seconds), bandwidth, error)
+    return table
