@@ -1,0 +1,155 @@
+"""Why the winner wins: where its step goes, what bounds it, and why its neighbours lose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipermoe.planner.result import Alternative, Candidate
+from pipermoe.planner.search import Job, Space, fastest
+from pipermoe.resources.flops import head_forward_flops, layer_forward_flops
+from pipermoe.resources.step import compute_slots, predict
+from pipermoe.specs.model import ModelSpec
+from pipermoe.specs.report import MEMORY_CATEGORIES, TERMS, StepReport
+from pipermoe.specs.strategy import Strategy
+from pipermoe.specs.strategy_table import RECOMPUTE_NAMES, SCHEDULE_NAMES
+from pipermoe.specs.train import TrainConfig
+from pipermoe.specs.units import format_seconds
+
+AXES = (
+    "pipeline_parallel",
+    "expert_parallel",
+    "micro_batch_size",
+    "schedule",
+    "recompute",
+    "zero_dense",
+    "zero_expert",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """The searched space with the lower bound of every row, fitting or not; arrays (rows,)."""
+
+    job: Job
+    space: Space
+    bound: NDArray
+
+    @property
+    def fits(self) -> NDArray[np.bool_]:
+        return self.space.peak_bytes <= self.job.memory_budget_bytes
+
+    def best(self, mask: NDArray[np.bool_], count: int = 1) -> tuple[tuple[tuple[int, float], ...], int]:
+        """The fastest rows of `mask` with their seconds, and how many were simulated."""
+        rows = np.flatnonzero(mask)
+        ranking = fastest(self.job, self.space, rows, self.bound[rows], count)
+        return ranking.rows, ranking.simulated
+
+
+def candidate(job: Job, strategy: Strategy, prediction: StepReport) -> Candidate:
+    """A strategy as a row of the ranking."""
+    worst = max(prediction.ranks, key=lambda rank: (rank.peak_bytes, -rank.rank))
+    seconds = prediction.step_seconds
+    devices = min(float(job.world_size), compute_slots(job.platform, job.world_size))
+    peak = job.platform.device.peak_flops_per_s[job.train.precision] * devices
+    return Candidate(
+        strategy=strategy,
+        microbatches=job.train.global_batch_size // (strategy.data_parallel * strategy.micro_batch_size),
+        step_seconds=seconds,
+        tokens_per_second=job.train.tokens_per_step / seconds,
+        model_flops_utilization=model_flops(job.model, job.train) / (seconds * peak),
+        seconds={term: prediction.mean_seconds(term) for term in TERMS},
+        worst_rank=worst.rank,
+        peak_bytes=worst.peak_bytes,
+        memory_bytes=worst.memory_bytes,
+    )
+
+
+def model_flops(model: ModelSpec, train: TrainConfig) -> float:
+    """FLOPs of a step that training needs: forward and backward, causal attention, no recompute (for MFU)."""
+    tokens = train.tokens_per_step
+    layers = range(model.num_layers)
+    body = sum(layer_forward_flops(model, n, tokens=tokens, seq_len=train.seq_len, causal=True).total for n in layers)
+    return 3 * (body + head_forward_flops(model, tokens))
+
+
+def alternatives(field: Field, chosen: Candidate) -> tuple[Alternative, ...]:
+    """For every axis and every other value on it: the best strategy with that value, and why it loses."""
+    found = []
+    for axis in AXES:
+        column = getattr(field.space.table, axis)
+        here = _code(axis, chosen.strategy)
+        for value in np.unique(column[column != here]).tolist():
+            found.append(_alternative(field, axis, column == value, chosen))
+    return tuple(found)
+
+
+def _code(axis: str, strategy: Strategy) -> int:
+    value = getattr(strategy, axis)
+    return (
+        {"schedule": SCHEDULE_NAMES, "recompute": RECOMPUTE_NAMES}[axis].index(value)
+        if isinstance(value, str)
+        else value
+    )
+
+
+def _alternative(field: Field, axis: str, mask: NDArray[np.bool_], chosen: Candidate) -> Alternative:
+    job, space = field.job, field.space
+    fitting = mask & field.fits
+    if fitting.any():
+        ((row, _),), _ = field.best(fitting)
+    else:
+        rows = np.flatnonzero(mask)
+        row = int(rows[np.argmin(space.peak_bytes[rows])])
+    strategy = space.table.row(row)
+    other = candidate(job, strategy, predict(job.model, job.platform, job.train, strategy))
+    if not fitting.any():
+        more = {name: other.memory_bytes[name] - chosen.memory_bytes[name] for name in MEMORY_CATEGORIES}
+        return Alternative(
+            axis=axis,
+            strategy=strategy,
+            fits=False,
+            rank=other.worst_rank,
+            missing_bytes=other.peak_bytes - job.memory_budget_bytes,
+            category=max(MEMORY_CATEGORIES, key=more.__getitem__),
+        )
+    slower = {term: other.seconds[term] - chosen.seconds[term] for term in TERMS}
+    term = max(TERMS, key=slower.__getitem__)
+    return Alternative(
+        axis=axis,
+        strategy=strategy,
+        fits=True,
+        rank=other.worst_rank,
+        slower_seconds=other.step_seconds - chosen.step_seconds,
+        term=term,
+        term_seconds=slower[term],
+    )
+
+
+def bottleneck(field: Field, chosen: Candidate) -> str:
+    """One or two sentences: the largest part of the step, and what the memory budget costs."""
+    job, seconds = field.job, chosen.seconds
+    parts = {
+        "computing": seconds["forward"] + seconds["backward"],
+        "the all-to-all": seconds["all_to_all"],
+        "the pipeline bubble": seconds["pipeline_wait"],
+        "reducing gradients": seconds["gradient_sync"],
+        "the optimizer": seconds["optimizer"],
+    }
+    part = max(parts, key=parts.__getitem__)
+    sentence = f"{part} takes {parts[part] / chosen.step_seconds:.0%} of the step"
+    slots = compute_slots(job.platform, job.world_size)
+    if part == "computing" and slots < job.world_size:
+        sentence += f", because {job.world_size} ranks share {slots:.3g} cores"
+    if not field.fits.all():
+        ((row, unlimited),), _ = field.best(np.ones(len(field.space), dtype=bool))
+        if unlimited < chosen.step_seconds:
+            gain = 1 - unlimited / chosen.step_seconds
+            strategy = field.space.table.row(row)
+            sentence += (
+                f"; with memory for {strategy.compact()} mbs{strategy.micro_batch_size} "
+                f"it would take {format_seconds(unlimited)} ({gain:.1%} less)"
+            )
+    return sentence
