@@ -16,19 +16,24 @@ def load_model(reference: str, *, assume: str | None = None) -> ModelSpec:
     """The model that `reference` names.
 
     `reference` is a catalogue name (`mixtral-8x7b`), a `.toml` file of this project, a Hugging Face `config.json`, or a
-    folder that holds one. `assume` reads a config.json of unknown `model_type` as that family.
-    Raises `UserError`.
+    folder that holds one; a name of the catalogue wins over a folder of the same name. `assume` reads a config.json of
+    unknown `model_type` as that family. Raises `UserError`.
     """
-    if looks_like_a_path(reference):
-        path = Path(reference)
-        if path.is_dir() or path.suffix == ".json":
-            return ModelSpec.from_hf_config(path, assume=assume)
-        return load(path, ModelSpec)
-    entry = _folder("models") / f"{reference}.toml"
-    if not entry.is_file():
+    name, path = reference.lower(), Path(reference)
+    if name in model_names():
+        if assume is not None:
+            raise UserError(f"--assume {assume}: {name} is a catalogue entry; --assume is for a config.json")
+        with resources.as_file(_folder("models") / f"{name}.toml") as entry:
+            return load(entry, ModelSpec)
+    if path.is_dir() or path.suffix == ".json":
+        return ModelSpec.from_hf_config(path, assume=assume)
+    if not looks_like_a_path(reference):
         raise UserError(unknown_name(reference, model_names(), "model"))
-    with resources.as_file(entry) as path:
-        return load(path, ModelSpec)
+    if not path.exists():
+        raise UserError(unknown_name(path.name, model_names(), "model", missing=reference))
+    if assume is not None:
+        raise UserError(f"{reference}: --assume {assume} is for a config.json, not for a .toml file")
+    return load(path, ModelSpec)
 
 
 def model_names() -> list[str]:
@@ -42,14 +47,17 @@ def names_in(kind: str) -> list[str]:
 
 
 def looks_like_a_path(reference: str) -> bool:
-    """Whether `reference` means a file or folder: it has a separator, a known suffix, or there is a folder of it."""
-    return "/" in reference or "\\" in reference or reference.endswith((".toml", ".json")) or Path(reference).is_dir()
+    """Whether `reference` means a file: it has a separator or a known suffix."""
+    return "/" in reference or "\\" in reference or reference.endswith((".toml", ".json"))
 
 
-def unknown_name(reference: str, names: list[str], kind: str) -> str:
+def unknown_name(reference: str, names: list[str], kind: str, *, missing: str = "") -> str:
     """One line: what was not found, what was perhaps meant, what else is accepted."""
-    close = difflib.get_close_matches(reference.lower(), names, n=3, cutoff=0.5)
+    stem = reference.lower().removesuffix(".toml")
+    close = difflib.get_close_matches(stem, names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}? " if close else f"the catalogue has {', '.join(names)}; "
+    if missing:
+        return f"{missing}: no such file; {hint}".rstrip("; ")
     return f"{kind} {reference!r}: not in the catalogue; {hint}or give the path of a .toml file or a config.json"
 
 
