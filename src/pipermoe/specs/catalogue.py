@@ -55,9 +55,9 @@ def unknown_name(reference: str, names: list[str], kind: str, *, missing: str = 
     """One line: what was not found, what was perhaps meant, what else is accepted."""
     stem = reference.lower().removesuffix(".toml")
     close = difflib.get_close_matches(stem, names, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(close)}? " if close else f"the catalogue has {', '.join(names)}; "
     if missing:
-        return f"{missing}: no such file; {hint}".rstrip("; ")
+        return f"{missing}: no such file" + (f"; did you mean the catalogue's {' or '.join(close)}?" if close else "")
+    hint = f"did you mean {' or '.join(close)}? " if close else f"the catalogue has {', '.join(names)}; "
     return f"{kind} {reference!r}: not in the catalogue; {hint}or give the path of a .toml file or a config.json"
 
 
