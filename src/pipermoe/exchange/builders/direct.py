@@ -1,0 +1,74 @@
+"""Every segment in one message, straight from source to destination; builders differ in order and window."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from pipermoe.exchange.plan import INPUT, OUTPUT, ExchangePlan, Fragments, Ints, assemble, byte_matrix, segment_offsets
+from pipermoe.exchange.topology import Topology
+
+
+def direct(counts: ArrayLike, topology: Topology) -> ExchangePlan:
+    """All messages at once, in rotation order: step k of rank r goes to r + k. What gloo and MPI's linear do."""
+    return _straight("direct", byte_matrix(counts), rotation(topology.num_ranks), window=0)
+
+
+def pairwise(counts: ArrayLike, topology: Topology, *, window: int = 1) -> ExchangePlan:
+    """Rotation order with `window` steps in flight: MPI's pairwise with 1; NCCL's and RCCL's send-receive with 4 to 8.
+
+    On a dragonfly it sends a whole group to one other group at a time, so one global link of G - 1 works.
+    """
+    return _straight("pairwise", byte_matrix(counts), rotation(topology.num_ranks), window)
+
+
+def group_aware(counts: ArrayLike, topology: Topology, *, window: int = 0) -> ExchangePlan:
+    """Straight messages in an order that spreads every step over all groups, so all global links work all the time."""
+    order = group_interleaved(topology.group_of)
+    return _straight("group_aware", byte_matrix(counts), order, window)
+
+
+def rotation(num_ranks: int) -> Ints:
+    """The step at which s addresses d, [P, P]: (d - s) mod P."""
+    rank = np.arange(num_ranks)
+    return (rank[None, :] - rank[:, None]) % num_ranks
+
+
+def group_interleaved(group_of: Ints) -> Ints:
+    """The step at which s addresses d, [P, P]; with equal groups every step is a permutation.
+
+    Member j of group g sends in step (b, a) to group g + a + j, member j + b: the members of a group address different
+    groups at any moment. Compare the source-vector rounds of the Swapped Dragonfly (Draper, arXiv 2202.01843).
+    """
+    groups = int(group_of.max()) + 1
+    member = np.zeros_like(group_of)
+    for g in range(groups):
+        inside = group_of == g
+        member[inside] = np.arange(inside.sum())
+    size = int(member.max()) + 1
+    ahead = (group_of[None, :] - group_of[:, None] - member[:, None]) % groups
+    return (member[None, :] - member[:, None]) % size * groups + ahead
+
+
+def _straight(name: str, counts: Ints, step: Ints, window: int) -> ExchangePlan:
+    source, destination = np.nonzero(counts)
+    before, above = segment_offsets(counts)
+    buffer = np.zeros(len(source), dtype=np.int64)
+    fragments = Fragments(
+        buffer + INPUT,
+        before[source, destination],
+        buffer + OUTPUT,
+        above[source, destination],
+        counts[source, destination],
+    )
+    return assemble(
+        name,
+        counts,
+        ("straight",),
+        source=source,
+        destination=destination,
+        phase=buffer,
+        step=step[source, destination],
+        fragments=fragments,
+        window=window,
+    )

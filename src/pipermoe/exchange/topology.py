@@ -1,0 +1,168 @@
+"""Where the ranks of an exchange stand: rank -> node, NIC and dragonfly group, and what the links carry."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from pipermoe.exchange.plan import Ints
+
+UNLIMITED = float("inf")
+
+
+@dataclass(frozen=True)
+class Topology:
+    """R ranks on nodes with NICs, nodes in groups; bandwidths in bytes/s per direction, latencies in seconds.
+
+    - `node[r]`, `nic[r]`: the node of rank r and the NIC of that node by which r's messages leave and arrive.
+    - `group[n]`: the dragonfly group (or tree pod) of node n; between two groups runs one aggregated link each way.
+    - `nic_bandwidth` of one NIC, `local_bandwidth` of one rank's port inside its node, `global_bandwidth` of the link
+      from one group to one other (unlimited: the network is not tapered).
+    - `message_seconds`: the time a rank's processor spends on one message, so messages of a rank do not overlap in it.
+    """
+
+    node: tuple[int, ...]
+    nic: tuple[int, ...]
+    group: tuple[int, ...]
+    nic_bandwidth: float = UNLIMITED
+    local_bandwidth: float = UNLIMITED
+    global_bandwidth: float = UNLIMITED
+    local_latency: float = 0.0
+    nic_latency: float = 0.0
+    global_latency: float = 0.0
+    message_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        if len(self.node) != len(self.nic):
+            raise ValueError(f"node and nic must have one entry per rank: {len(self.node)} and {len(self.nic)}")
+        if not self.node or set(self.node) != set(range(len(self.group))):
+            raise ValueError(f"nodes must be 0..{len(self.group) - 1}, as `group` has {len(self.group)} entries")
+        if set(self.group) != set(range(max(self.group) + 1)):
+            raise ValueError(f"groups must be numbered 0, 1, ...; there are {sorted(set(self.group))}")
+
+    @classmethod
+    def even(cls, nodes: int, ranks_per_node: int = 1, groups: int = 1, nics_per_node: int = 1, **links) -> Topology:
+        """Consecutive ranks fill a node, consecutive nodes a group; a node's ranks share its NICs in equal blocks."""
+        if nodes % groups:
+            raise ValueError(f"{nodes} nodes do not divide into {groups} groups")
+        if max(ranks_per_node, nics_per_node) % min(ranks_per_node, nics_per_node):
+            raise ValueError(f"{ranks_per_node} ranks cannot share {nics_per_node} NICs evenly")
+        return cls(
+            node=tuple(n for n in range(nodes) for _ in range(ranks_per_node)),
+            nic=tuple(r * nics_per_node // ranks_per_node for _ in range(nodes) for r in range(ranks_per_node)),
+            group=tuple(n // (nodes // groups) for n in range(nodes)),
+            **links,
+        )
+
+    @classmethod
+    def of_hosts(cls, hosts: Sequence[str], groups: Sequence[str] | None = None, **links) -> Topology:
+        """From the host name of every rank (and the name of its group), in any order; one NIC per node."""
+        names = list(dict.fromkeys(hosts))
+        group_of_host = dict(zip(hosts, groups or [""] * len(hosts), strict=True))
+        group_names = list(dict.fromkeys(group_of_host[name] for name in names))
+        return cls(
+            node=tuple(names.index(host) for host in hosts),
+            nic=(0,) * len(hosts),
+            group=tuple(group_names.index(group_of_host[name]) for name in names),
+            **links,
+        )
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self.node)
+
+    @property
+    def num_nodes(self) -> int:
+        return len(self.group)
+
+    @property
+    def num_groups(self) -> int:
+        return max(self.group) + 1
+
+    @cached_property
+    def node_of(self) -> Ints:
+        return np.array(self.node, dtype=np.int64)
+
+    @cached_property
+    def group_of(self) -> Ints:
+        """The group of every rank."""
+        return np.array(self.group, dtype=np.int64)[self.node_of]
+
+    @cached_property
+    def local_index(self) -> Ints:
+        """Every rank's place among the ranks of its node."""
+        return _place_in(self.node_of)
+
+    @cached_property
+    def ranks_of_node(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(np.flatnonzero(self.node_of == n).tolist()) for n in range(self.num_nodes))
+
+    @cached_property
+    def nics_of_node(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(sorted({self.nic[r] for r in ranks})) for ranks in self.ranks_of_node)
+
+    @cached_property
+    def nic_port(self) -> Ints:
+        """Every rank's NIC, numbered over all nodes."""
+        key = self.node_of * (max(self.nic) + 1) + np.array(self.nic)
+        return np.unique(key, return_inverse=True)[1].astype(np.int64)
+
+    def carrier(self, node: int, nic: int, turn: int) -> int:
+        """A rank of `node` that uses `nic`; `turn` rotates over them."""
+        ranks = [r for r in self.ranks_of_node[node] if self.nic[r] == nic]
+        return ranks[turn % len(ranks)]
+
+    def subset(self, ranks: Sequence[int]) -> Topology:
+        """The topology of a process group: its rank i is `ranks[i]` here."""
+        nodes = sorted({self.node[r] for r in ranks})
+        groups = sorted({self.group[n] for n in nodes})
+        return Topology(
+            node=tuple(nodes.index(self.node[r]) for r in ranks),
+            nic=tuple(self.nic[r] for r in ranks),
+            group=tuple(groups.index(self.group[n]) for n in nodes),
+            **{name: getattr(self, name) for name in LINKS},
+        )
+
+
+LINKS = (
+    "nic_bandwidth",
+    "local_bandwidth",
+    "global_bandwidth",
+    "local_latency",
+    "nic_latency",
+    "global_latency",
+    "message_seconds",
+)
+
+
+def _place_in(label: Ints) -> Ints:
+    """For every entry how many equal ones come before it."""
+    order = np.argsort(label, kind="stable")
+    starts = np.searchsorted(label[order], label[order], side="left")
+    place = np.empty_like(label)
+    place[order] = np.arange(len(label)) - starts
+    return place
+
+
+def frontier(nodes: int) -> Topology:
+    """`nodes` of OLCF Frontier, 8 GCDs each: 4 NICs of 25 GB/s, groups of 128 nodes, 4 links of 25 GB/s per group pair.
+
+    Source: OLCF user guide and glennklockwood.com/garden/systems/frontier (docs/exchange.md); the port inside a node is
+    one 50 GB/s xGMI link, 2 microseconds is the measured one-byte time of a message between nodes.
+    """
+    ranks = nodes * 8
+    return Topology(
+        node=tuple(r // 8 for r in range(ranks)),
+        nic=tuple(r % 8 // 2 for r in range(ranks)),
+        group=tuple(n // 128 for n in range(nodes)),
+        nic_bandwidth=25e9,
+        local_bandwidth=50e9,
+        global_bandwidth=100e9,
+        local_latency=1e-6,
+        nic_latency=2e-6,
+        global_latency=0.5e-6,
+        message_seconds=0.5e-6,
+    )
