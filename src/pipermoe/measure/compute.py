@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
+from pipermoe.measure import passes
 from pipermoe.measure.clock import Call, Clock, time_call
 from pipermoe.measure.kernels import Kernels
 from pipermoe.measure.samples import Point
 from pipermoe.measure.sizes import Effort, Widths
-from pipermoe.specs.platform import PASSES, Pass
 
 Points = dict[str, list[Point]]
 Build = Callable[[], tuple[Call, ...]]
-TOKEN_PASSES: tuple[Pass, ...] = tuple(kind for kind in PASSES if kind not in ("optimizer", "gradient_norm"))
 LARGE_PRODUCT = 1024  # tokens, inner and outer width of the product that shows the device's best rate
 TOKENS_OF_ATTENTION = 1024  # at least one sequence
 GRAPH_OPERATIONS = 64
@@ -112,8 +111,7 @@ def attention(bench: Bench) -> None:
             return
         core = bench.kernels.attention(batch, seq_len, widths)
         bench.point("attention.forward", seq_len, flops, [core.forward])
-        if core.backward:
-            bench.point("attention.backward", seq_len, 2 * flops, [core.backward])
+        bench.point("attention.backward", seq_len, 2 * flops, [core.backward])
 
 
 def memory_bound(bench: Bench) -> None:
@@ -130,28 +128,19 @@ def _addition(bench: Bench, elements: int) -> Build:
     return lambda: (bench.kernels.addition(elements),)
 
 
-def passes(bench: Bench) -> None:
+def memory_bound_passes(bench: Bench) -> None:
     """`passes.KIND.forward` and `.backward`: elements/s of the named memory-bound work."""
-    for kind in TOKEN_PASSES:
-        for tokens in bench.effort.pass_tokens:
-            if kind == "loss" and tokens * bench.widths.vocab > MOST_LOGITS and _has(bench, kind):
+    kernels, widths, effort = bench.kernels, bench.widths, bench.effort
+    for kind, build in passes.TOKEN_PASSES.items():
+        for tokens in effort.pass_tokens:
+            if kind == "loss" and tokens * widths.vocab > MOST_LOGITS and tokens > effort.pass_tokens[0]:
                 break
-            _token_pass(bench, kind, tokens)
-    for parameters in bench.effort.parameter_counts:
-        update, norm = bench.kernels.optimizer(parameters), bench.kernels.gradient_norm(parameters)
-        bench.point("passes.optimizer.forward", parameters, parameters, [update])
-        bench.point("passes.gradient_norm.forward", parameters, parameters, [norm])
-
-
-def _token_pass(bench: Bench, kind: Pass, tokens: int) -> None:
-    elements, directions = bench.kernels.memory_bound(kind, tokens, bench.widths)
-    bench.point(f"passes.{kind}.forward", elements, elements, [directions.forward])
-    if directions.backward:
-        bench.point(f"passes.{kind}.backward", elements, elements, [directions.backward])
-
-
-def _has(bench: Bench, kind: Pass) -> bool:
-    return f"passes.{kind}.forward" in bench.points
+            elements, directions = build(kernels, tokens, widths)
+            bench.point(f"passes.{kind}.forward", elements, elements, [directions.forward])
+            bench.point(f"passes.{kind}.backward", elements, elements, [directions.backward])
+    for count in effort.parameter_counts:
+        bench.point("passes.optimizer.forward", count, count, [passes.optimizer(kernels, count)])
+        bench.point("passes.gradient_norm.forward", count, count, [passes.gradient_norm(kernels, count)])
 
 
 SECTIONS: tuple[tuple[str, Callable[[Bench], None]], ...] = (
@@ -159,5 +148,5 @@ SECTIONS: tuple[tuple[str, Callable[[Bench], None]], ...] = (
     ("grouped products of experts", grouped_products),
     ("attention", attention),
     ("element-wise operations", memory_bound),
-    ("memory-bound passes", passes),
+    ("memory-bound passes", memory_bound_passes),
 )

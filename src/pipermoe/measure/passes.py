@@ -1,0 +1,161 @@
+"""The memory-bound passes of a training step, as calls to time: the same operations in the same order as the runtime's.
+
+The runtime stands above this package, so its kernels are repeated here; each names its original.
+T tokens, K choices a token, R = T * K rows, E experts, D hidden size, F expert width, V vocabulary size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipermoe.measure.clock import Call
+from pipermoe.measure.kernels import Directions, Kernels, differentiable
+from pipermoe.measure.sizes import Widths
+from pipermoe.specs.platform import Pass
+
+NORM_BLOCK = 2**14  # gradients are squared in blocks of this many, the blocks added in fp64
+Built = tuple[int, Directions]  # the elements that count, and the calls
+
+
+def norm(kernels: Kernels, tokens: int, widths: Widths) -> Built:
+    """RMSNorm with its own backward (runtime/norm.py)."""
+    x_TD, g_TD = kernels.random(tokens, widths.hidden), kernels.random(tokens, widths.hidden)
+    w_D, dw_D = kernels.random(widths.hidden), kernels.random(widths.hidden)
+    inverse_T1 = x_TD.square().mean(-1, keepdim=True).rsqrt_()
+
+    def forward() -> Tensor:
+        inverse = x_TD.square().mean(-1, keepdim=True).add_(1e-6).rsqrt_()
+        return (x_TD * inverse).mul_(w_D)
+
+    def backward() -> Tensor:
+        normal_TD = x_TD * inverse_T1
+        dw_D.add_((g_TD * normal_TD).sum(0))
+        scaled_TD = g_TD * w_D
+        mean_T1 = (scaled_TD * normal_TD).mean(-1, keepdim=True)
+        return scaled_TD.sub_(normal_TD.mul_(mean_T1)).mul_(inverse_T1)
+
+    return x_TD.numel(), Directions(forward, backward)
+
+
+def residual(kernels: Kernels, tokens: int, widths: Widths) -> Built:
+    """A branch joins the stream; backward, where the stream forks, the branches' gradients are added."""
+    x_TD, y_TD = kernels.random(tokens, widths.hidden), kernels.random(tokens, widths.hidden)
+    return x_TD.numel(), Directions(lambda: x_TD + y_TD, lambda: x_TD + y_TD)
+
+
+def rope(kernels: Kernels, tokens: int, widths: Widths) -> Built:
+    """Rotary positions of heads that lie inside tokens (runtime/attention.py)."""
+    x = kernels.random(1, tokens, widths.num_heads, widths.head_dim).transpose(1, 2).requires_grad_()
+    cosine, sine = kernels.random(tokens, widths.head_dim), kernels.random(tokens, widths.head_dim)
+
+    def rotate() -> Tensor:
+        low, high = x.chunk(2, dim=-1)
+        return x * cosine + torch.cat((-high, low), dim=-1) * sine
+
+    return x.numel(), differentiable(rotate, (x,))
+
+
+def swiglu(kernels: Kernels, tokens: int, widths: Widths) -> Built:
+    """silu(gate) * up with its own backward (runtime/experts.py)."""
+    gate_up, g_TF = kernels.random(tokens, 2 * widths.expert_width), kernels.random(tokens, widths.expert_width)
+    gate, up = gate_up.chunk(2, dim=-1)
+
+    def forward() -> Tensor:
+        return F.silu(gate).mul_(up)
+
+    def backward() -> Tensor:
+        result = torch.empty_like(gate_up)
+        to_gate, to_up = result.chunk(2, dim=-1)
+        torch.mul(g_TF, F.silu(gate), out=to_up)
+        torch.ops.aten.silu_backward.grad_input(g_TF * up, gate, grad_input=to_gate)
+        return result
+
+    return g_TF.numel(), Directions(forward, backward)
+
+
+def router(kernels: Kernels, tokens: int, widths: Widths) -> Built:
+    """Scores to weights of the chosen experts and the balancing loss; the sort that groups rows by expert."""
+    experts = widths.num_experts
+    logits_TE = kernels.leaf(tokens, experts)
+
+    def choose() -> Tensor:
+        scores_TE = logits_TE.softmax(-1)
+        experts_TK = scores_TE.detach().topk(widths.top_k, dim=-1).indices
+        weights_TK = scores_TE.gather(1, experts_TK)
+        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+        chosen_R = experts_TK.flatten()
+        order_R = chosen_R.argsort(stable=True)
+        torch.empty_like(order_R).scatter_(0, order_R, torch.arange(order_R.numel(), device=order_R.device))
+        load_E = torch.zeros(experts, dtype=torch.int64, device=chosen_R.device)
+        load_E.scatter_add_(0, chosen_R, torch.ones_like(chosen_R))
+        balance = experts * (load_E.to(scores_TE.dtype) / chosen_R.numel() * scores_TE.mean(0)).sum()
+        return torch.cat((weights_TK.flatten(), balance[None]))
+
+    return tokens * widths.top_k, differentiable(choose, (logits_TE,))
+
+
+def permute(kernels: Kernels, tokens: int, widths: Widths) -> Built:
+    """Rows in another order; backward is the inverse order, a gather again (runtime/dispatch.py)."""
+    y_RD = kernels.random(tokens * widths.top_k, widths.hidden)
+    index_R = torch.randperm(y_RD.shape[0], device=kernels.device)
+    return y_RD.numel(), Directions(lambda: y_RD[index_R], lambda: y_RD[index_R])
+
+
+def combine(kernels: Kernels, tokens: int, widths: Widths) -> Built:
+    """The weighted sum of what the chosen experts made of a token (runtime/model.py, `merge`)."""
+    y_TKD, weight_TK = kernels.leaf(tokens, widths.top_k, widths.hidden), kernels.leaf(tokens, widths.top_k)
+    return y_TKD.numel(), differentiable(lambda: (y_TKD * weight_TK[..., None]).sum(1), (y_TKD, weight_TK))
+
+
+def loss(kernels: Kernels, tokens: int, widths: Widths) -> Built:
+    """Cross-entropy whose backward overwrites the logits (runtime/loss.py)."""
+    logits_TV, spent_TV = kernels.random(tokens, widths.vocab), kernels.random(tokens, widths.vocab)
+    target_T1 = torch.randint(widths.vocab, (tokens, 1), device=kernels.device)
+    total_T1 = logits_TV.logsumexp(-1, keepdim=True)
+
+    def forward() -> Tensor:
+        return (logits_TV.logsumexp(-1, keepdim=True) - logits_TV.gather(1, target_T1)).mean()
+
+    def backward() -> Tensor:
+        probabilities_TV = torch.sub(logits_TV, total_T1, out=spent_TV).exp_()
+        probabilities_TV.scatter_add_(1, target_T1, torch.full_like(total_T1, -1.0))
+        return probabilities_TV.mul_(1.0 / tokens)
+
+    return logits_TV.numel(), Directions(forward, backward)
+
+
+TOKEN_PASSES: dict[Pass, Callable[[Kernels, int, Widths], Built]] = {
+    "norm": norm,
+    "residual": residual,
+    "rope": rope,
+    "swiglu": swiglu,
+    "router": router,
+    "permute": permute,
+    "combine": combine,
+    "loss": loss,
+}
+
+
+def optimizer(kernels: Kernels, parameters: int) -> Call:
+    """One fused AdamW update of a flat buffer of `parameters` parameters (runtime/optimizer.py)."""
+    weights = torch.nn.Parameter(kernels.random(parameters))
+    weights.grad = torch.randn_like(weights)
+    return torch.optim.AdamW([weights], lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True).step
+
+
+def gradient_norm(kernels: Kernels, parameters: int) -> Call:
+    """The exact norm of a flat buffer of `parameters` gradients, scaling and zeroing it (runtime/gradient_norm.py)."""
+    gradients = kernels.random(parameters)
+
+    def run() -> None:
+        blocks = gradients.split(NORM_BLOCK)
+        norms = torch.stack(torch._foreach_norm(blocks))  # pyright: ignore[reportPrivateImportUsage]
+        norm = norms.double().square().sum().sqrt()
+        gradients.mul_(1.0 / max(1.0, float(norm)))
+        gradients.zero_()
+
+    return run
