@@ -76,14 +76,20 @@ def model_flops(model: ModelSpec, train: TrainConfig) -> float:
 
 
 def alternatives(field: Field, chosen: Candidate) -> tuple[Alternative, ...]:
-    """For every axis and every other value on it: the best strategy with that value, and why it loses."""
-    found = []
+    """For every axis and every other value on it: the best strategy with that value, and why it loses.
+
+    Of the micro-batch sizes only the next smaller and the next larger; a strategy that is best for several is named once.
+    """
+    axes_of: dict[int, list[str]] = {}
     for axis in AXES:
         column = getattr(field.space.table, axis)
         here = _code(axis, chosen.strategy)
-        for value in np.unique(column[column != here]).tolist():
-            found.append(_alternative(field, axis, column == value, chosen))
-    return tuple(found)
+        values = np.unique(column[column != here]).tolist()
+        if axis == "micro_batch_size":
+            values = [v for v in values if v < here][-1:] + [v for v in values if v > here][:1]
+        for value in values:
+            axes_of.setdefault(_representative(field, column == value), []).append(axis)
+    return tuple(_alternative(field, row, tuple(axes), chosen) for row, axes in axes_of.items())
 
 
 def _code(axis: str, strategy: Strategy) -> int:
@@ -95,20 +101,23 @@ def _code(axis: str, strategy: Strategy) -> int:
     )
 
 
-def _alternative(field: Field, axis: str, mask: NDArray[np.bool_], chosen: Candidate) -> Alternative:
-    job, space = field.job, field.space
+def _representative(field: Field, mask: NDArray[np.bool_]) -> int:
+    """The fastest row of `mask` that fits, or if none does the smallest."""
     fitting = mask & field.fits
     if fitting.any():
         ((row, _),), _ = field.best(fitting)
-    else:
-        rows = np.flatnonzero(mask)
-        row = int(rows[np.argmin(space.peak_bytes[rows])])
-    strategy = space.table.row(row)
+        return row
+    rows = np.flatnonzero(mask)
+    return int(rows[np.argmin(field.space.peak_bytes[rows])])
+
+
+def _alternative(field: Field, row: int, axes: tuple[str, ...], chosen: Candidate) -> Alternative:
+    job, strategy = field.job, field.space.table.row(row)
     other = candidate(job, strategy, predict(job.model, job.platform, job.train, strategy))
-    if not fitting.any():
+    if not field.fits[row]:
         more = {name: other.memory_bytes[name] - chosen.memory_bytes[name] for name in MEMORY_CATEGORIES}
         return Alternative(
-            axis=axis,
+            axes=axes,
             strategy=strategy,
             fits=False,
             rank=other.worst_rank,
@@ -118,7 +127,7 @@ def _alternative(field: Field, axis: str, mask: NDArray[np.bool_], chosen: Candi
     slower = {term: other.seconds[term] - chosen.seconds[term] for term in TERMS}
     term = max(TERMS, key=slower.__getitem__)
     return Alternative(
-        axis=axis,
+        axes=axes,
         strategy=strategy,
         fits=True,
         rank=other.worst_rank,

@@ -27,12 +27,12 @@ class Candidate(Frozen):
 
 
 class Alternative(Frozen):
-    """The best strategy that differs from the chosen one on an axis, and why it loses.
+    """The best strategy that differs from the chosen one on an axis, and why it loses; `axes` are those it stands for.
 
     Either it does not fit: `missing_bytes` on `rank`. Or it is slower by `slower_seconds`, most of all by `term`.
     """
 
-    axis: str
+    axes: tuple[str, ...]
     strategy: Strategy
     fits: bool
     rank: int

@@ -47,10 +47,11 @@ class AttentionCore:
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """A named memory-bound pass over `elements`."""
+    """`count` named memory-bound passes over `elements` each."""
 
     name: Pass
     elements: Any
+    count: Any = 1
 
 
 Work = Gemm | GroupedGemm | AttentionCore | Stream
@@ -67,8 +68,9 @@ def seconds(work: Work, device: Device, precision: Precision) -> tuple[Any, Any]
             return forward, 2 * forward
         case AttentionCore(flops, seq_len):
             return attention_seconds(device, precision, flops, seq_len)
-        case Stream(name, elements):
-            return pass_seconds(device, precision, name, elements)
+        case Stream(name, elements, count):
+            forward, backward = pass_seconds(device, precision, name, elements)
+            return count * forward, count * backward
 
 
 def grouped_query(model: ModelSpec) -> GroupedQueryAttention:
@@ -104,17 +106,17 @@ def moe_work(model: ModelSpec, tokens, experts_per_rank) -> list[Work]:
     moe, hidden = model.moe, model.hidden_size
     rows = tokens * moe.top_k
     rows_per_expert = rows / experts_per_rank
+    # Rows are put in the order of their destination and back; those that arrive for several experts are sorted as well.
+    sorted_here = (experts_per_rank > 1) & (experts_per_rank < moe.num_experts)
     into, out = moe.expert_matrices - 1, 1  # gate and up are one product of twice the width
     work: list[Work] = [
         Stream("norm", tokens * hidden),
         Gemm(2 * tokens * hidden * moe.num_experts),
         Stream("router", tokens * moe.top_k),
-        Stream("permute", rows * hidden),  # rows in the order of their destination
-        Stream("permute", rows * hidden),  # received rows sorted by expert
+        Stream("permute", rows * hidden, count=2 + 2 * sorted_here),
         GroupedGemm(2 * rows * into * hidden * moe.expert_width, rows_per_expert),
         Stream("swiglu", rows * moe.expert_width),
         GroupedGemm(2 * rows * out * hidden * moe.expert_width, rows_per_expert),
-        Stream("permute", rows * hidden),  # results back in the order of arrival
         Stream("combine", rows * hidden),
         Stream("residual", tokens * hidden),
     ]
@@ -134,8 +136,9 @@ def dense_work(model: ModelSpec, tokens) -> list[Work]:
 
 def _mlp(tokens, hidden: int, width: int, matrices: int) -> list[Work]:
     return [
-        Gemm(2 * tokens * hidden * width, count=matrices),
+        Gemm(2 * tokens * hidden * (matrices - 1) * width),  # gate and up are one product
         Stream("swiglu", tokens * width),
+        Gemm(2 * tokens * width * hidden),
     ]
 
 
