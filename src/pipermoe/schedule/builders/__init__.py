@@ -7,21 +7,53 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipermoe.schedule.action import Schedule
+from pipermoe.schedule.builders.dualpipe import dualpipe, dualpipe_v
 from pipermoe.schedule.builders.flush import gpipe, one_f_one_b
+from pipermoe.schedule.builders.looped import breadth_first, interleaved_1f1b
+from pipermoe.schedule.builders.overlapped import overlapped
+from pipermoe.schedule.builders.vshape import v_half, v_min, zb_v
+from pipermoe.schedule.builders.zero_bubble import zb_h1, zb_h2
 from pipermoe.specs.errors import UserError, describe_value
+
+Builder = Callable[[int, int, int], Schedule]  # (pipeline_parallel, microbatches, virtual_stages)
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A builder `(pipeline_parallel, microbatches, virtual_stages) -> Schedule` and the arguments it accepts."""
+    """A builder and the arguments it accepts."""
 
-    build: Callable[[int, int, int], Schedule]
+    build: Builder
     virtual_stages: tuple[int, int | None] = (1, 1)  # least and most model chunks per rank; None: any number
+    ranks_step: int = 1  # pipeline_parallel must be a multiple of this
+    microbatches_step: int = 1  # the number of micro-batches must be a multiple of this
+    microbatches_per_rank: int = 0  # and at least this times pipeline_parallel
 
 
+def _beside(builder: Builder) -> Builder:
+    return lambda pipeline_parallel, microbatches, virtual_stages: overlapped(
+        builder(pipeline_parallel, microbatches, virtual_stages)
+    )
+
+
+_LOOP, _V = (2, None), (2, 2)
+
+# GPipe and breadth-first finish all forwards before the first backward: nothing could run beside another. Pairs fix the
+# order of forwards and backwards, so zb-h2 overlapped is zb-h1 overlapped, and the overlapped V is dualpipe-v.
 RECIPES: dict[str, Recipe] = {
     "gpipe": Recipe(gpipe),
     "1f1b": Recipe(one_f_one_b),
+    "1f1b-overlap": Recipe(_beside(one_f_one_b)),
+    "breadth-first": Recipe(breadth_first, _LOOP),
+    "interleaved-1f1b": Recipe(interleaved_1f1b, _LOOP),
+    "interleaved-1f1b-overlap": Recipe(_beside(interleaved_1f1b), _LOOP),
+    "zb-h1": Recipe(zb_h1),
+    "zb-h2": Recipe(zb_h2),
+    "zb-h1-overlap": Recipe(_beside(zb_h1)),
+    "zb-v": Recipe(zb_v, _V),
+    "v-half": Recipe(v_half, _V),
+    "v-min": Recipe(v_min, _V),
+    "dualpipe": Recipe(dualpipe, ranks_step=2, microbatches_step=2, microbatches_per_rank=2),
+    "dualpipe-v": Recipe(dualpipe_v, _V, microbatches_per_rank=2),
 }
 
 
@@ -29,20 +61,37 @@ def build(name: str, pipeline_parallel: int, microbatches: int, virtual_stages: 
     """The schedule `name` for `pipeline_parallel` ranks of `virtual_stages` model chunks each.
 
     Raises UserError when the name is unknown or the schedule does not exist for these numbers; the message names the
-    rule and the nearest legal value.
+    rule and the nearest legal values.
     """
+    problem = illegal(name, pipeline_parallel, microbatches, virtual_stages)
+    if problem:
+        raise UserError(problem)
+    return RECIPES[name].build(pipeline_parallel, microbatches, virtual_stages)
+
+
+def illegal(name: str, pipeline_parallel: int, microbatches: int, virtual_stages: int = 1) -> str | None:
+    """Why the schedule does not exist for these numbers, with the nearest legal values; None if it does."""
     recipe = RECIPES.get(name)
     if recipe is None:
         close = difflib.get_close_matches(name, RECIPES, n=2, cutoff=0.4)
         hint = f"nearest: {', '.join(close)}; " if close else ""
-        raise UserError(describe_value("", "schedule", name, f"unknown; {hint}known: {', '.join(RECIPES)}"))
-    for key, value in (("pipeline_parallel", pipeline_parallel), ("microbatches", microbatches)):
-        if value < 1:
-            raise UserError(describe_value("", key, value, "must be at least 1; nearest: 1"))
+        return describe_value("", "schedule", name, f"unknown; {hint}known: {', '.join(RECIPES)}")
     least, most = recipe.virtual_stages
     if virtual_stages < least or (most is not None and virtual_stages > most):
-        accepted = f"exactly {least}" if least == most else f"at least {least}"
-        nearest = least if virtual_stages < least else most
-        rule = f"{name} needs {accepted} per pipeline rank; nearest: {nearest}"
-        raise UserError(describe_value("", "virtual_stages", virtual_stages, rule))
-    return recipe.build(pipeline_parallel, microbatches, virtual_stages)
+        count = f"exactly {least}" if least == most else f"at least {least}"
+        rule = f"{name} needs {count} per pipeline rank; nearest: {least if virtual_stages < least else most}"
+        return describe_value("", "virtual_stages", virtual_stages, rule)
+    return _not_a_multiple(name, "pipeline_parallel", pipeline_parallel, recipe.ranks_step, 1) or _not_a_multiple(
+        name, "microbatches", microbatches, recipe.microbatches_step, recipe.microbatches_per_rank * pipeline_parallel
+    )
+
+
+def _not_a_multiple(name: str, key: str, value: int, step: int, least: int) -> str | None:
+    """Why `value` is not a positive multiple of `step` of at least `least`; None if it is."""
+    least = max(-(-least // step) * step, step)
+    if value >= least and value % step == 0:
+        return None
+    below, above = value // step * step, value // step * step + step
+    nearest = f"{below}, {above}" if below >= least else f"{max(least, above if value >= least else least)}"
+    rule = "a multiple of " + str(step) + " and " if step > 1 else ""
+    return describe_value("", key, value, f"{name} needs {rule}at least {least}; nearest: {nearest}")

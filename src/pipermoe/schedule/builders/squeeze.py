@@ -1,0 +1,176 @@
+"""List scheduling: close the gaps in a given order of F and I as far as memory allows and fill the rest with W."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from pipermoe.schedule.action import Action, Kind, Schedule
+from pipermoe.schedule.durations import Durations
+from pipermoe.schedule.program import Step, compile_program
+from pipermoe.schedule.timeline import Mail
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Activation memory: what one micro-batch takes on each stage, and what each rank may hold, in the same unit."""
+
+    stage: tuple[float, ...]
+    rank: tuple[float, ...]
+
+    @classmethod
+    def of_spines(cls, schedule: Schedule, spare: float) -> Limits:
+        """One unit per stage and micro-batch; every rank may hold the largest peak of the given orders plus `spare`."""
+        stage = (1.0,) * schedule.num_stages
+        return cls(stage, (max(spine_peaks(schedule, stage)) + spare,) * schedule.num_ranks)
+
+
+def spine_peaks(spines: Schedule, stage: Sequence[float]) -> list[float]:
+    """Per rank, the memory that strict spine order needs when every weight gradient follows its I at once."""
+    return [_peak(spine, stage) for spine in spines.ranks]
+
+
+def _peak(spine: Sequence[Action], stage: Sequence[float]) -> float:
+    held = peak = 0.0
+    for action in spine:
+        for part in action.parts:
+            held += _change(part, stage)
+            peak = max(peak, held)
+    return peak
+
+
+def _change(part: Action, stage: Sequence[float]) -> float:
+    """What a part of a spine adds to memory, the weight gradient of an I included."""
+    return stage[part.stage] if part.kind is Kind.FORWARD else -stage[part.stage]
+
+
+def squeeze(spines: Schedule, limits: Limits, durations: Durations | None = None, patience: float = 1.0) -> Schedule:
+    """Weight gradients added to orders of F and I ("spines"), every action as early as data and memory allow.
+
+    A spine may also hold full backwards and overlapped pairs; only its I get a W.
+
+    Each rank takes its next spine action if its data is there; otherwise a later one whose data is there, if memory
+    still suffices for all that it overtakes; otherwise the oldest pending weight gradient. Such a filler may delay the
+    next spine action if its data is known to arrive before: `patience` is the part of the filler's time that must fit
+    before that (1: never delay it, 0: never wait for it). A rank whose memory is full does weight gradients first.
+    Strict spine order must be within `limits`; then so is the result.
+    """
+    run = _ListScheduler(spines, limits, durations or Durations(), patience)
+    return replace(spines, ranks=tuple(map(tuple, run.run())))
+
+
+class _Queue:
+    """One rank: its spine, what is left of it, its pending weight gradients and the memory it holds."""
+
+    def __init__(self, spine: Sequence[Action], steps: Sequence[Step]) -> None:
+        self.todo = list(zip(spine, steps, strict=True))
+        self.pending: deque[Action] = deque()
+        self.order: list[Action] = []
+        self.held = 0.0
+        self.free_at = 0.0
+
+
+class _ListScheduler:
+    def __init__(self, spines: Schedule, limits: Limits, durations: Durations, patience: float) -> None:
+        program = compile_program(spines, durations)
+        self.limits, self.patience = limits, patience
+        self.mail = Mail(program)
+        self.weight_grad = durations.per_stage(spines.num_stages).compute[Kind.WEIGHT_GRAD]
+        self.queues = [_Queue(*pair) for pair in zip(spines.ranks, program.steps, strict=True)]
+        self.window = 4 * spines.num_stages  # how far ahead a rank looks for something ready
+        self.events = [(0.0, rank) for rank in range(len(self.queues))]
+
+    def run(self) -> list[list[Action]]:
+        while self.events:
+            now, rank = heapq.heappop(self.events)
+            queue = self.queues[rank]
+            if now >= queue.free_at and (queue.todo or queue.pending):
+                self._choose(queue, rank, now)
+        return [queue.order for queue in self.queues]
+
+    def _choose(self, queue: _Queue, rank: int, now: float) -> None:
+        if not queue.todo:
+            self._run_weight_grad(queue, rank, now)
+            return
+        action, step = queue.todo[0]
+        ready = self._arrival(step)
+        if queue.pending and not self._fits(queue, rank, _peak([action], self.limits.stage)):
+            self._run_weight_grad(queue, rank, now)
+        elif ready is not None and ready <= now:
+            self._run_spine(queue, rank, 0, now)
+        else:
+            wait = math.inf if ready is None else ready - now
+            early = self._ready_later(queue, rank, now, wait)
+            if early is not None:
+                self._run_spine(queue, rank, early, now)
+            elif queue.pending and wait >= self.patience * self.weight_grad[queue.pending[0].stage]:
+                self._run_weight_grad(queue, rank, now)
+            elif ready is not None:
+                heapq.heappush(self.events, (ready, rank))  # otherwise the delivery wakes the rank
+
+    def _arrival(self, step: Step) -> float | None:
+        """When the data of a step is there; None if that is not known yet."""
+        latest = 0.0
+        for slot in step.needs:
+            arrival = self.mail.arrival[slot]
+            if arrival is None:
+                return None
+            latest = max(latest, arrival)
+        return latest
+
+    def _fits(self, queue: _Queue, rank: int, extra: float) -> bool:
+        return queue.held + extra <= self.limits.rank[rank] * (1 + 1e-9)
+
+    def _ready_later(self, queue: _Queue, rank: int, now: float, wait: float) -> int | None:
+        """Position of a spine action that may overtake those before it: data there, memory enough, not too long."""
+        stage = self.limits.stage
+        rise = highest = 0.0  # memory of the overtaken actions relative to now
+        pending = sum(stage[action.stage] for action in queue.pending)  # can be freed before they run
+        overtaken: set[Action] = set()
+        for position, (action, step) in enumerate(queue.todo[: self.window]):
+            ready = self._arrival(step)
+            if (
+                position
+                and ready is not None
+                and ready <= now
+                and wait >= self.patience * (step.compute + step.exchange)
+            ):
+                extra = _peak([action], stage)
+                stays = max(sum(_change(part, stage) for part in action.parts), 0.0)
+                fits = self._fits(queue, rank, extra) and self._fits(queue, rank, stays + highest - pending)
+                if (fits or not extra) and not any(_forward_of(part) in overtaken for part in action.parts):
+                    return position
+            for part in action.parts:
+                overtaken.add(part)
+                rise += _change(part, stage)
+                highest = max(highest, rise)
+        return None
+
+    def _run_spine(self, queue: _Queue, rank: int, position: int, now: float) -> None:
+        action, step = queue.todo.pop(position)
+        for part in action.parts:
+            if part.kind is Kind.INPUT_GRAD:
+                queue.pending.append(Action(Kind.WEIGHT_GRAD, part.stage, part.microbatch))
+            else:
+                queue.held += _change(part, self.limits.stage)
+        self._append(queue, rank, action, now + step.compute + step.exchange)
+        for give in step.gives:
+            self.mail.deliver(rank, give, queue.free_at)
+            heapq.heappush(self.events, (self.mail.arrival[give[0]] or 0.0, give[1]))
+
+    def _run_weight_grad(self, queue: _Queue, rank: int, now: float) -> None:
+        action = queue.pending.popleft()
+        queue.held -= self.limits.stage[action.stage]
+        self._append(queue, rank, action, now + self.weight_grad[action.stage])
+
+    def _append(self, queue: _Queue, rank: int, action: Action, end: float) -> None:
+        queue.order.append(action)
+        queue.free_at = end
+        heapq.heappush(self.events, (end, rank))
+
+
+def _forward_of(part: Action) -> Action:
+    return Action(Kind.FORWARD, part.stage, part.microbatch)
