@@ -1,7 +1,7 @@
 """Weights by name: the same values for every arrangement of ranks.
 
-Each parameter is drawn from a generator seeded by (seed, global name), each expert by its logical id, so a rank can draw
-the layers and experts that it holds without drawing the others.
+Each parameter is drawn from a generator seeded by (seed, global name), each expert by its logical id, so that a rank
+draws the layers and experts that it holds and no others.
 """
 
 from __future__ import annotations

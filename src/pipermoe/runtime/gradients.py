@@ -1,0 +1,64 @@
+"""Weight gradients: computed at once, or queued as closures and run later. The only split of backward into I and W.
+
+Every parameter's gradient in this runtime passes through `WeightGradients.add`; autograd itself only carries gradients of
+activations. So a W action costs the weight products and nothing else: no second traversal, no recomputation, no
+collective (DualPipe's WeightGradStore; zero-bubble schedules, Qi et al., arXiv 2401.10241).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+Accumulate = Callable[[], None]
+
+
+class WeightGradients:
+    """Receives the weight-gradient closures of one stage."""
+
+    def __init__(self) -> None:
+        self._queue: list[Accumulate] | None = None
+
+    def add(self, accumulate: Accumulate) -> None:
+        """Run `accumulate` now, or queue it inside `deferred_to`."""
+        if self._queue is None:
+            accumulate()
+        else:
+            self._queue.append(accumulate)
+
+    @contextmanager
+    def deferred_to(self, queue: list[Accumulate] | None) -> Iterator[None]:
+        """Collect what is added meanwhile in `queue`; None computes at once."""
+        outer, self._queue = self._queue, queue
+        try:
+            yield
+        finally:
+            self._queue = outer
+
+
+@torch.no_grad()
+def accumulate(parameter: Tensor, gradient: Tensor) -> None:
+    """`parameter.grad += gradient`."""
+    if parameter.grad is None:
+        parameter.grad = gradient.to(parameter.dtype)
+    else:
+        parameter.grad.add_(gradient)
+
+
+@torch.no_grad()
+def accumulate_product(parameter: Tensor, a: Tensor, b: Tensor) -> None:
+    """`parameter.grad += a @ b` without a temporary of the parameter's size."""
+    if parameter.grad is None:
+        parameter.grad = a @ b
+    else:
+        parameter.grad.addmm_(a, b)
+
+
+def gradient_of(parameter: Tensor) -> Tensor:
+    """`parameter.grad`, made of zeros if there is none yet."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad

@@ -1,0 +1,36 @@
+"""Mean cross-entropy over the vocabulary with one buffer of the logits' size for forward and backward.
+
+T tokens, V vocabulary size
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
+    """Mean of `logsumexp(logits) - logits[target]`, in fp32. Backward overwrites the logits: call it once."""
+    return _CrossEntropy.apply(logits_TV, targets_T)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_TV: Tensor, targets_T: Tensor) -> Tensor:
+        exact_TV = logits_TV.float()
+        total_T1 = exact_TV.logsumexp(-1, keepdim=True)
+        ctx.save_for_backward(exact_TV, total_T1, targets_T)
+        ctx.dtype = logits_TV.dtype
+        return (total_T1 - exact_TV.gather(1, targets_T[:, None])).mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        logits_TV, total_T1, targets_T = ctx.saved_tensors
+        probabilities_TV = logits_TV.sub_(total_T1).exp_()
+        minus_one_T1 = torch.full_like(total_T1, -1.0)
+        probabilities_TV.scatter_add_(1, targets_T[:, None], minus_one_T1)
+        return probabilities_TV.mul_(gradient / targets_T.numel()).to(ctx.dtype), None

@@ -1,0 +1,127 @@
+"""The modules of one pipeline stage, in plain PyTorch. Nothing here communicates; runtime/stage.py puts them in order.
+
+T tokens, D hidden size, K choices a token, V vocabulary size
+
+Global names: `embedding.weight`, `layers.7.attention.query.weight`, `layers.7.router.weight`,
+`layers.7.experts.gate_up.weight` (local experts, D, 2 * width), `final_norm.weight`, `head.weight`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pipermoe.runtime.attention import Attention
+from pipermoe.runtime.experts import Experts, GatedMLP
+from pipermoe.runtime.gradients import WeightGradients, gradient_of
+from pipermoe.runtime.linear import Linear
+from pipermoe.runtime.loss import cross_entropy
+from pipermoe.runtime.norm import RMSNorm
+from pipermoe.runtime.router import Router
+from pipermoe.specs.model import ModelSpec
+from pipermoe.specs.train import Precision
+
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Rotation = tuple[Tensor, Tensor]
+
+
+class Embedding(nn.Module):
+    """Token vectors. The first stage's input; its gradient is added by hand, so no graph hangs on it."""
+
+    def __init__(self, vocabulary: int, hidden: int, gradients: WeightGradients, dtype: torch.dtype):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocabulary, hidden, dtype=dtype))
+        self.gradients = gradients
+
+    @torch.no_grad()
+    def forward(self, tokens_T: Tensor) -> Tensor:
+        return self.weight[tokens_T]
+
+    @torch.no_grad()
+    def backward(self, tokens_T: Tensor, gradient_TD: Tensor) -> None:
+        self.gradients.add(lambda: gradient_of(self.weight).index_add_(0, tokens_T, gradient_TD))
+
+
+class DenseLayer(nn.Module):
+    """Attention and a dense MLP: one piece, with no collective inside."""
+
+    def __init__(self, model: ModelSpec, seq_len: int, gradients: WeightGradients, dtype: torch.dtype):
+        super().__init__()
+        self.attention_norm = RMSNorm(model.hidden_size, model.norm_epsilon, gradients, dtype=dtype)
+        self.attention = Attention(model, seq_len, gradients, dtype)
+        self.ffn_norm = RMSNorm(model.hidden_size, model.norm_epsilon, gradients, dtype=dtype)
+        self.mlp = GatedMLP(model.hidden_size, model.dense_width, gradients, dtype)
+
+    def forward(self, x_TD: Tensor, rotation: Rotation) -> Tensor:
+        h_TD = x_TD + self.attention(self.attention_norm(x_TD), rotation)
+        return h_TD + self.mlp(self.ffn_norm(h_TD))
+
+
+class MoELayer(nn.Module):
+    """Attention and a mixture of experts, cut at its all-to-alls into differentiable pieces.
+
+    `attend` -> (dispatch) -> `experts` -> (combine) -> `merge`; `shared` runs while tokens travel.
+    """
+
+    def __init__(
+        self, model: ModelSpec, local_experts: int, seq_len: int, gradients: WeightGradients, dtype: torch.dtype
+    ):
+        super().__init__()
+        moe, hidden = model.moe, model.hidden_size
+        self.attention_norm = RMSNorm(hidden, model.norm_epsilon, gradients, dtype=dtype)
+        self.attention = Attention(model, seq_len, gradients, dtype)
+        self.ffn_norm = RMSNorm(hidden, model.norm_epsilon, gradients, dtype=dtype)
+        self.router = Router(model, gradients, dtype)
+        self.experts = Experts(local_experts, hidden, moe.expert_width, gradients, dtype)
+        self.shared = (
+            GatedMLP(hidden, moe.shared_width, gradients, dtype, output_gate=moe.shared_gate)
+            if moe.shared_width
+            else None
+        )
+
+    def attend(self, x_TD: Tensor, rotation: Rotation, planned_TK: Tensor | None) -> tuple[Tensor, ...]:
+        """Residual stream h (T, D), experts' input (T, D), combine weights (T, K), auxiliary loss, choices (T, K)."""
+        h_TD = x_TD + self.attention(self.attention_norm(x_TD), rotation)
+        normed_TD = self.ffn_norm(h_TD)
+        return h_TD, normed_TD, *self.router.choose(normed_TD, planned_TK)
+
+    @staticmethod
+    def merge(returned_TKD: Tensor, weights_TK: Tensor) -> Tensor:
+        """What the experts made of each token: the weighted sum over its choices (T, D)."""
+        return (returned_TKD * weights_TK[..., None]).sum(1)
+
+
+class StageModel(nn.Module):
+    """The modules of one stage: `layers` of the model; the embedding if it is first, the head if it is last."""
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        layers: range,
+        local_experts: int,
+        seq_len: int,
+        dtype: torch.dtype,
+        gradients: WeightGradients,
+    ):
+        super().__init__()
+        first, last = layers.start == 0, layers.stop == model.num_layers
+        hidden = model.hidden_size
+        self.embedding = Embedding(model.vocab_size, hidden, gradients, dtype) if first else None
+        self.layers = nn.ModuleDict(
+            {
+                str(layer): MoELayer(model, local_experts, seq_len, gradients, dtype)
+                if model.is_moe(layer)
+                else DenseLayer(model, seq_len, gradients, dtype)
+                for layer in layers
+            }
+        )
+        if last:
+            self.final_norm = RMSNorm(hidden, model.norm_epsilon, gradients, dtype=dtype)
+            self.head = Linear(hidden, model.vocab_size, gradients, dtype=dtype)
+            if model.tie_word_embeddings:
+                assert self.embedding is not None
+                self.head.weight = self.embedding.weight
+
+    def loss(self, x_TD: Tensor, targets_T: Tensor) -> Tensor:
+        """Final norm, output projection and mean cross-entropy of the micro-batch; the last stage only."""
+        return cross_entropy(self.head(self.final_norm(x_TD)), targets_T)
