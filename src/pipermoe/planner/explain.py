@@ -78,7 +78,7 @@ def model_flops(model: ModelSpec, train: TrainConfig) -> float:
 def alternatives(field: Field, chosen: Candidate) -> tuple[Alternative, ...]:
     """For every axis and every other value on it: the best strategy with that value, and why it loses.
 
-    Of the micro-batch sizes only the next smaller and the next larger; a strategy that is best for several is named once.
+    Of the micro-batch sizes only the next smaller and the next larger; a strategy that is best for several comes once.
     """
     axes_of: dict[int, list[str]] = {}
     for axis in AXES:

@@ -1,0 +1,81 @@
+import numpy as np
+import pytest
+from tests.resources.cases import MODEL, TRAIN, link, machine
+
+from pipermoe.resources.communication import send_seconds, traffic
+from pipermoe.resources.rates import collective_seconds
+from pipermoe.resources.states import state_elements
+from pipermoe.resources.step import shapes_of
+from pipermoe.specs.platform import Level
+from pipermoe.specs.strategy import Strategy
+from pipermoe.specs.strategy_table import StrategyTable
+
+
+def calls_of(strategy: Strategy) -> dict:
+    """{key: [(calls, bytes) of every stage]}, for what a strategy calls at all."""
+    table = StrategyTable.of([strategy])
+    shapes = shapes_of(MODEL, table)
+    found = traffic(MODEL, TRAIN, shapes, table, state_elements(shapes, table))
+    pairs = {key: list(zip(call.calls[0].tolist(), call.bytes[0].tolist(), strict=True)) for key, call in found.items()}
+    return {key: value for key, value in pairs.items() if any(calls for calls, _ in value)}
+
+
+def test_one_rank_calls_nothing():
+    assert calls_of(Strategy()) == {}
+
+
+def test_a_pipeline_sends_every_micro_batch_once_in_each_direction():
+    message = 2 * 32 * 64 * 4  # sequences x tokens x hidden x fp32
+    assert calls_of(Strategy(pipeline_parallel=3, micro_batch_size=2)) == {
+        "send.pp": [(8, 8 * message), (16, 16 * message), (8, 8 * message)]
+    }
+
+
+def test_expert_parallelism_exchanges_the_rows_of_other_ranks_four_times_a_layer():
+    found = calls_of(Strategy(data_parallel=2, expert_parallel=2, micro_batch_size=4, zero_dense=1))
+    moe_layers, microbatches = 5, 2
+    leaving = 4 * 32 * 2 // 2 * 64 * 4  # half of tokens x top_k rows x hidden x fp32
+    assert found["all_to_all.ep"] == [(4 * moe_layers * microbatches, 4 * moe_layers * microbatches * leaving)]
+    # Once a layer and micro-batch a rank tells the other its int64 counts for that rank's 4 experts.
+    assert found["all_to_all_counts.ep"] == [(moe_layers * microbatches, moe_layers * microbatches * 4 * 8)]
+
+
+def test_gradients_are_reduced_once_over_flat_buffers():
+    experts, dense = 5 * 8 * 3 * 64 * 96, None
+    found = calls_of(Strategy(data_parallel=4, expert_parallel=2, expert_data_parallel=2))
+    assert found["all_reduce.edp"] == [(1, experts // 2 * 4)]
+    [(calls, dense)] = found["all_reduce.dp"]
+    sharded = calls_of(
+        Strategy(data_parallel=4, expert_parallel=2, expert_data_parallel=2, zero_dense=1, zero_expert=1)
+    )
+    assert calls == 1
+    assert sharded["reduce_scatter.dp"] == sharded["all_gather.dp"] == [(1, dense)]
+    assert sharded["reduce_scatter.edp"] == sharded["all_gather.edp"] == [(1, experts // 2 * 4)]
+    assert "all_reduce.dp" not in sharded
+
+
+def test_a_group_pays_the_innermost_level_that_none_of_its_groups_straddles():
+    platform = machine(ranks=8)
+    inside, across, alone = collective_seconds(
+        platform, "all_to_all", np.array([2, 4, 1]), np.array([2, 4, 1]), np.array([1e6, 1e6, 1e6])
+    ).tolist()
+    assert inside == pytest.approx(1e-3 + 1e6 / 1e9)
+    assert across == pytest.approx(2e-3 + 1e6 / 0.5e9)
+    assert alone == 0
+
+
+def test_a_smaller_group_costs_what_the_next_larger_measured_size_costs():
+    level = Level(name="all", ranks=8, cost=link(8e-3, 1e9), group_cost={4: link(4e-3, 1e9)})
+    platform = machine(ranks=8).model_copy(update={"levels": (level,)})
+    sizes = np.array([2, 4, 5, 8])
+    assert collective_seconds(platform, "all_reduce", sizes, sizes, 0).tolist() == pytest.approx(
+        [4e-3, 4e-3, 8e-3, 8e-3]
+    )
+
+
+def test_stages_that_share_a_block_of_ranks_send_over_its_link():
+    platform = machine(ranks=4)
+    pipeline = StrategyTable.of([Strategy(pipeline_parallel=4)])
+    assert send_seconds(platform, pipeline, np.array([1e6]))[0].tolist() == pytest.approx(
+        [1e-3 + 1e-3, 2e-3 + 2e-3, 1e-3 + 1e-3]
+    )
