@@ -16,7 +16,7 @@ Build = Callable[[], tuple[Call, ...]]
 LARGE_PRODUCT = 1024  # tokens, inner and outer width of the product that shows the device's best rate
 TOKENS_OF_ATTENTION = 1024  # at least one sequence
 GRAPH_OPERATIONS = 64
-MOST_LOGITS = 2**24
+MOST_ELEMENTS = 2**24  # of one tensor of a pass: 64 MiB
 
 
 class Bench:
@@ -133,7 +133,8 @@ def memory_bound_passes(bench: Bench) -> None:
     kernels, widths, effort = bench.kernels, bench.widths, bench.effort
     for kind, build in passes.TOKEN_PASSES.items():
         for tokens in effort.pass_tokens:
-            if kind == "loss" and tokens * widths.vocab > MOST_LOGITS and tokens > effort.pass_tokens[0]:
+            row = widths.vocab if kind == "loss" else widths.widest_row
+            if tokens * row > MOST_ELEMENTS and tokens > effort.pass_tokens[0]:
                 break
             elements, directions = build(kernels, tokens, widths)
             bench.point(f"passes.{kind}.forward", elements, elements, [directions.forward])

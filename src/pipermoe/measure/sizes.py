@@ -8,6 +8,7 @@ from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.units import KIB, MIB
 
 MOST_EXPERT_BYTES = 256 * MIB  # of one rank's experts while measuring
+WIDEST = 4096  # rates change little beyond this width, and every rank must hold the operands
 BYTES_PER_ELEMENT = 4
 
 
@@ -29,22 +30,30 @@ class Widths:
 
     @classmethod
     def of(cls, model: ModelSpec) -> Widths:
-        """The widths of `model`, with as many experts as a rank can hold while measuring."""
+        """The widths of `model`, narrowed to what a rank can hold and time while measuring."""
         attention, moe = model.attention, model.moe
-        bytes_per_expert = BYTES_PER_ELEMENT * 3 * model.hidden_size * moe.expert_width
+        expert_width, head_dim = min(moe.expert_width, WIDEST), min(attention.query_key_dim, WIDEST)
+        shared_by = attention.num_heads // attention.num_kv_heads if attention.kind == "gqa" else 1
+        num_kv_heads = max(1, min(attention.num_heads, WIDEST // head_dim) // shared_by)
+        bytes_per_expert = BYTES_PER_ELEMENT * 3 * model.hidden_size * expert_width
         return cls(
             hidden=model.hidden_size,
-            query=attention.num_heads * attention.query_key_dim,
-            key_value=max(1, attention.cache_width // 2),
-            num_heads=attention.num_heads,
-            num_kv_heads=attention.num_kv_heads if attention.kind == "gqa" else attention.num_heads,
-            head_dim=attention.query_key_dim,
+            query=min(attention.num_heads * attention.query_key_dim, WIDEST),
+            key_value=min(max(1, attention.cache_width // 2), WIDEST),
+            num_heads=num_kv_heads * shared_by,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
             num_experts=moe.num_experts,
             experts=max(1, min(moe.num_experts, 8, MOST_EXPERT_BYTES // bytes_per_expert)),
             top_k=moe.top_k,
-            expert_width=moe.expert_width,
+            expert_width=expert_width,
             vocab=model.vocab_size,
         )
+
+    @property
+    def widest_row(self) -> int:
+        """The most elements that a memory-bound pass (other than the loss) handles for one token."""
+        return max(self.hidden * self.top_k, 2 * self.expert_width, self.num_heads * self.head_dim, self.num_experts)
 
 
 @dataclass(frozen=True, slots=True)
