@@ -45,17 +45,22 @@ def optimize(
     rescheduled = _list_scheduled(named, Limits(size, limit), durations)
     best = min([*fitting, *rescheduled], key=lambda s: simulate(s, durations).step_seconds, default=None)
     if best is None:
-        least = min(max(peak_activation_bytes(schedule, size)) for schedule in named)
+        orders = [_one_at_a_time(schedule) for schedule in named]
+        least = min(max(spine_peaks(order, size)) for order in orders)
         rule = f"no schedule keeps its activations within this on every rank; the least that one needs is {least:.0f}"
         raise UserError(describe_value("", "memory_limit", memory_limit, rule))
     return best
 
 
 def _list_scheduled(named: list[Schedule], limits: Limits, durations: Durations) -> Iterator[Schedule]:
-    """Every named order with its backwards split and its weight gradients placed by these durations and limits."""
+    """Every named order with its backwards split and its weight gradients placed by these durations and limits.
+
+    And, for every placement of stages, micro-batch after micro-batch: the order that needs the least memory, from which
+    the list scheduler departs as far as the limit allows.
+    """
     seen = set()
-    for schedule in named:
-        spines = _spines(schedule)
+    layouts = {schedule.stage_rank: _one_at_a_time(schedule) for schedule in named}
+    for spines in (*map(_spines, named), *layouts.values()):
         key = (spines.stage_rank, spines.ranks)
         if key in seen or not _within(spine_peaks(spines, limits.stage), limits.rank):
             continue
@@ -76,6 +81,18 @@ def _spines(schedule: Schedule) -> Schedule:
 
     ranks = tuple(tuple(without_weight_grads(actions)) for actions in schedule.ranks)
     return replace(schedule, name="optimized", ranks=ranks)
+
+
+def _one_at_a_time(schedule: Schedule) -> Schedule:
+    """Each micro-batch forward through all stages of a rank and back, before the next micro-batch."""
+
+    def order(rank: int) -> Iterator[Action]:
+        stages = schedule.stages_of(rank)
+        for m in range(schedule.microbatches):
+            yield from (Action(Kind.FORWARD, stage, m) for stage in stages)
+            yield from (Action(Kind.INPUT_GRAD, stage, m) for stage in reversed(stages))
+
+    return Schedule.of("optimized", schedule.microbatches, schedule.stage_rank, map(order, range(schedule.num_ranks)))
 
 
 def _within(peaks: Sequence[float], limit: Sequence[float]) -> bool:
