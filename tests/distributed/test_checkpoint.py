@@ -53,7 +53,7 @@ def state(groups: ProcessGroups, plan: Plan, *, filled: bool):
     weights = {name: Parameter(local(name, "weight") * filled) for name in held}
     optimizer = Optimizer(weights.items(), groups, strategy, plan.train.optimizer)
     if filled:
-        for moment, part, slot in optimizer.moments():
+        for moment, part, slot in optimizer.moment_parts():
             slot.copy_(local(part.name, moment).flatten()[part.start : part.stop])
     return weights, optimizer, local
 
@@ -70,7 +70,7 @@ def load_rank(rank: int, plan: Plan, folder: Path) -> int:
     step = load_checkpoint(folder, plan, weights.items(), optimizer, groups)
     for name, weight in weights.items():
         assert torch.equal(weight, local(name, "weight")), name
-    for moment, part, slot in optimizer.moments():
+    for moment, part, slot in optimizer.moment_parts():
         assert torch.equal(slot, local(part.name, moment).flatten()[part.start : part.stop]), (moment, part)
     return step
 

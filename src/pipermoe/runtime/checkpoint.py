@@ -134,7 +134,7 @@ def load_checkpoint(
     except CheckpointException as error:
         first = next(iter(error.failures.values()))[0]
         raise UserError(f"{folder}: cannot be read: {first}") from None
-    optimizer.set_step(record.step)
+    optimizer.steps_done = record.step
     return record.step
 
 
@@ -159,7 +159,7 @@ def _pieces(
         pieces[f"weights.{name}"] = Piece(parameter.detach(), shape, offset)
         row = parameter[0].numel()
         elements[name] = shape[0] * row, first * row
-    for moment, part, values in optimizer.moments():
+    for moment, part, values in optimizer.moment_parts():
         total, start = elements[part.name]
         pieces[f"{moment}.{part.name}"] = Piece(values, (total,), (start + part.start,))
     return pieces

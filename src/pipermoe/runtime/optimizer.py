@@ -8,9 +8,13 @@ summed, not averaged, because each rank's backward has scaled its loss by 1 / (m
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+# The function, not the class torch.optim.AdamW, which takes 2 s and 100 MiB of every rank to import a compiler.
+from torch.optim.adamw import adamw
 
 from pipermoe.runtime.flat_parameters import FlatParameters, Span
 from pipermoe.runtime.gradient_norm import clip_scale, owned_squared_norm
@@ -19,7 +23,21 @@ from pipermoe.runtime.weights import is_expert
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.train import Optimizer as OptimizerConfig
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """First and second moments of the parameters that this rank updates: vectors of the length of `flat.updated`."""
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+    @classmethod
+    def zeros(cls, flat: FlatParameters) -> Moments:
+        updated = flat.weights_N[flat.updated]
+        return cls(torch.zeros_like(updated), torch.zeros_like(updated))
+
+    def items(self) -> tuple[tuple[str, Tensor], ...]:
+        return ("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)
 
 
 class Optimizer:
@@ -40,22 +58,9 @@ class Optimizer:
         expert = [(name, parameter) for name, parameter in parameters if is_expert(name)]
         kinds = ((dense, groups.dp, strategy.zero_dense), (expert, groups.edp, strategy.zero_expert))
         self.flats = [FlatParameters(held, group, sharded=zero >= 1) for held, group, zero in kinds if held]
-        self.gradient_clip = config.gradient_clip
-        self._adamw = torch.optim.AdamW(
-            [group for flat in self.flats for group in _parameter_groups(flat, config.weight_decay)],
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-            eps=config.epsilon,
-            fused=True,
-        )
-        self._allocate_moments()
-
-    def _allocate_moments(self) -> None:
-        """Now, not in the first step as torch does: what a rank holds is then known before it trains."""
-        for group in self._adamw.param_groups:
-            for slice_ in group["params"]:
-                state = {moment: torch.zeros_like(slice_, requires_grad=False) for moment in MOMENTS}
-                self._adamw.state[slice_] = {"step": torch.zeros((), device=slice_.device), **state}
+        self.moments = [Moments.zeros(flat) for flat in self.flats]
+        self.config = config
+        self.steps_done = 0
 
     def reduce_gradients(self) -> None:
         """Sum gradients over dp (dense) and edp (experts)."""
@@ -69,13 +74,33 @@ class Optimizer:
     @torch.no_grad()
     def update(self, gradient_norm: float, learning_rate: float) -> None:
         """Clip by the global norm and update the weights that this rank is responsible for."""
-        scale = clip_scale(gradient_norm, self.gradient_clip)
-        if scale < 1:
-            for flat in self.flats:
+        scale = clip_scale(gradient_norm, self.config.gradient_clip)
+        for flat, moments in zip(self.flats, self.moments, strict=True):
+            if scale < 1:
                 flat.gradients_N[flat.updated].mul_(scale)
-        for group in self._adamw.param_groups:
-            group["lr"] = learning_rate
-        self._adamw.step()
+            self._update(flat, moments, learning_rate)
+        self.steps_done += 1
+
+    def _update(self, flat: FlatParameters, moments: Moments, learning_rate: float) -> None:
+        config, first = self.config, flat.updated.start
+        for piece, weight_decay in zip(flat.decay_slices(), (config.weight_decay, 0.0), strict=True):
+            held = slice(piece.start - first, piece.stop - first)
+            adamw(
+                [flat.weights_N[piece]],
+                [flat.gradients_N[piece]],
+                [moments.exp_avg[held]],
+                [moments.exp_avg_sq[held]],
+                [],
+                [torch.tensor(float(self.steps_done), device=flat.weights_N.device)],
+                fused=True,
+                amsgrad=False,
+                beta1=config.beta1,
+                beta2=config.beta2,
+                lr=learning_rate,
+                weight_decay=weight_decay,
+                eps=config.epsilon,
+                maximize=False,
+            )
 
     def gather_weights(self) -> None:
         """Complete the weights on every rank (nothing to do without sharding)."""
@@ -91,36 +116,17 @@ class Optimizer:
         return {
             "weights": [flat.weights_N for flat in self.flats],
             "gradients": [flat.gradients_N for flat in self.flats],
-            "optimizer": [state[key] for state in self._adamw.state.values() for key in (*MOMENTS, "step")],
+            "optimizer": [values for moments in self.moments for _, values in moments.items()],
         }
 
-    def moments(self) -> Iterator[tuple[str, Span, Tensor]]:
+    def moment_parts(self) -> Iterator[tuple[str, Span, Tensor]]:
         """(moment, part, values) of every part of a parameter that this rank updates; values can be written to.
 
         The part is in elements of the parameter as it lies on this rank, flattened.
         """
-        groups = iter(self._adamw.param_groups)
-        for flat in self.flats:
-            for within in (piece for piece in flat.decay_slices() if piece.start < piece.stop):
-                (held,) = next(groups)["params"]
-                for whole, part in flat.updated_spans():
-                    start, stop = max(part.start, within.start), min(part.stop, within.stop)
-                    if start < stop:
-                        local = Span(whole.name, start - whole.start, stop - whole.start)
-                        for moment in MOMENTS:
-                            values = self._adamw.state[held][moment]
-                            yield moment, local, values[start - within.start : stop - within.start]
-
-    def set_step(self, step: int) -> None:
-        """The number of updates done, which AdamW's bias correction needs; for resuming."""
-        for state in self._adamw.state.values():
-            state["step"].fill_(step)
-
-
-def _parameter_groups(flat: FlatParameters, weight_decay: float) -> Iterator[dict]:
-    """torch's parameter groups for what this rank updates of `flat`: a slice with weight decay and one without."""
-    for piece, decay in zip(flat.decay_slices(), (weight_decay, 0.0), strict=True):
-        if piece.start < piece.stop:
-            held = torch.nn.Parameter(flat.weights_N[piece])
-            held.grad = flat.gradients_N[piece]
-            yield {"params": [held], "weight_decay": decay}
+        for flat, moments in zip(self.flats, self.moments, strict=True):
+            first = flat.updated.start
+            for whole, part in flat.updated_spans():
+                local = Span(whole.name, part.start - whole.start, part.stop - whole.start)
+                for moment, values in moments.items():
+                    yield moment, local, values[part.start - first : part.stop - first]
