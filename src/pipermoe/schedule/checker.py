@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from pipermoe.schedule.action import COMPUTE, RECEIVES, SENDS, WHOLE_STAGE, Action, Kind, Schedule, source_of
+from pipermoe.schedule.action import COMPUTE, RECEIVES, SENDS, SHARDING, WHOLE_STAGE, Action, Kind, Schedule, source_of
 from pipermoe.schedule.communication import matching_receive, receive_of, send_of
 from pipermoe.schedule.memory import InFlight, in_flight
 
@@ -31,15 +31,16 @@ class Violation:
 def check(schedule: Schedule) -> list[Violation]:
     """Everything that is wrong with a schedule; empty when it may run.
 
-    Placement, each action once, pairs independent, order on the rank, all activations freed, and that the whole runs to
-    its end. A schedule with sends and receives is also checked for them: one of each where data changes rank, in equal
-    order on both sides, and no deadlock even if every send blocks until its receive.
+    Placement, each action once, pairs independent, order on the rank, all activations freed, weights gathered when they
+    are used, gradients reduced once they are complete, and that the whole runs to its end. A schedule with sends and
+    receives is also checked for them: one of each where data changes rank, in equal order on both sides, and no
+    deadlock even if every send blocks until its receive.
     """
     misplaced = [*_misplaced(schedule), *_wrong_counts(schedule)]
     if misplaced:  # the other rules assume that every action exists once, where it belongs
         return misplaced
     lowered = any(action.kind in SENDS | RECEIVES for actions in schedule.ranks for action in actions)
-    found = [*_dependent_pairs(schedule), *_wrong_order(schedule)]
+    found = [*_dependent_pairs(schedule), *_wrong_order(schedule), *_sharding_broken(schedule)]
     if lowered:
         found += [*_communication_out_of_place(schedule), *_order_differs_between_peers(schedule)]
     return found or [*_never_runs(schedule, lowered)]
@@ -63,8 +64,8 @@ def _wrong_counts(schedule: Schedule) -> Iterator[Violation]:
     """Actions that are missing or repeated: per stage and micro-batch one F, and either one B or one I and one W."""
     times = Counter(part for rank in range(schedule.num_ranks) for part in schedule.parts(rank))
     for part, count in times.items():
-        if count > 1 and part.kind not in (Kind.UNSHARD, Kind.RESHARD):
-            yield Violation(f"occurs {count} times", schedule.rank_of(part.stage, max(part.microbatch, 0)), (part,))
+        if count > 1 and part.kind not in SHARDING:
+            yield Violation(f"occurs {count} times", schedule.rank_of(part.stage, part.microbatch), (part,))
     for stage in range(schedule.num_stages):
         for microbatch in range(schedule.microbatches):
             forward, full, first, second = (
@@ -114,6 +115,36 @@ def _needs_on_rank(schedule: Schedule, part: Action, rank: int) -> Iterator[Acti
     if source and source[1] == rank:
         kinds = (Kind.FORWARD,) if part.kind is Kind.FORWARD else _BACKWARDS
         yield from (Action(kind, source[0], part.microbatch) for kind in kinds)
+
+
+def _sharding_broken(schedule: Schedule) -> Iterator[Violation]:
+    """Weights used while sharded, gathered or dropped twice; gradients not reduced once, after the last B or W.
+
+    Only for stages of which the rank has such actions at all: weights may also stay gathered and be reduced elsewhere.
+    """
+    for rank in range(schedule.num_ranks):
+        parts = list(schedule.parts(rank))
+        sharded = {part.stage for part in parts if part.kind is Kind.UNSHARD}
+        reduced: dict[int, Action] = {}
+        gathered: set[int] = set()
+        for part in parts:
+            if part.kind is Kind.UNSHARD:
+                if part.stage in gathered:
+                    yield Violation("gathers weights that are gathered", rank, (part,))
+                gathered.add(part.stage)
+            elif part.kind is Kind.RESHARD:
+                if part.stage not in gathered:
+                    yield Violation("drops weights that are not gathered", rank, (part,))
+                gathered.discard(part.stage)
+            elif part.kind is Kind.REDUCE:
+                if part.stage in reduced:
+                    yield Violation("occurs 2 times", rank, (part,))
+                reduced[part.stage] = part
+            elif part.kind in COMPUTE:
+                if part.stage in sharded - gathered:
+                    yield Violation("uses weights that are not gathered", rank, (part,))
+                if part.stage in reduced and part.kind in (Kind.BACKWARD, Kind.WEIGHT_GRAD):
+                    yield Violation("comes after its gradients were reduced", rank, (part, reduced[part.stage]))
 
 
 def _communication_out_of_place(schedule: Schedule) -> Iterator[Violation]:
