@@ -21,9 +21,7 @@ def experts(
     expert_matrices: Literal[2, 3] = 3,
 ) -> MixtureOfExperts:
     """The block whose number of experts is in the key `count` and whose experts per token are in `top_k`."""
-    num_experts, chosen = config.uniform_size(count), config.uniform_size(top_k)
-    if num_experts > MAX_EXPERTS:
-        raise config.error(count, f"must be at most {MAX_EXPERTS:,}")
+    num_experts, chosen = config.uniform_size(count, limit=MAX_EXPERTS), config.uniform_size(top_k)
     if chosen > num_experts:
         raise config.error(top_k, f"must be at most {count} = {num_experts}")
     if num_experts % router.num_groups:
@@ -48,7 +46,7 @@ def grouped_router(
     correction_bias: bool,
 ) -> Router:
     """DeepSeek's router: groups of experts, a scaling factor, and a correction bias that training moves by load."""
-    groups = config.size("n_group", 1)
+    groups = config.size("n_group", 1, limit=MAX_EXPERTS)
     chosen = config.size("topk_group", groups)
     if chosen > groups:
         raise config.error("topk_group", f"must be at most n_group = {groups}")

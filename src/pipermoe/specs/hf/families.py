@@ -23,7 +23,7 @@ def _decoder(config: ConfigReader, attention: Attention, moe: MixtureOfExperts, 
     return {
         "vocab_size": config.size("vocab_size"),
         "hidden_size": config.size("hidden_size"),
-        "num_layers": config.size("num_hidden_layers"),
+        "num_layers": layers.count(config),
         "attention": attention,
         "moe": moe,
         "norm_epsilon": config.number("rms_norm_eps", 1e-6),
@@ -40,7 +40,7 @@ def mixtral(config: ConfigReader) -> Fields:
         width=config.size("intermediate_size"),
         router=Router(normalize_top_k=True),
     )
-    window = sliding_everywhere(config, config.size("num_hidden_layers"))
+    window = sliding_everywhere(config, layers.count(config))
     return _decoder(config, grouped_query(config), moe, local_attention=window)
 
 
@@ -84,7 +84,7 @@ def granitemoe(config: ConfigReader) -> Fields:
 
 def gpt_oss(config: ConfigReader) -> Fields:
     """gpt-oss: biases everywhere, a learned sink per head, every other layer sees a window."""
-    num_layers = config.size("num_hidden_layers")
+    num_layers = layers.count(config)
     bias = config.flag("attention_bias", True)
     kinds = config.per_layer("layer_types", num_layers, ("full_attention", "sliding_attention"))
     if kinds is None:
@@ -120,7 +120,7 @@ def olmoe(config: ConfigReader) -> Fields:
 
 
 def _qwen(config: ConfigReader, attention: GroupedQueryAttention, shared_width: int) -> Fields:
-    num_layers = config.size("num_hidden_layers")
+    num_layers = layers.count(config)
     moe = experts(
         config,
         count="num_experts",
@@ -136,7 +136,7 @@ def _qwen(config: ConfigReader, attention: GroupedQueryAttention, shared_width: 
 
 def qwen2_moe(config: ConfigReader) -> Fields:
     """Qwen1.5-MoE, Qwen2-57B-A14B: a gated shared expert; windows, if used, on the even layers."""
-    num_layers = config.size("num_hidden_layers")
+    num_layers = layers.count(config)
     fields = _qwen(
         config,
         grouped_query(config, qkv_bias=config.flag("qkv_bias", True)),
@@ -159,7 +159,7 @@ def qwen3_moe(config: ConfigReader) -> Fields:
     bias = config.flag("attention_bias", False)
     fields = _qwen(config, grouped_query(config, qkv_bias=bias, output_bias=bias, qk_norm="head"), 0)
     if config.flag("use_sliding_window", False):
-        fields["local_attention"] = sliding_everywhere(config, config.size("num_hidden_layers"))
+        fields["local_attention"] = sliding_everywhere(config, layers.count(config))
     return fields
 
 
@@ -191,7 +191,7 @@ def _deepseek(config: ConfigReader, attention: Attention, router: Router) -> Fie
         shared_width=width * config.size("n_shared_experts", 0, zero=True),
         router=router,
     )
-    dense = layers.leading(config, config.size("num_hidden_layers"))
+    dense = layers.leading(config, layers.count(config))
     return _decoder(config, attention, moe, **_dense(config, dense, "intermediate_size"))
 
 
@@ -208,7 +208,7 @@ def glm4_moe(config: ConfigReader) -> Fields:
 
 def llama4(config: ConfigReader) -> Fields:
     """Llama 4, text: one implicit shared expert as wide as a routed one; layers with rotary position see chunks."""
-    num_layers, width = config.size("num_hidden_layers"), config.size("intermediate_size")
+    num_layers, width = layers.count(config), config.size("intermediate_size")
     bias = config.flag("attention_bias", False)
     moe = experts(
         config,
@@ -256,7 +256,7 @@ def ernie4_5_moe(config: ConfigReader) -> Fields:
         mlp_bias=bias,
         head_bias=bias,
         tie_word_embeddings=config.flag("tie_word_embeddings", True),
-        **_dense(config, layers.interval(config, config.size("num_hidden_layers")), "intermediate_size"),
+        **_dense(config, layers.interval(config, layers.count(config)), "intermediate_size"),
     )
 
 
@@ -293,7 +293,7 @@ def dbrx(config: ConfigReader) -> Fields:
     return {
         "vocab_size": config.size("vocab_size"),
         "hidden_size": hidden_size,
-        "num_layers": config.size("n_layers"),
+        "num_layers": layers.count(config, "n_layers"),
         "attention": GroupedQueryAttention(
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
@@ -321,7 +321,7 @@ def grok_1(config: ConfigReader) -> Fields:
 
 def arctic(config: ConfigReader) -> Fields:
     """Snowflake Arctic: a dense MLP of the hidden size beside the experts, with a norm of its own."""
-    num_layers, hidden_size = config.size("num_hidden_layers"), config.size("hidden_size")
+    num_layers, hidden_size = layers.count(config), config.size("hidden_size")
     residual = config.flag("parallel_attn_mlp_res", False)
     moe = experts(
         config,

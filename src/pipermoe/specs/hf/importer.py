@@ -6,9 +6,7 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from pipermoe.specs.documents import read_mapping
+from pipermoe.specs.documents import read_mapping, validate
 from pipermoe.specs.errors import UserError, describe_value
 from pipermoe.specs.hf.families import FAMILIES
 from pipermoe.specs.hf.reader import ConfigReader
@@ -63,11 +61,8 @@ def read_config(path: str | Path, *, assume: str | None = None) -> ModelSpec:
     fields = FAMILIES[family](reader)
     if family != model_type:
         _refuse_ignored_structure(reader, family)
-    try:
-        return ModelSpec(name=_name(config, path), source=_source(path, model_type, family), **fields)
-    except ValidationError as error:
-        messages = [e["msg"].removeprefix("Value error, ") for e in error.errors()]
-        raise UserError(f"{path}: {messages[0]}") from None
+    identity = {"name": _name(config, path), "source": _source(path, model_type, family)}
+    return validate(identity | fields, ModelSpec, where=str(path))
 
 
 def _text_part(config: dict[str, Any], where: str) -> tuple[dict[str, Any], str]:

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 from pipermoe.specs.hf.reader import ConfigReader
+from pipermoe.specs.model import MAX_LAYERS
+
+
+def count(config: ConfigReader, key: str = "num_hidden_layers") -> int:
+    """How many layers there are, within what any model has: every rule below walks over them."""
+    return config.size(key, limit=MAX_LAYERS)
 
 
 def listed(config: ConfigReader, num_layers: int) -> tuple[int, ...] | None:

@@ -42,21 +42,21 @@ class ConfigReader:
         self.read.add(key)
         return self._data.get(key)
 
-    def size(self, key: str, default: Any = REQUIRED, *, zero: bool = False) -> Any:
+    def size(self, key: str, default: Any = REQUIRED, *, zero: bool = False, limit: int = MAX_WIDTH) -> Any:
         """A whole number above zero (or `zero` itself); null and missing give `default` when there is one."""
         value = self._value(key, default)
         if value is default:
             return default
-        return self._check_size(key, value, zero)
+        return self._check_size(key, value, zero, limit)
 
-    def uniform_size(self, key: str, default: Any = REQUIRED, *, zero: bool = False) -> Any:
+    def uniform_size(self, key: str, default: Any = REQUIRED, *, limit: int = MAX_WIDTH) -> Any:
         """A size, or a list that gives the same size for every layer."""
         value = self._value(key, default)
         if not isinstance(value, list):
-            return self.size(key, default, zero=zero)
+            return self.size(key, default, limit=limit)
         if not value or any(item != value[0] for item in value):
             raise self.error(key, "differs from layer to layer, which is not priced yet; one size for all is accepted")
-        return self._check_size(key, value[0], zero)
+        return self._check_size(key, value[0], False, limit)
 
     def number(self, key: str, default: Any = REQUIRED) -> Any:
         """A finite number above zero."""
@@ -121,10 +121,10 @@ class ConfigReader:
             raise self.error(key, "required key is missing" if key not in self._data else "must be given")
         return default
 
-    def _check_size(self, key: str, value: Any, zero: bool) -> int:
+    def _check_size(self, key: str, value: Any, zero: bool, limit: int) -> int:
         least = 0 if zero else 1
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise self.error(key, f"must be a whole number of at least {least}")
-        if value > MAX_WIDTH:
-            raise self.error(key, f"must be at most {MAX_WIDTH:,}")
+        if value > limit:
+            raise self.error(key, f"must be at most {limit:,}")
         return value

@@ -1,0 +1,129 @@
+"""What the importer understands beyond the count: attention, layer patterns, routing, families by assumption."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipermoe.resources.parameters import total_parameters
+from pipermoe.specs.errors import UserError
+from pipermoe.specs.hf import read_config
+from pipermoe.specs.model import Indexer, LatentAttention, LocalAttention, ModelSpec
+
+CONFIGS = Path(__file__).parent / "data" / "configs"
+
+
+def config(name: str) -> dict:
+    return json.loads((CONFIGS / f"{name}.json").read_text())
+
+
+def imported(name: str) -> ModelSpec:
+    return read_config(CONFIGS / f"{name}.json")
+
+
+def written(tmp_path: Path, data: dict) -> Path:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(data))
+    return path
+
+
+def test_deepseek_v2_lite_projects_its_queries_directly():
+    attention = imported("deepseek-v2-lite").attention
+    assert isinstance(attention, LatentAttention)
+    assert (attention.q_lora_rank, attention.query_key_dim, attention.value_dim) == (0, 192, 128)
+
+
+def test_deepseek_v2_routes_within_three_of_eight_groups():
+    router = imported("deepseek-v2").moe.router
+    assert (router.score, router.num_groups, router.top_k_groups, router.scaling_factor) == ("softmax", 8, 3, 16.0)
+
+
+def test_deepseek_v3_has_three_leading_dense_layers_and_one_mtp_module():
+    model = imported("deepseek-v3")
+    assert (model.dense_layers, model.dense_width, model.mtp_layers) == ((0, 1, 2), 18432, 1)
+    assert model.moe.router.correction_bias == "buffer"
+
+
+def test_deepseek_v32_has_an_indexer():
+    attention = imported("deepseek-v3.2").attention
+    assert isinstance(attention, LatentAttention)
+    assert attention.indexer == Indexer(num_heads=64, head_dim=128, top_k=2048)
+
+
+def test_llama_4_maverick_interleaves_and_attends_in_chunks_on_rotary_layers():
+    model = imported("llama-4-maverick")
+    assert model.moe_layers == tuple(range(1, 48, 2))
+    assert model.moe.shared_width == model.moe.expert_width == 8192
+    rotary = tuple(layer for layer in range(48) if (layer + 1) % 4)
+    assert model.local_attention == LocalAttention(kind="chunked", size=8192, layers=rotary)
+
+
+def test_gpt_oss_slides_on_every_other_layer():
+    assert imported("gpt-oss-20b").local_attention == LocalAttention(
+        kind="sliding", size=128, layers=tuple(range(0, 24, 2))
+    )
+
+
+def test_qwen2_moe_gates_its_shared_expert_and_qwen3_moe_has_none():
+    assert imported("qwen2-57b-a14b").moe.shared_gate
+    assert imported("qwen3-30b-a3b").moe.shared_width == 0
+
+
+def test_qwen_layer_patterns_combine_the_step_with_the_dense_list():
+    assert imported("qwen3-moe-mixed").moe_layers == (1, 5, 7)  # odd layers by the step, without layer 3 by the list
+
+
+def test_ernie_experts_lie_in_an_interval_of_layers():
+    assert imported("ernie-biases").moe_layers == (3, 5, 7)
+
+
+@pytest.mark.parametrize("key", ["rope_theta", "rope_parameters"])
+def test_the_rotary_base_is_read_in_the_spelling_of_transformers_4_and_5(tmp_path, key):
+    data = config("mixtral-8x7b")
+    del data["rope_theta"]
+    data |= {"rope_theta": 5e5} if key == "rope_theta" else {"rope_parameters": {"rope_theta": 5e5}}
+    assert read_config(written(tmp_path, data)).attention.rope_theta == 5e5
+
+
+def test_mlp_layer_types_of_transformers_5_win_over_the_leading_dense_layers(tmp_path):
+    data = config("deepseek-v3-listed") | {"mlp_layer_types": ["dense", "sparse", "dense", "sparse"]}
+    assert read_config(written(tmp_path, data)).dense_layers == (0, 2)
+
+
+def test_a_folder_is_read_by_its_config_and_named_after_itself(tmp_path):
+    folder = tmp_path / "My-Mixtral"
+    folder.mkdir()
+    written(folder, config("mixtral-8x7b"))
+    model = ModelSpec.from_hf_config(folder)
+    assert (model.name, model.source) == ("My-Mixtral", "config.json, model_type mixtral")
+
+
+def test_remote_code_of_a_known_family_is_ignored(tmp_path):
+    data = config("mixtral-8x7b") | {"auto_map": {"AutoConfig": "evil.Config"}}
+    (tmp_path / "evil.py").write_text("raise SystemExit('executed')")
+    assert total_parameters(read_config(written(tmp_path, data))) == 46_702_792_704
+
+
+def test_an_unknown_type_is_read_as_the_family_that_is_assumed(tmp_path):
+    # GLM-5 is DeepSeek-V3.2's architecture under another name; transformers counts 743,911,199,232.
+    data = config("deepseek-v3.2") | {
+        "model_type": "glm_moe_dsa",
+        "hidden_size": 6144,
+        "index_n_heads": 32,
+        "intermediate_size": 12288,
+        "num_attention_heads": 64,
+        "num_hidden_layers": 78,
+        "q_lora_rank": 2048,
+        "qk_nope_head_dim": 192,
+        "v_head_dim": 256,
+        "vocab_size": 154880,
+    }
+    model = read_config(written(tmp_path, data), assume="deepseek_v32")
+    assert total_parameters(model) == 743_911_199_232
+    assert model.source == "config.json, model_type glm_moe_dsa, read as deepseek_v32"
+
+
+def test_an_assumed_family_must_know_every_key_that_changes_the_model(tmp_path):
+    data = config("mixtral-8x7b") | {"model_type": "mixtral_plus", "n_shared_experts": 2}
+    with pytest.raises(UserError, match=r"config\.json: n_shared_experts = 2: changes the model, but family mixtral"):
+        read_config(written(tmp_path, data), assume="mixtral")
