@@ -127,7 +127,15 @@ def _component_table(description: Description) -> Table:
 
 
 def _layer_table(description: Description) -> Table:
-    table = _table("One layer", "layers", "parameters", "active", "FLOPs causal", "FLOPs full", "saved per token")
+    table = _table(
+        "One layer; FLOPs forward and bytes saved for backward, per token",
+        "layers",
+        "parameters",
+        "active",
+        "causal",
+        "full",
+        "saved",
+    )
     for kind in description.layers:
         saved = "not priced" if kind.saved_bytes_per_token is None else format_bytes(kind.saved_bytes_per_token)
         table.add_row(
