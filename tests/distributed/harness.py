@@ -14,7 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 import torch.distributed as dist
+import torch.fx.experimental.symbolic_shapes
+
+# Autograd and optimizers import these two at their first call: here once, instead of a second in every forked rank.
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 60.0) -> list[Any]:

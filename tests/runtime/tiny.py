@@ -52,7 +52,7 @@ MODELS = {model.name: model for model in (PLAIN, RICH, SIGMOID, TIED)}
 
 TRAIN = TrainConfig(
     seq_len=8,
-    global_batch_size=16,
+    global_batch_size=8,
     auxiliary_loss=0.5,  # large, so that an error in its scale shows
     # The first Adam steps divide a gradient by its own size: with a small epsilon rounding noise in gradients near zero
     # becomes a step of full length.
