@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pipermoe.schedule.action import SHARDING, WHOLE_STAGE, Action, Kind, Schedule, overlap
 from pipermoe.schedule.checker import check
+from pipermoe.specs.documents import write_atomically
 from pipermoe.specs.errors import UserError, describe_value
 
 _CELL = re.compile(r"(\d+)([A-Z][A-Z_]*)(\d*)")
@@ -29,7 +30,7 @@ def write_csv(schedule: Schedule, path: Path) -> None:
     """Write `to_csv`; UserError where the format has no room for the schedule."""
     if schedule.mirror_rank:
         raise UserError(describe_value(str(path), "schedule", schedule.name, "has no CSV form; nearest: dualpipe-v"))
-    path.write_text(to_csv(schedule))
+    write_atomically(path, to_csv(schedule))
 
 
 def read_csv(path: Path) -> Schedule:
