@@ -77,7 +77,8 @@ class ExchangePlan:
     first_dependency: Ints  # [M + 1]
     dependency: Ints  # [D]
     staging_bytes: Ints  # [P]
-    estimated_seconds: float | None = field(default=None)
+    step: Ints = field(repr=False)  # [M] the order inside a phase
+    window: int = 0  # steps in flight per rank, 0: all
 
     @property
     def num_ranks(self) -> int:
@@ -107,6 +108,39 @@ class ExchangePlan:
 
     def dependencies_of(self, message: int) -> Ints:
         return self.dependency[self.first_dependency[message] : self.first_dependency[message + 1]]
+
+    @cached_property
+    def level(self) -> Ints:
+        """How many messages must complete one after the other before message m starts, [M]."""
+        level = np.zeros(len(self), dtype=np.int64)
+        pending = np.flatnonzero(np.diff(self.first_dependency))
+        for m in pending.tolist():
+            level[m] = level[self.dependencies_of(m)].max() + 1
+        return level
+
+    def reversed(self) -> ExchangePlan:
+        """The plan of the transposed counts in which every byte goes back the way it came: the backward pass."""
+        f, m = self.fragments, self.message_of_fragment
+        swap = np.array([OUTPUT, INPUT, STAGING])
+        back = slice(None, None, -1)
+        fragments = Fragments(
+            swap[f.destination_buffer],
+            f.destination_offset,
+            swap[f.source_buffer],
+            f.source_offset,
+            f.length,
+        )
+        return assemble(
+            f"{self.name} reversed",
+            np.ascontiguousarray(self.counts.T),
+            self.phases[back],
+            source=self.destination[m],
+            destination=self.source[m],
+            phase=len(self.phases) - 1 - self.phase[m],
+            step=self.step.max(initial=0) - self.step[m],
+            fragments=fragments,
+            window=self.window,
+        )
 
     def __str__(self) -> str:
         lines = [f"{self.name}: {self.num_ranks} ranks, {len(self)} messages, {self.message_bytes.sum()} bytes"]
@@ -198,6 +232,8 @@ def assemble(
         first_dependency,
         dependency,
         staged,
+        step,
+        window,
     )
 
 
