@@ -1,0 +1,167 @@
+"""What a step really uses: peak bytes by category, executed FLOPs, bytes given to the network.
+
+Three dispatch modes that see every operation of the block they wrap, real or under FakeTensorMode. A trainer wraps one
+step in them and runs all others at full speed.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from torch.utils.weak import WeakIdKeyDictionary
+
+from pipermoe.runtime.groups import axis_of
+from pipermoe.runtime.meter import Meter
+from pipermoe.specs.report import MEMORY_CATEGORIES, MemoryCategory, Traffic
+
+aten = torch.ops.aten
+
+
+class MemoryCounter(TorchDispatchMode):
+    """Peak bytes of live storages. Each storage counts once, from its birth until its last reference is gone.
+
+    `known` tensors (weights, gradients, optimizer state) count from the start; everything else counts if born inside
+    the block, in the category that `meter.phase` has at its birth. `bytes_at_peak` adds up to `peak_bytes`.
+    """
+
+    def __init__(self, meter: Meter, known: Mapping[MemoryCategory, Iterable[Tensor]]):
+        super().__init__()
+        self._meter = meter
+        self._live: dict[MemoryCategory, int] = dict.fromkeys(MEMORY_CATEGORIES, 0)
+        self._seen = WeakIdKeyDictionary()
+        self.peak_bytes, self.bytes_at_peak = 0, dict(self._live)
+        for category, tensors in known.items():
+            for tensor in tensors:
+                self._add(tensor.untyped_storage(), category)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        born = {id(storage): storage for storage in _storages(result)}
+        for storage in _storages((args, kwargs)) if born else ():
+            born.pop(id(storage), None)  # a view of, or written into, something older than the block
+        for storage in born.values():
+            self._add(storage, self._meter.phase)
+        return result
+
+    def _add(self, storage: torch.UntypedStorage, category: MemoryCategory) -> None:
+        if storage in self._seen:
+            return
+        size = storage.nbytes()
+        self._seen[storage] = weakref.ref(storage, lambda _: self._free(category, size))
+        self._live[category] += size
+        total = sum(self._live.values())
+        if total > self.peak_bytes:
+            self.peak_bytes, self.bytes_at_peak = total, dict(self._live)
+
+    def _free(self, category: MemoryCategory, size: int) -> None:
+        self._live[category] -= size
+
+
+def _storages(tree: Any) -> Iterable[torch.UntypedStorage]:
+    return (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+class FlopCounter(TorchDispatchMode):
+    """FLOPs of matrix products and attention; a multiply-add counts as 2, element-wise work as none.
+
+    Attention counts the full square that the CPU kernel computes, and its backward twice the forward, as everywhere.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        packet = func._overloadpacket
+        if packet in _FLOPS:
+            self.flops += _FLOPS[packet](*args)
+        elif packet in flop_registry:
+            self.flops += flop_registry[packet](*args, **kwargs, out_val=result)
+        return result
+
+
+def _grouped_product_flops(a: Tensor, b: Tensor, *_: Any) -> int:
+    """(rows, K) x (experts, K, N), or of a weight gradient (K, rows) x (rows, N)."""
+    return 2 * a.shape[0] * a.shape[1] * b.shape[-1]
+
+
+def _attention_flops(query_BHSC: Tensor, key_BGSC: Tensor, value_BGSC: Tensor, *_: Any) -> int:
+    batch, heads, queries, query_dim = query_BHSC.shape
+    return 2 * batch * heads * queries * key_BGSC.shape[2] * (query_dim + value_BGSC.shape[3])
+
+
+# What torch's registry lacks.
+_FLOPS: dict[Any, Callable[..., int]] = {
+    aten.addmm_: lambda total, a, b, *_: 2 * a.shape[0] * a.shape[1] * b.shape[1],
+    aten._grouped_mm: _grouped_product_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, *operands: 2 * _attention_flops(*operands),
+}
+
+
+class TrafficCounter(TorchDispatchMode):
+    """Calls and bytes of each collective as `specs.report.Traffic` defines them, keyed "collective.axis".
+
+    An exchange of int64 is the routing counts', "all_to_all_counts". A group of one rank communicates nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: dict[str, int] = defaultdict(int)
+        self._bytes: dict[str, int] = defaultdict(int)
+
+    @property
+    def traffic(self) -> dict[str, Traffic]:
+        return {key: Traffic(calls=self._calls[key], bytes=self._bytes[key]) for key in sorted(self._calls)}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "c10d":
+            self._count(func._schema.name.removeprefix("c10d::"), args)
+        return result
+
+    def _count(self, operation: str, args: Any) -> None:
+        if operation not in _TRAFFIC:
+            return
+        collective, size, group_position = _TRAFFIC[operation]
+        group = dist.ProcessGroup.unbox(args[group_position])
+        if group.size() == 1:
+            return
+        if collective == "all_to_all" and args[1].dtype == torch.int64:
+            collective = "all_to_all_counts"
+        key = f"{collective}.{axis_of(group)}"
+        self._calls[key] += 1
+        self._bytes[key] += size(args, group)
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _leaving(args: Any, group: dist.ProcessGroup) -> int:
+    """Bytes of an all-to-all's input that go to other ranks; no split sizes mean equal parts."""
+    _, outgoing, _, _, splits = args[:5]
+    rows = list(splits) or [outgoing.shape[0] // group.size()] * group.size()
+    return (sum(rows) - rows[group.rank()]) * math.prod(outgoing.shape[1:]) * outgoing.element_size()
+
+
+# Operation of c10d: (collective, its bytes, where its arguments hold the group).
+_TRAFFIC: dict[str, tuple[str, Callable[[Any, dist.ProcessGroup], int], int]] = {
+    "alltoall_base_": ("all_to_all", _leaving, 2),
+    "send": ("send", lambda args, _: sum(map(_size, args[0])), 1),
+    "allreduce_": ("all_reduce", lambda args, _: sum(map(_size, args[0])), 1),
+    "_allgather_base_": ("all_gather", lambda args, _: _size(args[0]), 2),
+    "_reduce_scatter_base_": ("reduce_scatter", lambda args, _: _size(args[1]), 2),
+}
