@@ -1,0 +1,133 @@
+"""Any legal model that the runtime can build has the parameters and executes the FLOPs that the closed forms say."""
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the runtime needs torch")
+
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+
+from pipermoe.resources.flops import head_forward_flops, layer_forward_flops, model_forward_flops  # noqa: E402
+from pipermoe.resources.parameters import (  # noqa: E402
+    embedding_parameters,
+    expert_parameters,
+    final_norm_parameters,
+    head_parameters,
+    layer_parameters,
+    total_parameters,
+)
+from pipermoe.runtime.attention import rotation_tables  # noqa: E402
+from pipermoe.runtime.gradients import WeightGradients  # noqa: E402
+from pipermoe.runtime.model import MoELayer, StageModel  # noqa: E402
+from pipermoe.runtime.router import count_choices  # noqa: E402
+from pipermoe.specs.model import GroupedQueryAttention, MixtureOfExperts, ModelSpec, Router  # noqa: E402
+
+
+@st.composite
+def models(draw) -> ModelSpec:
+    """Models within what the runtime builds; every feature that changes a count varies."""
+    widths, few = st.integers(1, 48), st.integers(1, 4)
+    num_kv_heads, num_experts, shared_width = draw(few), draw(st.integers(1, 9)), draw(st.integers(0, 24))
+    num_layers = draw(few)
+    dense = draw(st.sets(st.integers(0, num_layers - 1), max_size=num_layers - 1))
+    return ModelSpec(
+        name="random",
+        vocab_size=draw(widths),
+        hidden_size=draw(widths),
+        num_layers=num_layers,
+        attention=GroupedQueryAttention(
+            num_heads=num_kv_heads * draw(few),
+            num_kv_heads=num_kv_heads,
+            head_dim=2 * draw(few),
+            qkv_bias=draw(st.booleans()),
+            output_bias=draw(st.booleans()),
+            qk_norm=draw(st.sampled_from(("none", "head", "full"))),
+        ),
+        moe=MixtureOfExperts(
+            num_experts=num_experts,
+            top_k=draw(st.integers(1, num_experts)),
+            expert_width=draw(widths),
+            shared_width=shared_width,
+            shared_gate=shared_width > 0 and draw(st.booleans()),
+            router=Router(
+                score=draw(st.sampled_from(("softmax", "sigmoid"))),
+                normalize_top_k=draw(st.booleans()),
+                bias=draw(st.booleans()),
+            ),
+        ),
+        dense_layers=tuple(sorted(dense)),
+        dense_width=draw(widths) if dense else 0,
+        tie_word_embeddings=draw(st.booleans()),
+    )
+
+
+def built(model: ModelSpec, seq_len: int, device: str) -> StageModel:
+    """The whole model as one stage of one rank."""
+    with torch.device(device):
+        layers = range(model.num_layers)
+        return StageModel(model, layers, model.moe.num_experts, seq_len, torch.float32, WeightGradients())
+
+
+def count(module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
+
+
+@settings(deadline=None, max_examples=60)
+@given(model=models())
+def test_the_runtimes_model_has_the_parameters_of_the_closed_forms(model):
+    stage = built(model, 4, "meta")
+    assert count(stage) == total_parameters(model)
+    assert count(stage.embedding) == embedding_parameters(model)
+    assert count(stage.final_norm) == final_norm_parameters(model)
+    assert count(stage.head) == head_parameters(model) + embedding_parameters(model) * model.tie_word_embeddings
+    for name, layer in stage.layers.items():
+        expected = layer_parameters(model, int(name))
+        assert count(layer) == expected.total
+        assert count(layer.attention) == expected.attention
+        assert count(layer.attention_norm) + count(layer.ffn_norm) == expected.norms
+        if isinstance(layer, MoELayer):
+            assert count(layer.router) == expected.router
+            assert count(layer.experts) == expected.routed_experts == model.moe.num_experts * expert_parameters(model)
+            assert count(layer.shared) == expected.shared_experts
+        else:
+            assert count(layer.mlp) == expected.dense_mlp
+
+
+@settings(deadline=None, max_examples=40)
+@given(model=models(), sequences=st.integers(1, 3), seq_len=st.integers(1, 9))
+def test_the_runtimes_forward_executes_the_flops_of_the_closed_forms(model, sequences, seq_len):
+    stage = built(model, seq_len, "cpu")
+    for parameter in stage.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    attention = model.attention
+    rotation = rotation_tables(seq_len, attention.query_key_dim, attention.rope_theta, torch.float32)
+    tokens = sequences * seq_len
+    x_TD = torch.randn(tokens, model.hidden_size)
+    sizes = {"tokens": tokens, "seq_len": seq_len, "causal": False}
+    # The plain kernel is two batched products over the whole square; fused kernels execute the same ones.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        for name, layer in stage.layers.items():
+            with FlopCounterMode(display=False) as counter:
+                _layer_forward(layer, x_TD, rotation)
+            assert counter.get_total_flops() == layer_forward_flops(model, int(name), **sizes).total
+        with FlopCounterMode(display=False) as counter:
+            stage.loss(x_TD, torch.zeros(tokens, dtype=torch.int64))
+        assert counter.get_total_flops() == head_forward_flops(model, tokens)
+    in_layers = sum(layer_forward_flops(model, layer, **sizes).total for layer in range(model.num_layers))
+    assert model_forward_flops(model, **sizes) == in_layers + head_forward_flops(model, tokens)
+
+
+def _layer_forward(layer, x_TD, rotation) -> None:
+    """One layer on one rank: dispatch is an index, combine its reverse."""
+    if not isinstance(layer, MoELayer):
+        layer(x_TD, rotation)
+        return
+    _, normed_TD, weights_TK, _, experts_TK = layer.attend(x_TD, rotation, None)
+    order_A = experts_TK.flatten().argsort(stable=True)
+    rows = count_choices(experts_TK, layer.experts.gate_up.weight.shape[0]).tolist()
+    y_RD = layer.experts(normed_TD[order_A // weights_TK.shape[1]], rows)
+    layer.merge(y_RD[order_A.argsort()].view(*weights_TK.shape, -1), weights_TK)
+    if layer.shared is not None:
+        layer.shared(normed_TD)
