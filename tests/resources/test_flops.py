@@ -36,7 +36,7 @@ def test_a_tied_embedding_is_a_product_in_the_head():
     untied = load_model("tiny-moe")
     tied = untied.model_copy(update={"tie_word_embeddings": True})
     assert six_n_flops_per_token(tied, 64) == six_n_flops_per_token(untied, 64)
-    assert head_forward_flops(tied, 10) == 2 * 10 * 192 * 256
+    assert head_forward_flops(tied, 10) == 2 * 10 * tied.hidden_size * tied.vocab_size > 0
 
 
 def test_a_grouped_query_moe_layer_in_closed_form():

@@ -60,8 +60,7 @@ def test_a_strategy_costs_the_same_alone_as_among_others():
         assert alone.forward_exchange[0].tolist() == together.forward_exchange[index].tolist()
 
 
-def test_a_balanced_pipeline_takes_the_time_of_the_closed_form():
-    """(M + p - 1) (F + B) for equal stages and free transfers (Narayanan et al. 2021, section 2.2)."""
+def test_the_busiest_stage_works_through_every_micro_batch_and_waits_for_the_others_to_fill_and_drain():
     platform = machine(ranks=2)
     strategy = Strategy(pipeline_parallel=2)
     costs = step_costs(MODEL, platform, TRAIN, StrategyTable.of([strategy]))

@@ -97,7 +97,8 @@ def attention_work(model: ModelSpec, tokens, seq_len) -> list[Work]:
         Stream("residual", tokens * hidden),
     ]
     if attention.qk_norm != "none":
-        work += [Stream("norm", tokens * query), Stream("norm", tokens * key_value)]
+        norm: Pass = "norm" if attention.qk_norm == "full" else "head_norm"
+        work += [Stream(norm, tokens * query), Stream(norm, tokens * key_value)]
     return work
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pipermoe.resources.activations import Sizes, dense_layer, moe_layer
 from pipermoe.resources.flops import (
     LayerFlops,
     head_forward_flops,
@@ -11,7 +12,6 @@ from pipermoe.resources.flops import (
     mtp_forward_flops,
     six_n_flops_per_token,
 )
-from pipermoe.resources.memory import attention_saved_bytes, dense_saved_bytes, moe_saved_bytes
 from pipermoe.resources.parameters import (
     active_parameters,
     embedding_parameters,
@@ -222,8 +222,9 @@ def _saved_bytes(model: ModelSpec, layer: int) -> int | None:
     """What the memory model prices, which it does for grouped-query attention."""
     if not isinstance(model.attention, GroupedQueryAttention):
         return None
-    block = moe_saved_bytes if model.is_moe(layer) else dense_saved_bytes
-    return int(attention_saved_bytes(model, 1, ELEMENT_BYTES) + block(model, 1, ELEMENT_BYTES))
+    sizes = Sizes(model, 1, ELEMENT_BYTES)
+    block = moe_layer(sizes, model.moe.num_experts) if model.is_moe(layer) else dense_layer(sizes)
+    return int(block.kept)
 
 
 def _token_bytes(model: ModelSpec) -> TokenBytes:

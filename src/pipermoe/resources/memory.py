@@ -1,20 +1,18 @@
-"""Peak memory of a rank at every stage, by category, with the tensors that the runtime keeps listed one by one.
+"""Peak memory of a rank at every stage, by category; arrays (rows, stages) in bytes.
 
-Activations are what one micro-batch keeps from its forward to its backward, times the micro-batches that the schedule
-has in flight; on top come the tensors that live only while one micro-batch is in a block. Array results are
-(rows, stages) in bytes.
-
-Symbols: T tokens of a micro-batch, R = T * top_k routed rows, d hidden, q and g query and key/value widths, H and G
-their heads, w expert width, V vocabulary, E experts.
+The peak is looked for at the instants that can be it, with the most micro-batches in flight: at the end of the last of
+their forwards, in the loss, and in the backward of the stage's last layer. `resources.activations` lists the tensors.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
-from pipermoe.resources.compute import grouped_query
+from pipermoe.resources.activations import INDEX_BYTES, Sizes, dense_layer, head_kept, moe_layer
 from pipermoe.resources.rates import ELEMENT_BYTES
 from pipermoe.resources.stages import StageShapes
 from pipermoe.resources.states import MOMENT_BYTES, MOMENTS, StateElements
@@ -22,8 +20,6 @@ from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.report import MemoryCategory
 from pipermoe.specs.strategy_table import RECOMPUTE_NAMES, SCHEDULE_NAMES, StrategyTable
 from pipermoe.specs.train import TrainConfig
-
-INDEX_BYTES = 8
 
 
 def microbatches_in_flight(table: StrategyTable, num_stages: int, global_batch_size: int) -> Any:
@@ -33,35 +29,21 @@ def microbatches_in_flight(table: StrategyTable, num_stages: int, global_batch_s
     """
     microbatches = table.microbatches(global_batch_size)[:, None]
     to_the_end = num_stages - np.arange(num_stages)
-    is_gpipe = (table.schedule == SCHEDULE_NAMES.index("gpipe"))[:, None]
-    return np.where(is_gpipe, microbatches, np.minimum(to_the_end, microbatches))
+    return np.where(_is_gpipe(table), microbatches, np.minimum(to_the_end, microbatches))
 
 
-def attention_saved_bytes(model: ModelSpec, tokens, element: int) -> Any:
-    """One attention block: x and its norm, q and k before and after rotation, v, output, softmax statistics."""
-    attention, hidden = grouped_query(model), model.hidden_size
-    query, key_value = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
-    heads = attention.num_heads + attention.num_kv_heads
-    normed = {"none": 0, "head": 1, "full": 1, "l2": 1}[attention.qk_norm]
-    statistics = 1 + attention.num_heads + {"none": 0, "head": heads, "full": 2, "l2": heads}[attention.qk_norm]
-    elements = 2 * hidden + (1 + normed) * (query + key_value) + key_value + query
-    return tokens * (elements * element + statistics * 4)
+@dataclass(frozen=True, slots=True)
+class Instant:
+    """Bytes that are not states, by where they were born, and for which (rows, stages) this instant exists."""
 
+    activations: Any
+    communication: Any
+    temporary: Any
+    exists: Any
 
-def moe_saved_bytes(model: ModelSpec, tokens, element: int) -> Any:
-    """One MoE block: its input and norm, router scores and choices, and the routed rows at each step of the experts."""
-    moe, hidden = model.moe, model.hidden_size
-    rows = tokens * moe.top_k
-    token_bytes = 2 * hidden * element + 4 + 2 * moe.num_experts * 4
-    choice_bytes = 2 * INDEX_BYTES + 3 * 4
-    row_bytes = (2 * hidden + 4 * moe.expert_width) * element
-    shared = tokens * 4 * moe.shared_width * element
-    return tokens * token_bytes + rows * (choice_bytes + row_bytes) + shared
-
-
-def dense_saved_bytes(model: ModelSpec, tokens, element: int) -> Any:
-    """One dense feed-forward block: its input and norm, gate, up, silu(gate) and their product."""
-    return tokens * ((2 * model.hidden_size + 4 * model.dense_width) * element + 4)
+    @property
+    def total(self) -> Any:
+        return np.where(self.exists, self.activations + self.communication + self.temporary, 0)
 
 
 def stage_memory(
@@ -69,29 +51,71 @@ def stage_memory(
 ) -> dict[MemoryCategory, Any]:
     """Bytes by category at the peak; their sum is the peak. One pipeline depth and layer split for the whole table."""
     element = ELEMENT_BYTES[train.precision]
-    tokens = (table.micro_batch_size * train.seq_len)[:, None]
-    full = (table.recompute == RECOMPUTE_NAMES.index("full"))[:, None]
-    hidden_bytes = tokens * model.hidden_size * element
-    attention = attention_saved_bytes(model, tokens, element)
-    moe = moe_saved_bytes(model, tokens, element)
-    dense = dense_saved_bytes(model, tokens, element)
-    layers = shapes.moe_layers + shapes.dense_layers
-    kept = layers * attention + shapes.moe_layers * moe + shapes.dense_layers * dense
-    kept_full = layers * hidden_bytes + shapes.moe_layers * 3 * model.moe.top_k * hidden_bytes
-    head = shapes.has_head * tokens * (model.vocab_size + 2 * model.hidden_size) * element
-    in_flight = microbatches_in_flight(table, shapes.num_stages, train.global_batch_size)
-    rebuilt = np.where(full, np.maximum(attention, np.maximum(moe, dense)), 0)
-    working = (
-        np.maximum(
-            shapes.has_head * tokens * 2 * model.vocab_size, tokens * model.moe.top_k * 3 * model.moe.expert_width
-        )
-        * element
-    )
+    best: Instant | None = None
+    for instant in _instants(model, train, shapes, table, element):
+        best = instant if best is None else _larger(best, instant)
+    assert best is not None
     return {
         "weights": states.held * element,
         "gradients": states.held * element,
         "optimizer": states.updated * MOMENTS * MOMENT_BYTES,
-        "activations": in_flight * (np.where(full, kept_full, kept) + head),
-        "communication": (2 * (shapes.num_stages > 1) * hidden_bytes) + 0 * states.held,
-        "temporary": rebuilt + working,
+        "activations": best.activations,
+        "communication": best.communication,
+        "temporary": best.temporary,
     }
+
+
+def _instants(
+    model: ModelSpec, train: TrainConfig, shapes: StageShapes, table: StrategyTable, element: int
+) -> Iterator[Instant]:
+    """Every instant that can be the peak: after the last forward, in the loss, in the last layer's backward."""
+    sizes = Sizes(model, (table.micro_batch_size * train.seq_len)[:, None], element)
+    hidden, stage = sizes.hidden, np.arange(shapes.num_stages)
+    is_first, is_last, full = stage == 0, stage == shapes.num_stages - 1, _is_full(table)
+    local_experts = (model.moe.num_experts // table.expert_parallel)[:, None]
+    moe = moe_layer(sizes, local_experts=local_experts)
+    dense = dense_layer(sizes)
+    head = is_last * head_kept(sizes)
+    kept = (
+        shapes.moe_layers * np.where(full, moe.kept_full, moe.kept)
+        + shapes.dense_layers * np.where(full, dense.kept_full, dense.kept)
+        + head
+        + is_first * sizes.tokens * INDEX_BYTES
+    )
+    in_flight = microbatches_in_flight(table, shapes.num_stages, train.global_batch_size)
+    received = in_flight * hidden * ~is_first  # the first layer's inputs were born in a receive
+    held = in_flight * kept - received
+    # Gradients on their way to a neighbour that has not been heard of since (runtime/transfers.py).
+    steady = table.microbatches(train.global_batch_size)[:, None] > in_flight
+    gradients_sent = np.where(is_first | _is_gpipe(table), 0, steady * hidden)
+    everywhere = np.ones(held.shape, dtype=bool)
+    merged = np.where(shapes.moe_layers > 0, sizes.rows, 0)
+    yield Instant(held + merged + in_flight * np.where(is_last, 0, hidden), received, 0 * held, everywhere)
+    # The final norm's backward holds four hidden states; the logits' gradient overwrites the logits.
+    yield Instant(held, received, 4 * hidden + gradients_sent, everywhere & is_last)
+    incoming = np.where(is_last, 0, hidden)  # the gradient of the output: received, or on the last stage computed
+    for block, here in ((moe, shapes.moe_layers > 0), (dense, shapes.moe_layers == 0)):
+        for moments, now in ((block.moments, ~full & here), (block.moments_full, full & here)):
+            for moment in moments:
+                yield Instant(
+                    held - head - moment.freed,
+                    received + moment.communication + incoming,
+                    moment.temporary - incoming + gradients_sent,
+                    now,
+                )
+
+
+def _larger(one: Instant, other: Instant) -> Instant:
+    """Entry by entry the instant with more bytes."""
+    wins = other.total > one.total
+    return Instant(
+        *(np.where(wins, getattr(other, f.name), getattr(one, f.name)) for f in fields(Instant)),
+    )
+
+
+def _is_gpipe(table: StrategyTable) -> Any:
+    return (table.schedule == SCHEDULE_NAMES.index("gpipe"))[:, None]
+
+
+def _is_full(table: StrategyTable) -> Any:
+    return (table.recompute == RECOMPUTE_NAMES.index("full"))[:, None]

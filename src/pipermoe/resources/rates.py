@@ -16,6 +16,7 @@ ELEMENT_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
 # for the pass (a datasheet). Each tensor is read or written once; the norms and the loss read their input twice.
 PASS_ACCESSES: dict[Pass, tuple[float, float]] = {
     "norm": (3, 5),
+    "head_norm": (3, 5),
     "residual": (3, 1),
     "rope": (2, 2),
     "swiglu": (3, 5),

@@ -29,7 +29,7 @@ class Flying:
         with self._meter.term("all_to_all"):
             self._work.wait()
         result = self._finish()
-        del self._held, self._finish
+        del self._work, self._held, self._finish  # the work keeps its tensors alive as well
         return result
 
 
