@@ -1,9 +1,12 @@
 """The rules that a ModelSpec keeps, and the names that lead to one."""
 
+import re
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
-from pipermoe.resources.parameters import total_parameters
+from pipermoe.resources.parameters import active_parameters, total_parameters
 from pipermoe.specs.catalogue import load_model, model_names
 from pipermoe.specs.documents import load, save
 from pipermoe.specs.errors import UserError
@@ -148,3 +151,14 @@ def test_an_assumed_family_is_only_for_a_config_json(tmp_path):
 )
 def test_totals_are_the_published_ones_within_their_rounding(name, published):
     assert total_parameters(load_model(name)) / 1e9 == pytest.approx(published, rel=0.035)
+
+
+def test_the_table_in_the_documentation_is_the_catalogue():
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    rows = re.findall(r"^\| `(\S+)` \| ([\d.,]+) \| ([\d.,]+) \| (\d+), (\d+) \|$", text, re.MULTILINE)
+    assert [row[0] for row in rows] == [name for name in model_names() if name != "tiny-moe"]
+    for name, total, active, num_experts, top_k in rows:
+        model = load_model(name)
+        assert float(total.replace(",", "")) == pytest.approx(total_parameters(model) / 1e9, abs=0.0501)
+        assert float(active.replace(",", "")) == pytest.approx(active_parameters(model) / 1e9, abs=0.0501)
+        assert (int(num_experts), int(top_k)) == (model.moe.num_experts, model.moe.top_k)
