@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -85,9 +86,9 @@ def _svg_shapes(shapes: Sequence[Box | Label]) -> Iterator[str]:
 
 def _write_png(picture: Picture, path: Path) -> None:
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Rectangle
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # pyright: ignore[reportMissingImports]
+        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
+        from matplotlib.patches import Rectangle  # pyright: ignore[reportMissingImports]
     except ImportError:
         rule = "PNG needs matplotlib: pip install 'pipermoe[plots]', or write .svg, which needs nothing"
         raise UserError(describe_value("", "plot", str(path), rule)) from None
@@ -106,8 +107,10 @@ def _write_png(picture: Picture, path: Path) -> None:
             place = {"start": "left", "middle": "center", "end": "right"}[shape.anchor]
             style = {"fontsize": shape.size, "color": shape.fill, "fontweight": "bold" if shape.bold else "normal"}
             axes.text(shape.x, shape.y, shape.text, ha=place, va="center_baseline", **style)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", facecolor="white")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, facecolor="white")
+        path.write_bytes(image.getvalue())
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None

@@ -29,8 +29,8 @@ NAMES = {
     Kind.WEIGHT_GRAD: "weight gradient",
 }
 INK, FAINT, IDLE, EDGE = "#222222", "#666666", "#ececec", "#ffffff"
-LEFT, RIGHT, TOP, ROW, GAP, BOTTOM, CHART = 58.0, 122.0, 62.0, 26.0, 4.0, 42.0, 820.0
-TEXT = 10.0
+LEFT, RIGHT, TOP, ROW, GAP, BOTTOM, CHART = 58.0, 136.0, 62.0, 26.0, 4.0, 42.0, 820.0
+TEXT, SMALLEST_TEXT = 10.0, 6.0
 
 
 def render_table(schedule: Schedule, width: int | None = None) -> str:
@@ -134,8 +134,9 @@ def _boxes(schedule: Schedule, action: Action, rank: int, x: float, y: float, wi
         fill = PALETTE[part.kind][shade]
         tip = f"{NAMES[part.kind]}, stage {part.stage}, micro-batch {part.microbatch}"
         yield Box(x, y + i * height, width, height, fill, EDGE, tip)
-        text, size = str(part.microbatch), min(TEXT, 0.85 * height)
-        if 0.62 * size * len(text) <= width:
+        text = str(part.microbatch)
+        size = min(TEXT, 0.85 * height, 0.9 * width / (0.64 * len(text)))  # digits are at most 0.64 as wide as high
+        if size >= SMALLEST_TEXT:
             yield Label(x + width / 2, y + (i + 0.5) * height, text, size, INK if shade else "#ffffff")
 
 

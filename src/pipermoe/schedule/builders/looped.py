@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from pipermoe.schedule.action import Action, Kind, Schedule
 
 F, B = Kind.FORWARD, Kind.BACKWARD
+Order = Callable[[int], Iterator[Action]]  # the actions of a rank
 
 
-def _looped(name: str, pipeline_parallel: int, microbatches: int, virtual_stages: int, order) -> Schedule:
+def _looped(name: str, pipeline_parallel: int, microbatches: int, virtual_stages: int, order: Order) -> Schedule:
     stage_rank = [stage % pipeline_parallel for stage in range(pipeline_parallel * virtual_stages)]
     return Schedule.of(name, microbatches, stage_rank, map(order, range(pipeline_parallel)))
 
