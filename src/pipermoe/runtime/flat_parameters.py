@@ -15,6 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.13 renamed both and warns on every rank about the names of 2.11.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -68,14 +72,14 @@ class FlatParameters:
         if self.ranks == 1:
             return
         if self.sharded:
-            dist.reduce_scatter_tensor(self.gradients_N[self.owned], self.gradients_N, group=self.group)
+            _reduce_scatter(self.gradients_N[self.owned], self.gradients_N, group=self.group)
         else:
             dist.all_reduce(self.gradients_N, group=self.group)
 
     def gather_weights(self) -> None:
         """Give every rank the slices that the others updated."""
         if self.sharded:
-            dist.all_gather_into_tensor(self.weights_N, self.weights_N[self.owned], group=self.group)
+            _all_gather(self.weights_N, self.weights_N[self.owned], group=self.group)
 
     def decay_slices(self) -> tuple[slice, slice]:
         """The updated slice, cut where weight decay ends: (with decay, without)."""

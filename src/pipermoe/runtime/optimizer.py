@@ -20,6 +20,7 @@ from pipermoe.runtime.flat_parameters import FlatParameters, Span
 from pipermoe.runtime.gradient_norm import clip_scale, owned_squared_norm
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.weights import is_expert
+from pipermoe.specs.report import MemoryCategory
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.train import Optimizer as OptimizerConfig
 
@@ -111,7 +112,7 @@ class Optimizer:
         for flat in self.flats:
             flat.gradients_N.zero_()
 
-    def tensors(self) -> dict[str, list[Tensor]]:
+    def tensors(self) -> dict[MemoryCategory, list[Tensor]]:
         """What the optimizer holds, by the memory categories "weights", "gradients" and "optimizer"."""
         return {
             "weights": [flat.weights_N for flat in self.flats],

@@ -1,0 +1,113 @@
+"""What a run says: a line for every step in the order that people grep for, the same and more as JSON lines, and a
+progress bar where someone watches."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pipermoe.specs.documents import write_atomically
+from pipermoe.specs.errors import UserError
+from pipermoe.specs.report import Term
+from pipermoe.specs.units import GIB, MIB
+
+STEPS_FILE = "steps.jsonl"
+CONVENTION = (
+    "tps: tokens/s of the whole job; tflops: model TFLOP/s per rank, the causal half of attention, no recompute; "
+    "mfu: that over a rank's peak; memory: highest counted peak of a rank (share of the plan's budget)"
+)
+_COLOURS = {"step": 31, "loss": 32, "grad_norm": 33, "memory": 36, "tps": 34, "tflops": 36, "mfu": 35}
+
+
+@dataclass(frozen=True, slots=True)
+class StepLine:
+    """One step of the whole job. Steps count from 1, as people do. `seconds_by_term` are those of rank 0."""
+
+    step: int
+    loss: float
+    auxiliary_loss: float
+    grad_norm: float
+    learning_rate: float
+    seconds: float
+    tokens_per_second: float
+    flops_per_second: float
+    mfu: float | None
+    peak_bytes: int | None
+    seconds_by_term: dict[Term, float]
+
+
+def format_line(line: StepLine, budget_bytes: int, *, coloured: bool = False) -> str:
+    """`step:     10  loss:  1.55680  grad_norm:  0.8123  memory: 26.47GiB(33.47%)  tps: 8,600  tflops: 240.10 ...`."""
+    fields = {"step": f"{line.step:5d}", "loss": f"{line.loss:8.5f}", "grad_norm": f"{line.grad_norm:8.4f}"}
+    if line.peak_bytes is not None:
+        scale, unit = (GIB, "GiB") if line.peak_bytes >= GIB else (MIB, "MiB")
+        fields["memory"] = f"{line.peak_bytes / scale:6.2f}{unit}({line.peak_bytes / budget_bytes:.2%})"
+    fields["tps"] = f"{line.tokens_per_second:8,.0f}"
+    fields["tflops"] = f"{line.flops_per_second / 1e12:.{2 if line.flops_per_second >= 1e12 else 4}f}"
+    if line.mfu is not None:
+        fields["mfu"] = f"{line.mfu:.1%}"
+    texts = (f"{name}: {value}" for name, value in fields.items())
+    if coloured:
+        texts = (f"\33[{_COLOURS[name]}m{text}\33[0m" for name, text in zip(fields, texts, strict=True))
+    return "  ".join(texts)
+
+
+class StepLog:
+    """The lines of a run: on `stream` for people, in `steps.jsonl` for programs. Only rank 0 has one."""
+
+    def __init__(self, output: Path, stream: TextIO, budget_bytes: int, first_step: int) -> None:
+        self._stream, self._budget = stream, budget_bytes
+        self._coloured = stream.isatty() and "NO_COLOR" not in os.environ
+        self._path = output / STEPS_FILE
+        write_atomically(self._path, "".join(_lines_before(self._path, first_step)))
+        try:
+            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot be written: {error.strerror}") from None
+
+    def step(self, line: StepLine) -> None:
+        self.say(format_line(line, self._budget, coloured=self._coloured))
+        self._file.write(json.dumps(asdict(line)) + "\n")
+        self._file.flush()
+
+    def say(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _lines_before(path: Path, first_step: int) -> Iterator[str]:
+    """The lines of steps that a resumed run does not repeat; none for a new run."""
+    if first_step == 0 or not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            step = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if step <= first_step:
+            yield line
+
+
+@contextmanager
+def progress_bar(title: str, total: int, *, shown: bool) -> Iterator[Progress | None]:
+    """A bar on stderr while a person watches; None where stderr is no terminal or `shown` is false."""
+    console = Console(stderr=True)
+    if not shown or not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    # stdout passes through the bar's console only where both are the terminal: a redirected stdout stays untouched.
+    with Progress(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty()) as progress:
+        progress.add_task(title, total=total)
+        yield progress
