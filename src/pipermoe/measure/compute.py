@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 from pipermoe.measure import passes
 from pipermoe.measure.clock import Call, Clock, time_call
-from pipermoe.measure.kernels import Kernels
+from pipermoe.measure.kernels import Directions, Kernels, cold
 from pipermoe.measure.samples import Point
 from pipermoe.measure.sizes import Effort, Widths
 
 Points = dict[str, list[Point]]
-Build = Callable[[], tuple[Call, ...]]
 LARGE_PRODUCT = 1024  # tokens, inner and outer width of the product that shows the device's best rate
 TOKENS_OF_ATTENTION = 1024  # at least one sequence
 GRAPH_OPERATIONS = 64
+FP32 = 4  # bytes
+PASS_TENSORS = 4  # about so many tensors does a pass read and write
 MOST_ELEMENTS = 2**24  # of one tensor of a pass: 64 MiB
 
 
@@ -40,29 +42,37 @@ class Bench:
         self.points.setdefault(key, []).append(point)
         return point
 
-    def sweep(self, key: str, cases: Iterable[tuple[float, float, Build]]) -> None:
-        """Measure (size, work, build) cases of growing work until one call would take too long."""
+    def sweep(self, key: str, cases: Iterable[Case]) -> None:
+        """Measure cases of growing work until one call would take too long."""
         last: Point | None = None
-        for size, work, build in cases:
-            if last and work / last.rate > self.effort.longest_call_seconds * 3:
+        for case in cases:
+            if last and case.work / last.rate > self.effort.longest_call_seconds:
                 return
-            last = self.point(key, size, work, build())
+            last = self.point(key, case.size, case.work, cold(case.build, case.operand_bytes))
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One problem of a sweep: its abscissa, its work, the bytes of its operands and results, and how to make it."""
+
+    size: float
+    work: float
+    operand_bytes: float
+    build: Callable[[], Sequence[Call]]
 
 
 def products(bench: Bench) -> None:
     """`gemm`: the dense layers' three products against FLOPs, and one large square product."""
-    widths, tokens = bench.widths, bench.effort.tokens
+    widths = bench.widths
     for outer in sorted({widths.key_value, widths.query}):
-        bench.sweep(
-            "gemm",
-            ((2 * t * widths.hidden * outer, 6 * t * widths.hidden * outer, _product(bench, t, outer)) for t in tokens),
-        )
-    large = LARGE_PRODUCT
-    bench.point("gemm", 2 * large**3, 6 * large**3, bench.kernels.product(large, large, large))
+        bench.sweep("gemm", (_product(bench, tokens, widths.hidden, outer) for tokens in bench.effort.tokens))
+    bench.sweep("gemm", [_product(bench, LARGE_PRODUCT, LARGE_PRODUCT, LARGE_PRODUCT)])
 
 
-def _product(bench: Bench, tokens: int, outer: int) -> Build:
-    return lambda: bench.kernels.product(tokens, bench.widths.hidden, outer)
+def _product(bench: Bench, tokens: int, inner: int, outer: int) -> Case:
+    flops = 2 * tokens * inner * outer
+    operand_bytes = FP32 * (2 * tokens * (inner + outer) + 2 * inner * outer)
+    return Case(flops, 3 * flops, operand_bytes, partial(bench.kernels.product, tokens, inner, outer))
 
 
 def grouped_products(bench: Bench) -> None:
@@ -71,12 +81,11 @@ def grouped_products(bench: Bench) -> None:
     `grouped_skew` has one point for each expert, of its rows and FLOPs, with the seconds of the whole call.
     """
     widths, rows_per_expert = bench.widths, bench.effort.rows_per_expert
-    bench.sweep(
-        "grouped_gemm", ((r, _grouped_flops([r] * widths.experts, widths), _grouped(bench, r)) for r in rows_per_expert)
-    )
-    rows = skewed_rows(widths.experts, rows_per_expert[len(rows_per_expert) // 2])
-    whole = bench.timed(0, _grouped_flops(rows, widths), _expert_block(bench, rows))
-    bench.points["grouped_skew"] = [replace(whole, size=r, work=_grouped_flops([r], widths)) for r in rows]
+    bench.sweep("grouped_gemm", (_expert_block(bench, [rows] * widths.experts) for rows in rows_per_expert))
+    skewed = skewed_rows(widths.experts, rows_per_expert[len(rows_per_expert) // 2])
+    case = _expert_block(bench, skewed)
+    whole = bench.timed(0, case.work, cold(case.build, case.operand_bytes))
+    bench.points["grouped_skew"] = [replace(whole, size=rows, work=_grouped_flops([rows], widths)) for rows in skewed]
 
 
 def skewed_rows(experts: int, mean_rows: int) -> list[int]:
@@ -85,15 +94,16 @@ def skewed_rows(experts: int, mean_rows: int) -> list[int]:
     return [max(1, round(experts * mean_rows / (e + 1) / harmonic)) for e in range(experts)]
 
 
-def _grouped(bench: Bench, rows: int) -> Build:
-    return lambda: _expert_block(bench, [rows] * bench.widths.experts)
+def _expert_block(bench: Bench, rows: list[int]) -> Case:
+    widths, kernels = bench.widths, bench.kernels
 
+    def build() -> Sequence[Call]:
+        gate_up = kernels.grouped_product(rows, widths.hidden, 2 * widths.expert_width)
+        return *gate_up, *kernels.grouped_product(rows, widths.expert_width, widths.hidden)
 
-def _expert_block(bench: Bench, rows: list[int]) -> tuple[Call, ...]:
-    widths = bench.widths
-    gate_up = bench.kernels.grouped_product(rows, widths.hidden, 2 * widths.expert_width)
-    down = bench.kernels.grouped_product(rows, widths.expert_width, widths.hidden)
-    return *gate_up, *down
+    matrices = 3 * widths.experts * widths.hidden * widths.expert_width
+    activations = sum(rows) * (4 * widths.hidden + 6 * widths.expert_width)
+    return Case(rows[0], _grouped_flops(rows, widths), FP32 * (2 * matrices + activations), build)
 
 
 def _grouped_flops(rows: list[int], widths: Widths) -> float:
@@ -109,23 +119,31 @@ def attention(bench: Bench) -> None:
         done = bench.points.get("attention.backward")
         if done and 2 * flops / done[-1].rate > bench.effort.longest_call_seconds:
             return
-        core = bench.kernels.attention(batch, seq_len, widths)
-        bench.point("attention.forward", seq_len, flops, [core.forward])
-        bench.point("attention.backward", seq_len, 2 * flops, [core.backward])
+        build = _both(partial(bench.kernels.attention, batch, seq_len, widths))
+        forward, backward = cold(build, 8 * FP32 * batch * seq_len * widths.num_heads * widths.head_dim)
+        bench.point("attention.forward", seq_len, flops, [forward])
+        bench.point("attention.backward", seq_len, 2 * flops, [backward])
+
+
+def _both(build: Callable[[], Directions]) -> Callable[[], Sequence[Call]]:
+    def calls() -> Sequence[Call]:
+        directions = build()
+        return directions.forward, directions.backward
+
+    return calls
 
 
 def memory_bound(bench: Bench) -> None:
     """`memory_bound`: bytes/s of an addition against its bytes; `kernel_seconds`: one operation on a tiny tensor."""
-    bytes_per_element = 3 * bench.kernels.random(1).element_size()
+    moved = 3 * FP32  # bytes for each element: two operands, one result
     bench.sweep(
         "memory_bound",
-        ((bytes_per_element * n, bytes_per_element * n, _addition(bench, n)) for n in bench.effort.element_counts),
+        (
+            Case(moved * n, moved * n, moved * n, partial(bench.kernels.addition, n))
+            for n in bench.effort.element_counts
+        ),
     )
     bench.point("kernel_seconds", 1, 2 * GRAPH_OPERATIONS, [bench.kernels.tiny_graph(GRAPH_OPERATIONS)])
-
-
-def _addition(bench: Bench, elements: int) -> Build:
-    return lambda: (bench.kernels.addition(elements),)
 
 
 def memory_bound_passes(bench: Bench) -> None:
@@ -136,9 +154,10 @@ def memory_bound_passes(bench: Bench) -> None:
             row = widths.vocab if kind == "loss" else widths.widest_row
             if tokens * row > MOST_ELEMENTS and tokens > effort.pass_tokens[0]:
                 break
-            elements, directions = build(kernels, tokens, widths)
-            bench.point(f"passes.{kind}.forward", elements, elements, [directions.forward])
-            bench.point(f"passes.{kind}.backward", elements, elements, [directions.backward])
+            elements = passes.elements(kind, tokens, widths)
+            calls = cold(_both(partial(build, kernels, tokens, widths)), PASS_TENSORS * FP32 * elements)
+            for direction, call in zip(("forward", "backward"), calls, strict=True):
+                bench.point(f"passes.{kind}.{direction}", elements, elements, [call])
     for count in effort.parameter_counts:
         bench.point("passes.optimizer.forward", count, count, [passes.optimizer(kernels, count)])
         bench.point("passes.gradient_norm.forward", count, count, [passes.gradient_norm(kernels, count)])

@@ -5,10 +5,11 @@ T tokens, R rows of one expert, E experts of the rank, D hidden size, F expert w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, cycle
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,25 @@ from torch import Tensor
 from pipermoe.measure.clock import Call
 from pipermoe.measure.sizes import Widths
 
-COLD_BYTES = 8 * 2**20  # operands rotate over this much memory: in a step nothing waits in the second-level cache
+COLD_BYTES = 16 * 2**20  # operands and results rotate over this much memory
 MOST_SETS = 8
-Set = TypeVar("Set")
+POOL = 2**20  # random numbers
+
+
+def cold(build: Callable[[], Sequence[Call]], bytes_of_one: float) -> list[Call]:
+    """The calls that `build` makes, each rotating over operand sets of `bytes_of_one` that together fill no near cache.
+
+    As many results stay alive, so that they too are written to cold memory: in a step, backward still needs what was
+    written before.
+    """
+    sets = [build() for _ in range(max(1, min(MOST_SETS, round(COLD_BYTES / bytes_of_one))))]
+    return [_rotating(calls) for calls in zip(*sets, strict=True)]
+
+
+def _rotating(calls: Sequence[Call]) -> Call:
+    turns = cycle(calls)
+    results: deque[object] = deque(maxlen=len(calls))
+    return lambda: results.append(next(turns)())
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,43 +52,22 @@ class Kernels:
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
+        self._pool = torch.randn(POOL, device=device, dtype=dtype)
 
     def random(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, device=self.device, dtype=self.dtype)
+        """Normal numbers of `shape`, copied from one pool: drawing them anew took longer than what they are for."""
+        count = math.prod(shape)
+        pool = self._pool if count <= POOL else self._pool.repeat(-(-count // POOL))
+        return pool[:count].clone().view(shape)
 
     def leaf(self, *shape: int) -> Tensor:
         return self.random(*shape).requires_grad_()
 
-    def _rotating(self, bytes_of_one: float, build: Callable[[], Set]) -> Iterator[Set]:
-        """An endless rotation over operand sets that together exceed the second-level cache."""
-        return cycle([build() for _ in range(max(1, min(MOST_SETS, round(COLD_BYTES / bytes_of_one))))])
-
     def product(self, tokens: int, inner: int, outer: int) -> tuple[Call, Call, Call]:
         """y_TN = x_TD w_ND', dx_TD = g_TN w_ND and dw_ND += g_TN' x_TD of a dense layer."""
-        operand_bytes = 4 * (tokens * inner + tokens * outer + 2 * inner * outer)
-        sets = self._rotating(
-            operand_bytes,
-            lambda: (
-                self.random(tokens, inner),
-                self.random(outer, inner),
-                self.random(tokens, outer),
-                self.random(outer, inner),
-            ),
-        )
-
-        def forward() -> Tensor:
-            x_TD, w_ND, _, _ = next(sets)
-            return x_TD @ w_ND.t()
-
-        def input_gradient() -> Tensor:
-            _, w_ND, g_TN, _ = next(sets)
-            return g_TN @ w_ND
-
-        def weight_gradient() -> Tensor:
-            x_TD, _, g_TN, dw_ND = next(sets)
-            return dw_ND.addmm_(g_TN.t(), x_TD)
-
-        return forward, input_gradient, weight_gradient
+        x_TD, g_TN = self.random(tokens, inner), self.random(tokens, outer)
+        w_ND, dw_ND = self.random(outer, inner), self.random(outer, inner)
+        return lambda: x_TD @ w_ND.t(), lambda: g_TN @ w_ND, lambda: dw_ND.addmm_(g_TN.t(), x_TD)
 
     def grouped_product(self, rows: list[int], inner: int, outer: int) -> tuple[Call, Call, Call]:
         """The three products of `rows[e]` rows with the matrix of expert e, rows sorted by expert: a loop."""
@@ -111,15 +107,10 @@ class Kernels:
             (query, key, value),
         )
 
-    def addition(self, elements: int) -> Call:
+    def addition(self, elements: int) -> tuple[Call]:
         """c = a + b: 12 bytes per fp32 element."""
-        sets = self._rotating(8 * elements, lambda: (self.random(elements), self.random(elements)))
-
-        def add() -> Tensor:
-            a, b = next(sets)
-            return a + b
-
-        return add
+        a, b = self.random(elements), self.random(elements)
+        return (lambda: a + b,)
 
     def tiny_graph(self, operations: int) -> Call:
         """A chain of `operations` differentiable operations on 16 elements, forward and backward."""
@@ -148,5 +139,5 @@ def differentiable(forward: Call, leaves: tuple[Tensor, ...]) -> Directions:
     """Both directions of `forward`: backward asks autograd for the gradients of `leaves` again and again."""
     output = forward()
     assert isinstance(output, Tensor)
-    gradient = torch.randn_like(output)
+    gradient = output.detach().clone()
     return Directions(forward, lambda: torch.autograd.grad(output, leaves, gradient, retain_graph=True))

@@ -18,36 +18,60 @@ from pipermoe.measure.sizes import Widths
 from pipermoe.specs.platform import Pass
 
 NORM_BLOCK = 2**14  # gradients are squared in blocks of this many, the blocks added in fp64
-Built = tuple[int, Directions]  # the elements that count, and the calls
 
 
-def norm(kernels: Kernels, tokens: int, widths: Widths) -> Built:
-    """RMSNorm with its own backward (runtime/norm.py)."""
-    x_TD, g_TD = kernels.random(tokens, widths.hidden), kernels.random(tokens, widths.hidden)
-    w_D, dw_D = kernels.random(widths.hidden), kernels.random(widths.hidden)
-    inverse_T1 = x_TD.square().mean(-1, keepdim=True).rsqrt_()
+def elements(kind: Pass, tokens: int, widths: Widths) -> int:
+    """How many elements a pass over `tokens` tokens counts, as `specs.platform.Pass` defines it."""
+    per_token = {
+        "norm": widths.hidden,
+        "head_norm": widths.num_heads * widths.head_dim,
+        "residual": widths.hidden,
+        "rope": widths.num_heads * widths.head_dim,
+        "swiglu": widths.expert_width,
+        "router": widths.top_k,
+        "permute": widths.top_k * widths.hidden,
+        "combine": widths.top_k * widths.hidden,
+        "loss": widths.vocab,
+    }
+    return tokens * per_token[kind]
+
+
+def norm(kernels: Kernels, tokens: int, widths: Widths) -> Directions:
+    """RMSNorm of the stream (runtime/norm.py)."""
+    return _rms_norm(kernels, kernels.random(tokens, widths.hidden), kernels.random(tokens, widths.hidden))
+
+
+def head_norm(kernels: Kernels, tokens: int, widths: Widths) -> Directions:
+    """RMSNorm of every head of queries or keys, which lie inside tokens (runtime/attention.py)."""
+    shape = (1, tokens, widths.num_heads, widths.head_dim)
+    return _rms_norm(kernels, kernels.random(*shape).transpose(1, 2), kernels.random(*shape).transpose(1, 2))
+
+
+def _rms_norm(kernels: Kernels, x: Tensor, gradient: Tensor) -> Directions:
+    w_D, dw_D = kernels.random(x.shape[-1]), kernels.random(x.shape[-1])
+    inverse_saved = x.square().mean(-1, keepdim=True).rsqrt_()
 
     def forward() -> Tensor:
-        inverse = x_TD.square().mean(-1, keepdim=True).add_(1e-6).rsqrt_()
-        return (x_TD * inverse).mul_(w_D)
+        inverse = x.square().mean(-1, keepdim=True).add_(1e-6).rsqrt_()
+        return (x * inverse).mul_(w_D)
 
     def backward() -> Tensor:
-        normal_TD = x_TD * inverse_T1
-        dw_D.add_((g_TD * normal_TD).sum(0))
-        scaled_TD = g_TD * w_D
-        mean_T1 = (scaled_TD * normal_TD).mean(-1, keepdim=True)
-        return scaled_TD.sub_(normal_TD.mul_(mean_T1)).mul_(inverse_T1)
+        normal = x * inverse_saved
+        dw_D.add_((gradient * normal).flatten(0, -2).sum(0))
+        scaled = gradient * w_D
+        mean = (scaled * normal).mean(-1, keepdim=True)
+        return scaled.sub_(normal.mul_(mean)).mul_(inverse_saved)
 
-    return x_TD.numel(), Directions(forward, backward)
+    return Directions(forward, backward)
 
 
-def residual(kernels: Kernels, tokens: int, widths: Widths) -> Built:
+def residual(kernels: Kernels, tokens: int, widths: Widths) -> Directions:
     """A branch joins the stream; backward, where the stream forks, the branches' gradients are added."""
     x_TD, y_TD = kernels.random(tokens, widths.hidden), kernels.random(tokens, widths.hidden)
-    return x_TD.numel(), Directions(lambda: x_TD + y_TD, lambda: x_TD + y_TD)
+    return Directions(lambda: x_TD + y_TD, lambda: x_TD + y_TD)
 
 
-def rope(kernels: Kernels, tokens: int, widths: Widths) -> Built:
+def rope(kernels: Kernels, tokens: int, widths: Widths) -> Directions:
     """Rotary positions of heads that lie inside tokens (runtime/attention.py)."""
     x = kernels.random(1, tokens, widths.num_heads, widths.head_dim).transpose(1, 2).requires_grad_()
     cosine, sine = kernels.random(tokens, widths.head_dim), kernels.random(tokens, widths.head_dim)
@@ -56,10 +80,10 @@ def rope(kernels: Kernels, tokens: int, widths: Widths) -> Built:
         low, high = x.chunk(2, dim=-1)
         return x * cosine + torch.cat((-high, low), dim=-1) * sine
 
-    return x.numel(), differentiable(rotate, (x,))
+    return differentiable(rotate, (x,))
 
 
-def swiglu(kernels: Kernels, tokens: int, widths: Widths) -> Built:
+def swiglu(kernels: Kernels, tokens: int, widths: Widths) -> Directions:
     """silu(gate) * up with its own backward (runtime/experts.py)."""
     gate_up, g_TF = kernels.random(tokens, 2 * widths.expert_width), kernels.random(tokens, widths.expert_width)
     gate, up = gate_up.chunk(2, dim=-1)
@@ -74,10 +98,10 @@ def swiglu(kernels: Kernels, tokens: int, widths: Widths) -> Built:
         torch.ops.aten.silu_backward.grad_input(g_TF * up, gate, grad_input=to_gate)
         return result
 
-    return g_TF.numel(), Directions(forward, backward)
+    return Directions(forward, backward)
 
 
-def router(kernels: Kernels, tokens: int, widths: Widths) -> Built:
+def router(kernels: Kernels, tokens: int, widths: Widths) -> Directions:
     """Scores to weights of the chosen experts and the balancing loss; the sort that groups rows by expert."""
     experts = widths.num_experts
     logits_TE = kernels.leaf(tokens, experts)
@@ -95,23 +119,23 @@ def router(kernels: Kernels, tokens: int, widths: Widths) -> Built:
         balance = experts * (load_E.to(scores_TE.dtype) / chosen_R.numel() * scores_TE.mean(0)).sum()
         return torch.cat((weights_TK.flatten(), balance[None]))
 
-    return tokens * widths.top_k, differentiable(choose, (logits_TE,))
+    return differentiable(choose, (logits_TE,))
 
 
-def permute(kernels: Kernels, tokens: int, widths: Widths) -> Built:
+def permute(kernels: Kernels, tokens: int, widths: Widths) -> Directions:
     """Rows in another order; backward is the inverse order, a gather again (runtime/dispatch.py)."""
     y_RD = kernels.random(tokens * widths.top_k, widths.hidden)
     index_R = torch.randperm(y_RD.shape[0], device=kernels.device)
-    return y_RD.numel(), Directions(lambda: y_RD[index_R], lambda: y_RD[index_R])
+    return Directions(lambda: y_RD[index_R], lambda: y_RD[index_R])
 
 
-def combine(kernels: Kernels, tokens: int, widths: Widths) -> Built:
+def combine(kernels: Kernels, tokens: int, widths: Widths) -> Directions:
     """The weighted sum of what the chosen experts made of a token (runtime/model.py, `merge`)."""
     y_TKD, weight_TK = kernels.leaf(tokens, widths.top_k, widths.hidden), kernels.leaf(tokens, widths.top_k)
-    return y_TKD.numel(), differentiable(lambda: (y_TKD * weight_TK[..., None]).sum(1), (y_TKD, weight_TK))
+    return differentiable(lambda: (y_TKD * weight_TK[..., None]).sum(1), (y_TKD, weight_TK))
 
 
-def loss(kernels: Kernels, tokens: int, widths: Widths) -> Built:
+def loss(kernels: Kernels, tokens: int, widths: Widths) -> Directions:
     """Cross-entropy whose backward overwrites the logits (runtime/loss.py)."""
     logits_TV, spent_TV = kernels.random(tokens, widths.vocab), kernels.random(tokens, widths.vocab)
     target_T1 = torch.randint(widths.vocab, (tokens, 1), device=kernels.device)
@@ -125,11 +149,12 @@ def loss(kernels: Kernels, tokens: int, widths: Widths) -> Built:
         probabilities_TV.scatter_add_(1, target_T1, torch.full_like(total_T1, -1.0))
         return probabilities_TV.mul_(1.0 / tokens)
 
-    return logits_TV.numel(), Directions(forward, backward)
+    return Directions(forward, backward)
 
 
-TOKEN_PASSES: dict[Pass, Callable[[Kernels, int, Widths], Built]] = {
+TOKEN_PASSES: dict[Pass, Callable[[Kernels, int, Widths], Directions]] = {
     "norm": norm,
+    "head_norm": head_norm,
     "residual": residual,
     "rope": rope,
     "swiglu": swiglu,
@@ -143,7 +168,7 @@ TOKEN_PASSES: dict[Pass, Callable[[Kernels, int, Widths], Built]] = {
 def optimizer(kernels: Kernels, parameters: int) -> Call:
     """One fused AdamW update of a flat buffer of `parameters` parameters (runtime/optimizer.py)."""
     weights = torch.nn.Parameter(kernels.random(parameters))
-    weights.grad = torch.randn_like(weights)
+    weights.grad = kernels.random(parameters)
     return torch.optim.AdamW([weights], lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True).step
 
 

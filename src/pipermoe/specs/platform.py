@@ -16,10 +16,21 @@ COLLECTIVES: tuple[Collective, ...] = ("send", "all_to_all", "all_reduce", "all_
 
 # Memory-bound work by what it is; the elements that count are in the comment.
 Pass = Literal[
-    "norm", "residual", "rope", "swiglu", "router", "permute", "combine", "loss", "optimizer", "gradient_norm"
+    "norm",
+    "head_norm",
+    "residual",
+    "rope",
+    "swiglu",
+    "router",
+    "permute",
+    "combine",
+    "loss",
+    "optimizer",
+    "gradient_norm",
 ]
 PASSES: tuple[Pass, ...] = (
-    "norm",  # RMSNorm: tokens x width
+    "norm",  # RMSNorm of the stream: tokens x hidden
+    "head_norm",  # RMSNorm of every query or key head: tokens x heads x head_dim
     "residual",  # adding a branch to the stream: tokens x hidden
     "rope",  # rotating queries or keys: tokens x heads x head_dim
     "swiglu",  # silu(gate) * up: rows x expert_width (one half of the gate_up output)
