@@ -11,6 +11,7 @@ import torch.distributed as dist
 from tests.distributed.harness import run_ranks
 from tests.runtime.tiny import MODELS, TRAIN, batch_for, engine_for
 
+from pipermoe.runtime.gradients import gradient_of
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.optimizer import Optimizer
 from pipermoe.runtime.weights import is_expert
@@ -36,7 +37,7 @@ def train(rank: int, model_name: str, strategy: Strategy) -> dict:
         losses.append(sums[:2].tolist())
         norms.append(sums[2].sqrt().item())
         if step == 0 and not strategy.zero_dense:
-            gradients = {name: parameter.grad.clone() for name, parameter in engine.named_parameters()}
+            gradients = {name: gradient_of(parameter).clone() for name, parameter in engine.named_parameters()}
         optimizer.update(norms[-1], TRAIN.optimizer.learning_rate)
         optimizer.gather_weights()
         optimizer.zero_gradients()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pipermoe.runtime.gradients import WeightGradients
 from pipermoe.runtime.linear import Linear
 from pipermoe.runtime.norm import RMSNorm
-from pipermoe.specs.model import ModelSpec
+from pipermoe.specs.model import GroupedQueryAttention, ModelSpec
 
 
 class Attention(nn.Module):
@@ -21,6 +21,7 @@ class Attention(nn.Module):
     def __init__(self, model: ModelSpec, seq_len: int, gradients: WeightGradients, dtype: torch.dtype):
         super().__init__()
         spec, hidden = model.attention, model.hidden_size
+        assert isinstance(spec, GroupedQueryAttention)
         self.spec, self.seq_len = spec, seq_len
         query, key_value = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         self.query = Linear(hidden, query, gradients, bias=spec.qkv_bias, dtype=dtype)

@@ -38,7 +38,7 @@ class MemoryCounter(TorchDispatchMode):
         super().__init__()
         self._meter = meter
         self._live: dict[MemoryCategory, int] = dict.fromkeys(MEMORY_CATEGORIES, 0)
-        self._seen = WeakIdKeyDictionary()
+        self._free = WeakIdKeyDictionary()
         self.peak_bytes, self.bytes_at_peak = 0, dict(self._live)
         for category, tensors in known.items():
             for tensor in tensors:
@@ -54,17 +54,30 @@ class MemoryCounter(TorchDispatchMode):
         return result
 
     def _add(self, storage: torch.UntypedStorage, category: MemoryCategory) -> None:
-        if storage in self._seen:
+        if storage in self._free:
             return
         size = storage.nbytes()
-        self._seen[storage] = weakref.ref(storage, lambda _: self._free(category, size))
+        self._free[storage] = weakref.finalize(storage, self._subtract, category, size)
         self._live[category] += size
         total = sum(self._live.values())
         if total > self.peak_bytes:
             self.peak_bytes, self.bytes_at_peak = total, dict(self._live)
 
-    def _free(self, category: MemoryCategory, size: int) -> None:
+    def _subtract(self, category: MemoryCategory, size: int) -> None:
         self._live[category] -= size
+
+    def _release(self, tensor: Tensor) -> None:
+        finalizer = self._free.get(tensor.untyped_storage())
+        if finalizer is not None:
+            finalizer()  # at most once, now or when the storage dies
+
+    def __enter__(self) -> MemoryCounter:
+        self._meter.on_release = self._release
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._meter.on_release = None
+        super().__exit__(*error)
 
 
 def _storages(tree: Any) -> Iterable[torch.UntypedStorage]:

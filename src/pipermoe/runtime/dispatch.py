@@ -20,16 +20,26 @@ from pipermoe.runtime.router import count_choices
 
 
 class Flying:
-    """A collective in flight. It keeps its input alive; `wait` gives the finished output, once."""
+    """A collective in flight. It keeps its buffers alive; `wait` gives the finished output, once.
 
-    def __init__(self, work: dist.Work, held: Tensor, finish: Callable[[], Tensor], meter: Meter):
-        self._work, self._held, self._finish, self._meter = work, held, finish, meter
+    `finish` makes the output of the received tensor.
+    """
+
+    def __init__(
+        self, work: dist.Work | None, sent: Tensor, received: Tensor, finish: Callable[[Tensor], Tensor], meter: Meter
+    ):
+        assert work is not None
+        self._work, self._buffers, self._finish, self._meter = work, (sent, received), finish, meter
 
     def wait(self) -> Tensor:
         with self._meter.term("all_to_all"):
             self._work.wait()
-        result = self._finish()
-        del self._work, self._held, self._finish  # the work keeps its tensors alive as well
+        sent, received = self._buffers
+        del self._buffers, self._work
+        self._meter.release(sent)
+        result = self._finish(received)
+        if result is not received:
+            self._meter.release(received)
         return result
 
 
@@ -94,7 +104,7 @@ class Exchange:
         return experts_A.view(top_k, tokens).t().contiguous()
 
     def exchange_counts(self, experts_TK: Tensor) -> Flying | Arrived:
-        """Launch the exchange of row counts. Its result (P + 1, N or E) is for `route` alone."""
+        """Launch the exchange of row counts. Its result is for `route` alone."""
         if self.planned_counts is not None:
             return Arrived(experts_TK)
         counts_E = count_choices(experts_TK, self.num_experts)
@@ -102,7 +112,7 @@ class Exchange:
             return Arrived(counts_E)
         counts_PN = torch.empty_like(counts_E)
         work = dist.all_to_all_single(counts_PN, counts_E, group=self.group, async_op=True)
-        return Flying(work, counts_E, lambda: torch.cat((counts_E, counts_PN)), self.meter)
+        return Flying(work, counts_E, counts_PN, lambda received_PN: torch.cat((counts_E, received_PN)), self.meter)
 
     def route(self, experts_TK: Tensor, counts: Flying | Arrived) -> Route:
         """The route of these choices. Reading the counts is the one host synchronisation of a layer."""
@@ -138,7 +148,7 @@ class Exchange:
             outgoing = x.contiguous() if before is None else x[before]
             incoming = x.new_empty(sum(received), x.shape[1])
         work = dist.all_to_all_single(incoming, outgoing, received, sent, group=self.group, async_op=True)
-        return Flying(work, outgoing, lambda: incoming if after is None else incoming[after], self.meter)
+        return Flying(work, outgoing, incoming, lambda rows: rows if after is None else rows[after], self.meter)
 
     def _counts(self, exchanged: Tensor) -> tuple[list[list[int]], list[list[int]]]:
         """Rows sent to and received from each rank of the group, by the receiver's expert (P, N)."""

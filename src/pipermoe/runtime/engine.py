@@ -56,8 +56,8 @@ class Engine:
     """One rank of a training job: its stages, and the execution of its part of the schedule.
 
     Loss and gradients. The loss is the mean cross-entropy over all tokens of the global batch, plus `auxiliary_loss`
-    times the mean over micro-batches and MoE layers of the load-balancing loss, each computed over one micro-batch's own
-    tokens. Every rank's backward is scaled by 1 / (micro-batches * data_parallel); gradients must then be summed over
+    times the mean over micro-batches and MoE layers of the load-balancing loss, each over one micro-batch's own tokens.
+    Every rank's backward is scaled by 1 / (micro-batches * data_parallel); gradients must then be summed over
     dp (dense parameters) and edp (expert parameters), nothing else: an expert's gradient already holds the tokens of
     all ep ranks, which came through the all-to-all.
 

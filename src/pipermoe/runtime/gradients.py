@@ -1,8 +1,8 @@
 """Weight gradients: computed at once, or queued as closures and run later. The only split of backward into I and W.
 
-Every parameter's gradient in this runtime passes through `WeightGradients.add`; autograd itself only carries gradients of
-activations. So a W action costs the weight products and nothing else: no second traversal, no recomputation, no
-collective (DualPipe's WeightGradStore; zero-bubble schedules, Qi et al., arXiv 2401.10241).
+Weights hang on no autograd graph: layers add their gradients themselves, matrices through `WeightGradients.add`. So a W
+action costs the weight products and nothing else: no second traversal, no recomputation, no collective (DualPipe's
+WeightGradStore; zero-bubble schedules, Qi et al., arXiv 2401.10241).
 """
 
 from __future__ import annotations
@@ -55,6 +55,12 @@ def accumulate_product(parameter: Tensor, a: Tensor, b: Tensor) -> None:
         parameter.grad = a @ b
     else:
         parameter.grad.addmm_(a, b)
+
+
+@torch.no_grad()
+def accumulate_rows(parameter: Tensor, rows_T: Tensor, gradient_TD: Tensor) -> None:
+    """`parameter.grad[rows_T[t]] += gradient_TD[t]`; a row may come more than once."""
+    gradient_of(parameter).index_add_(0, rows_T, gradient_TD)
 
 
 def gradient_of(parameter: Tensor) -> Tensor:

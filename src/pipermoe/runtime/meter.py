@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from torch import Tensor
 
 from pipermoe.specs.report import TERMS, MemoryCategory, Term
 
@@ -19,6 +21,7 @@ class Meter:
     def __init__(self) -> None:
         self.seconds: dict[Term, float] = dict.fromkeys(TERMS, 0.0)
         self.phase: MemoryCategory = "temporary"
+        self.on_release: Callable[[Tensor], None] | None = None
         self._inner = 0.0  # seconds already counted by terms nested in the current one
 
     def reset(self) -> None:
@@ -44,3 +47,11 @@ class Meter:
             yield
         finally:
             self.phase = outer
+
+    def release(self, tensor: Tensor) -> None:
+        """The caller drops the last reference to a collective's buffer.
+
+        Gloo's threads may hold a finished buffer for an instant longer; counting must not depend on when they let go.
+        """
+        if self.on_release is not None:
+            self.on_release(tensor)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pipermoe.runtime.attention import Attention
 from pipermoe.runtime.experts import Experts, GatedMLP
-from pipermoe.runtime.gradients import WeightGradients, gradient_of
+from pipermoe.runtime.gradients import WeightGradients, accumulate_rows
 from pipermoe.runtime.linear import Linear
 from pipermoe.runtime.loss import cross_entropy
 from pipermoe.runtime.norm import RMSNorm
@@ -39,7 +39,7 @@ class Embedding(nn.Module):
 
     @torch.no_grad()
     def backward(self, tokens_T: Tensor, gradient_TD: Tensor) -> None:
-        self.gradients.add(lambda: gradient_of(self.weight).index_add_(0, tokens_T, gradient_TD))
+        self.gradients.add(lambda: accumulate_rows(self.weight, tokens_T, gradient_TD))
 
 
 class DenseLayer(nn.Module):

@@ -2,7 +2,7 @@
 
 T tokens, K choices a token, A = T * K assignments, R rows of this rank's experts, D hidden size
 
-A layer is a chain of pieces, ordinary differentiable functions with local autograd graphs, and collectives between them.
+A layer is a chain of pieces, differentiable functions with autograd graphs of their own, and collectives between them.
 A generator yields right after launching a collective, so its caller may run another generator meanwhile. Running it to
 its end at once, `drain`, is the serial execution that defines the result of every other.
 """
