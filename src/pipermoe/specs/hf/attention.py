@@ -43,9 +43,12 @@ def grouped_query(
 
 def latent(config: ConfigReader, *, indexer: bool = False) -> LatentAttention:
     """Multi-head latent attention (DeepSeek); `q_lora_rank` null means a direct query projection."""
+    q_lora_rank = config.size("q_lora_rank", 0)
+    if indexer and not q_lora_rank:
+        raise config.error("q_lora_rank", "must be given: the indexer reads the compressed query")
     return LatentAttention(
         num_heads=config.size("num_attention_heads"),
-        q_lora_rank=config.size("q_lora_rank", 0),
+        q_lora_rank=q_lora_rank,
         kv_lora_rank=config.size("kv_lora_rank"),
         qk_nope_head_dim=config.size("qk_nope_head_dim"),
         qk_rope_head_dim=config.size("qk_rope_head_dim"),
