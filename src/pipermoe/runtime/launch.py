@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pipermoe.runtime.world import World, existing_world
 from pipermoe.specs.errors import UserError
+from pipermoe.specs.legality import violations
 from pipermoe.specs.plan import Measurement, Plan
 
 TIMEOUT_SECONDS = 180.0  # of one collective: a rank that is silent for longer counts as stalled
@@ -43,6 +44,8 @@ def launch(
     _check_world(plan, world)
     if steps is not None and steps < 1:
         raise UserError(f"steps = {steps}: must be at least 1")
+    if broken := violations(plan.strategy, plan.model, plan.train, plan.strategy.world_size):
+        raise UserError("\n".join(f"plan {plan.name}: {line}" for line in broken))
     check_supported(plan.model, plan.train, plan.strategy)
     newest = find_newest(output) if resume else None
     if newest is not None:

@@ -1,0 +1,136 @@
+"""Local ranks finish together or stop together, and one line names the rank that is to blame."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pipermoe.runtime.local_ranks import run_local_ranks
+from pipermoe.runtime.world import World
+from pipermoe.specs.errors import MachineError, UserError
+
+pytestmark = pytest.mark.distributed
+TIMEOUT = 3.0
+
+
+def join(world: World) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=world.init_method,
+        rank=world.rank,
+        world_size=world.size,
+        timeout=timedelta(seconds=TIMEOUT),
+    )
+    (Path(world.init_method.removeprefix("file://")).parent / f"{world.rank}.pid").write_text(str(os.getpid()))
+    dist.barrier()
+
+
+def step_forever() -> None:
+    while True:
+        dist.all_reduce(torch.ones(4))
+
+
+def raises(world: World) -> None:
+    join(world)
+    if world.rank == 1:
+        raise ValueError("a bug on this rank")
+    step_forever()
+
+
+def dies(world: World) -> None:
+    join(world)
+    if world.rank == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    step_forever()
+
+
+def stalls(world: World) -> None:
+    join(world)
+    if world.rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    step_forever()
+
+
+def is_misused(world: World) -> None:
+    join(world)
+    if world.rank == 0:
+        raise UserError("data.paths: nothing there")
+    step_forever()
+
+
+@pytest.mark.parametrize(
+    ("target", "kind", "message"),
+    [
+        (raises, MachineError, r"^rank 1: ValueError: a bug on this rank \(traceback in .*rank-1\.error\.txt\)$"),
+        (dies, MachineError, r"^rank 2 was killed by SIGKILL"),
+        (stalls, MachineError, r"^rank 1 stalled: no answer within 3 s"),
+        (is_misused, UserError, r"^data\.paths: nothing there$"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_the_rank_that_fails_is_named_and_nothing_survives_it(tmp_path, target, kind, message):
+    before = time.monotonic()
+    with pytest.raises(kind, match=message) as caught:
+        run_local_ranks(3, target, tmp_path, TIMEOUT)
+    assert type(caught.value) is kind
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - before < TIMEOUT + 25  # not a hang; the machine may be busy
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def writes(world: World) -> None:
+    join(world)
+    assert world.starter == "pipermoe"
+    ranks = [torch.zeros(1) for _ in range(world.size)]
+    dist.all_gather(ranks, torch.tensor([float(world.rank)]))
+    Path(os.environ["WHERE"], f"{world.rank}").write_text(str([int(rank) for rank in ranks]))
+    dist.barrier()
+
+
+def test_ranks_that_succeed_return_to_the_parent(tmp_path, monkeypatch):
+    monkeypatch.setenv("WHERE", str(tmp_path))
+    run_local_ranks(3, writes, tmp_path, TIMEOUT)
+    assert [(tmp_path / str(rank)).read_text() for rank in range(3)] == ["[0, 1, 2]"] * 3
+
+
+PARENT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from tests.distributed.test_launch import report_and_step
+from pipermoe.runtime.local_ranks import run_local_ranks
+try:
+    run_local_ranks(2, report_and_step, Path({folder!r}), 60)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+
+
+def report_and_step(world: World) -> None:
+    join(world)
+    os.write(1, b"joined\n")
+    step_forever()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
+def test_no_rank_outlives_an_interrupted_or_killed_parent(tmp_path, number):
+    root = str(Path(__file__).parents[2])
+    code = PARENT.format(root=root, folder=str(tmp_path))
+    with subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        for _ in range(2):
+            assert parent.stdout.readline().startswith("joined")
+        parent.send_signal(number)
+        rest = parent.stdout.read()  # ends when the last process that could write has ended
+    assert rest == ("interrupted\n" if number == signal.SIGINT else "")
