@@ -27,7 +27,8 @@ def test_one_rank_calls_nothing():
 def test_a_pipeline_sends_every_micro_batch_once_in_each_direction():
     message = 2 * 32 * 64 * 4  # sequences x tokens x hidden x fp32
     assert calls_of(Strategy(pipeline_parallel=3, micro_batch_size=2)) == {
-        "send.pp": [(8, 8 * message), (16, 16 * message), (8, 8 * message)]
+        "send.pp": [(8, 8 * message), (16, 16 * message), (8, 8 * message)],
+        "all_reduce.world": [(1, 24)] * 3,  # gradient norm, loss and auxiliary loss as float64
     }
 
 

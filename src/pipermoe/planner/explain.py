@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from pipermoe.planner.result import Alternative, Candidate
 from pipermoe.planner.search import Job, Space, fastest
-from pipermoe.resources.flops import head_forward_flops, layer_forward_flops
-from pipermoe.resources.step import compute_slots, predict
+from pipermoe.resources.flops import model_forward_flops
+from pipermoe.resources.step import compute_slots, peak_flops_per_rank, predict
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.report import MEMORY_CATEGORIES, TERMS, StepReport
 from pipermoe.specs.strategy import Strategy
@@ -52,8 +52,7 @@ def candidate(job: Job, strategy: Strategy, prediction: StepReport) -> Candidate
     """A strategy as a row of the ranking."""
     worst = max(prediction.ranks, key=lambda rank: (rank.peak_bytes, -rank.rank))
     seconds = prediction.step_seconds
-    devices = min(float(job.world_size), compute_slots(job.platform, job.world_size))
-    peak = job.platform.device.peak_flops_per_s[job.train.precision] * devices
+    peak = peak_flops_per_rank(job.platform, job.train, job.world_size) * job.world_size
     return Candidate(
         strategy=strategy,
         microbatches=job.train.global_batch_size // (strategy.data_parallel * strategy.micro_batch_size),
@@ -69,10 +68,7 @@ def candidate(job: Job, strategy: Strategy, prediction: StepReport) -> Candidate
 
 def model_flops(model: ModelSpec, train: TrainConfig) -> float:
     """FLOPs of a step that training needs: forward and backward, causal attention, no recompute (for MFU)."""
-    tokens = train.tokens_per_step
-    layers = range(model.num_layers)
-    body = sum(layer_forward_flops(model, n, tokens=tokens, seq_len=train.seq_len, causal=True).total for n in layers)
-    return 3 * (body + head_forward_flops(model, tokens))
+    return 3 * float(model_forward_flops(model, tokens=train.tokens_per_step, seq_len=train.seq_len, causal=True))
 
 
 def alternatives(field: Field, chosen: Candidate) -> tuple[Alternative, ...]:

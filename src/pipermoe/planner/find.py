@@ -79,7 +79,9 @@ def find_plan(
             train=train,
             strategy=chosen.strategy,
             prediction=predictions[0],
-            inputs=plan_inputs(model, platform, train, budget, budget_given=memory_budget_bytes is not None),
+            inputs=plan_inputs(
+                model, platform, train, world_size, budget, budget_given=memory_budget_bytes is not None
+            ),
         ),
         search_seconds=time.perf_counter() - started,
     )

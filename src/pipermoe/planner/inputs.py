@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pipermoe.resources.step import peak_flops_per_rank
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.plan import PlanInput
 from pipermoe.specs.platform import Platform, RateCurve
@@ -11,16 +12,24 @@ from pipermoe.specs.train import TrainConfig
 
 
 def plan_inputs(
-    model: ModelSpec, platform: Platform, train: TrainConfig, memory_budget_bytes: int, *, budget_given: bool
+    model: ModelSpec,
+    platform: Platform,
+    train: TrainConfig,
+    world_size: int,
+    memory_budget_bytes: int,
+    *,
+    budget_given: bool,
 ) -> dict[str, PlanInput]:
     """Dotted key -> value and source, ready for the plan file."""
     budget_source = "given for this plan" if budget_given else f"platform {platform.name}: memory less what is reserved"
+    peak = peak_flops_per_rank(platform, train, world_size)
     inputs = {
         "model": PlanInput(value=model.name, source=model.source or "not named in the model file"),
         "train.seq_len": PlanInput(value=train.seq_len, source="job"),
         "train.global_batch_size": PlanInput(value=train.global_batch_size, source="job"),
         "train.precision": PlanInput(value=train.precision, source="job"),
         "routing": PlanInput(value="balanced", source="assumed: every expert gets the same number of tokens"),
+        "peak_flops_per_s": PlanInput(value=peak, source=f"platform {platform.name}: the fastest product, per rank"),
         "memory_budget_bytes": PlanInput(value=memory_budget_bytes, source=budget_source),
     }
     for key, value in _platform_numbers(platform, train):

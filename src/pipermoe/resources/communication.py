@@ -20,7 +20,7 @@ from pipermoe.specs.strategy_table import StrategyTable
 from pipermoe.specs.train import TrainConfig
 
 COUNT_BYTES = 8  # routing counts travel as int64
-NORM_BYTES = 8  # the squared gradient norm, float64
+TOTALS_BYTES = 24  # squared gradient norm, loss and auxiliary loss, float64, agreed on by all ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ def sync_seconds(
         return sum(parts)
 
     world = table.world_size[:, None]
-    return total(reducing), collective_seconds(platform, "all_reduce", world, world, NORM_BYTES), total(gathering)
+    return total(reducing), collective_seconds(platform, "all_reduce", world, world, TOTALS_BYTES), total(gathering)
 
 
 def traffic(
@@ -135,9 +135,11 @@ def traffic(
     neighbours = (stage > 0).astype(np.int64) + (stage < shapes.num_stages - 1)
     sends = microbatches * neighbours
     reducing, gathering = sync_calls(train, table, states)
+    several = np.broadcast_to((table.world_size > 1)[:, None], sends.shape).astype(np.int64)
     calls = [
         *reducing,
         *gathering,
+        Call("all_reduce", "world", several, several * TOTALS_BYTES),
         Call("all_to_all", "ep", 2 * microbatches * exchange.calls, 2 * microbatches * exchange.bytes),
         Call("all_to_all", "ep", microbatches * counts.calls, microbatches * counts.bytes, counts=True),
         Call("send", "pp", sends, sends * message_bytes(model, train, table)[:, None]),

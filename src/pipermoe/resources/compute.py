@@ -183,6 +183,10 @@ def stage_seconds(
             once, back = _total(works, device, precision)
             forward += once[:, None] * count
             backward += (back + once * (full if recomputed else 0))[:, None] * count
+    layers = shapes.moe_layers + shapes.dense_layers
+    fixed = device.layer_forward_seconds  # of a layer's operations in turn, beyond the curves of repeated ones
+    forward += fixed * layers
+    backward += (device.layer_backward_seconds + fixed * full)[:, None] * layers
     return forward, backward
 
 

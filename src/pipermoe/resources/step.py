@@ -38,6 +38,9 @@ from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.strategy_table import RECOMPUTE_NAMES, StrategyTable
 from pipermoe.specs.train import TrainConfig
 
+# The measured pass "gradient_norm" takes the norm of gradients, scales and zeroes them: each goes over them once.
+NORM_SHARE = 1 / 3
+
 
 @dataclass(frozen=True, slots=True)
 class StepCosts:
@@ -101,9 +104,10 @@ def step_costs(model: ModelSpec, platform: Platform, train: TrainConfig, table: 
         backward_exchange=backward_exchange,
         send=send_seconds(platform, table, message_bytes(model, train, table)),
         reduce=reduce,
-        norm=pass_seconds(device, precision, "gradient_norm", states.owned)[0],
+        norm=NORM_SHARE * pass_seconds(device, precision, "gradient_norm", states.owned)[0],
         flags=flags,
-        update=pass_seconds(device, precision, "optimizer", states.updated)[0],
+        update=pass_seconds(device, precision, "optimizer", states.updated)[0]
+        + (1 - NORM_SHARE) * pass_seconds(device, precision, "gradient_norm", states.held)[0],
         gather=gather,
     )
 
@@ -112,6 +116,12 @@ def compute_slots(platform: Platform, world_size: int) -> float:
     """How many of `world_size` ranks compute at full rate at the same time, over all hosts that they fill."""
     hosts = -(-world_size // platform.host.ranks)
     return max(1.0, platform.host.compute_slots * hosts)
+
+
+def peak_flops_per_rank(platform: Platform, train: TrainConfig, world_size: int) -> float:
+    """The basis of MFU: FLOP/s at best of one rank, or of its share where ranks share cores."""
+    share = min(1.0, compute_slots(platform, world_size) / world_size)
+    return platform.device.peak_flops_per_s[train.precision] * share
 
 
 def lower_bound(platform: Platform, train: TrainConfig, table: StrategyTable, costs: StepCosts) -> NDArray:

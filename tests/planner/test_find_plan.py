@@ -1,0 +1,120 @@
+import numpy as np
+import pytest
+from tests.resources.cases import MODEL, TRAIN, machine
+
+from pipermoe.planner import find_plan
+from pipermoe.planner.search import Job, bounds, exact_seconds, search_space
+from pipermoe.planner.space import all_combinations, redundant_mask
+from pipermoe.resources.step import predict
+from pipermoe.specs.documents import load, save
+from pipermoe.specs.errors import NoPlanFits, UserError
+from pipermoe.specs.legality import legal_mask
+from pipermoe.specs.plan import Plan
+from pipermoe.specs.strategy_table import StrategyTable
+
+MIB = 2**20
+BUDGET = 5 * MIB  # some of the neighbours of the best strategy do not fit
+
+
+@pytest.mark.parametrize(("slots", "budget"), [(2, 9 * MIB), (4, 100 * MIB)])
+def test_the_ranking_is_that_of_simulating_every_strategy(slots, budget):
+    platform = machine(ranks=4, compute_slots=slots)
+    result = find_plan(MODEL, platform, TRAIN, world_size=4, memory_budget_bytes=budget, top=5)
+    everything = all_combinations(TRAIN, 4)
+    legal = everything.take(legal_mask(everything, MODEL, TRAIN, 4))
+    legal = legal.take(~redundant_mask(legal))
+    reports = [predict(MODEL, platform, TRAIN, legal.row(row)) for row in range(len(legal))]
+    fitting = [report.step_seconds for report in reports if max(r.peak_bytes for r in report.ranks) <= budget]
+    assert [row.step_seconds for row in result.ranked] == sorted(fitting)[:5]
+    assert result.counts.not_fitting == len(legal) - len(fitting)
+
+
+def test_the_search_simulates_only_a_part_and_accounts_for_every_strategy():
+    counts = find_plan(MODEL, machine(), TRAIN, world_size=4, top=3).counts
+    assert counts.considered == len(all_combinations(TRAIN, 4))
+    assert counts.considered == (
+        counts.illegal + counts.redundant + counts.not_fitting + counts.pruned + counts.simulated
+    )
+    assert 3 <= counts.simulated < counts.simulated + counts.pruned
+
+
+def test_every_bound_of_a_space_is_below_its_simulation():
+    job = Job(MODEL, machine(ranks=8, compute_slots=3), TRAIN, 8, 2**40)
+    space = search_space(job)
+    exact = np.array([exact_seconds(job, space.table.row(row)) for row in range(len(space))])
+    assert (bounds(job, space.table) <= exact * (1 + 1e-12)).all()
+
+
+def test_redundant_strategies_cost_what_the_kept_ones_cost():
+    legal = all_combinations(TRAIN, 4)
+    legal = legal.take(legal_mask(legal, MODEL, TRAIN, 4))
+    dropped = legal.take(redundant_mask(legal))
+    assert _distinct_seconds(dropped) <= _distinct_seconds(legal.take(~redundant_mask(legal)))
+
+
+def _distinct_seconds(table: StrategyTable) -> set[float]:
+    """To the nanosecond: sums in another order differ in their last digits."""
+    job = Job(MODEL, machine(), TRAIN, 4, 2**40)
+    return {round(exact_seconds(job, table.row(row)), 9) for row in range(len(table))}
+
+
+def test_a_plan_survives_its_file_and_names_the_source_of_every_input(tmp_path):
+    result = find_plan(MODEL, machine(), TRAIN, world_size=4, memory_budget_bytes=64 * MIB)
+    assert load(save(tmp_path / "plan.toml", result.plan), Plan) == result.plan
+    assert result.plan.strategy == result.chosen.strategy
+    assert result.plan.prediction == predict(MODEL, machine(), TRAIN, result.chosen.strategy)
+    assert result.plan.inputs["memory_budget_bytes"].source == "given for this plan"
+    assert all(entry.source for entry in result.plan.inputs.values())
+
+
+def test_the_budget_defaults_to_the_platforms_memory_less_what_is_reserved():
+    platform = machine(memory_bytes=2**30).model_copy(update={"reserved_bytes": 2**20})
+    assert find_plan(MODEL, platform, TRAIN, world_size=4).memory_budget_bytes == 2**30 - 2**20
+
+
+def test_what_does_not_fit_is_explained_by_its_missing_bytes_and_what_is_slower_by_its_term():
+    result = find_plan(MODEL, machine(), TRAIN, world_size=4, memory_budget_bytes=BUDGET)
+    tight = [other for other in result.alternatives if not other.fits]
+    slower = [other for other in result.alternatives if other.fits]
+    assert tight
+    assert slower
+    for other in tight:
+        report = predict(MODEL, machine(), TRAIN, other.strategy)
+        assert report.ranks[other.rank].peak_bytes == BUDGET + other.missing_bytes
+        assert other.missing_bytes > 0
+    for other in slower:
+        seconds = predict(MODEL, machine(), TRAIN, other.strategy).step_seconds
+        assert other.slower_seconds == seconds - result.chosen.step_seconds >= 0
+
+
+def test_when_nothing_fits_the_closest_strategy_and_its_lack_are_named():
+    with pytest.raises(NoPlanFits) as caught:
+        find_plan(MODEL, machine(), TRAIN, world_size=4, memory_budget_bytes=MIB)
+    job = Job(MODEL, machine(), TRAIN, 4, MIB)
+    space = search_space(job)
+    missing = (space.peak_bytes.min() - MIB) / MIB
+    closest = space.table.row(int(space.peak_bytes.argmin()))
+    assert f"no strategy for 4 ranks fits 1.00 MiB per rank; the closest, {closest.compact()}" in str(caught.value)
+    assert f"misses {missing:.1f} MiB on rank" in str(caught.value)
+    needed = -(-int(space.peak_bytes.min()) // MIB)
+    assert str(caught.value).endswith(f"--memory {needed}MiB")
+    assert find_plan(MODEL, machine(), TRAIN, world_size=4, memory_budget_bytes=needed * MIB).ranked
+
+
+def test_a_number_of_ranks_without_a_legal_arrangement_names_legal_ones_nearby():
+    with pytest.raises(UserError) as caught:
+        find_plan(MODEL, machine(ranks=16), TRAIN, world_size=7)
+    assert str(caught.value).startswith("ranks = 7: no arrangement is legal for small")
+    assert str(caught.value).endswith("nearest: 4, 5, 6, 8")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "line"),
+    [
+        (0, "ranks = 0: platform machine describes 1 to 4 ranks"),
+        (8, "ranks = 8: platform machine describes 1 to 4 ranks"),
+    ],
+)
+def test_a_number_of_ranks_that_the_platform_does_not_have_is_refused(ranks, line):
+    with pytest.raises(UserError, match=line):
+        find_plan(MODEL, machine(), TRAIN, world_size=ranks)

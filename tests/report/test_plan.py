@@ -1,0 +1,31 @@
+import io
+
+from rich.console import Console
+from tests.resources.cases import MODEL, TRAIN, machine
+
+from pipermoe.planner import PlanningResult, find_plan
+from pipermoe.report.plan import bar, render_planning
+
+
+def test_a_plan_is_printed_in_a_hundred_columns_without_colour_where_none_is_wanted():
+    result = find_plan(MODEL, machine(compute_slots=2), TRAIN, world_size=4, memory_budget_bytes=9 * 2**20)
+    stream = io.StringIO()
+    render_planning(result, Console(file=stream, width=140))
+    text = stream.getvalue()
+    assert "\x1b" not in text
+    assert max(map(len, text.splitlines())) <= 100
+    assert text.count("CHOSEN") == 1
+    assert "4 ranks sharing 2 cores, 9.00 MiB each" in text
+    for row in result.ranked:
+        assert row.strategy.compact() in text
+    for other in result.alternatives:
+        assert other.strategy.compact() in text
+
+
+def test_the_result_survives_json():
+    result = find_plan(MODEL, machine(), TRAIN, world_size=4)
+    assert PlanningResult.model_validate_json(result.model_dump_json()) == result
+
+
+def test_a_bar_is_exact_to_an_eighth_of_a_cell_and_never_empty():
+    assert [bar(share, cells=2) for share in (0, 1 / 16, 0.5, 9 / 16, 1)] == ["▏", "▏", "█", "█▏", "██"]

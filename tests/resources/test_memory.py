@@ -1,0 +1,91 @@
+import numpy as np
+import pytest
+from tests.resources.cases import MODEL, TRAIN, machine
+
+from pipermoe.resources.memory import microbatches_in_flight, stage_memory
+from pipermoe.resources.parameters import total_parameters
+from pipermoe.resources.states import state_elements
+from pipermoe.resources.step import predict, shapes_of
+from pipermoe.schedule.builders import build
+from pipermoe.schedule.memory import in_flight
+from pipermoe.specs.strategy import Strategy
+from pipermoe.specs.strategy_table import StrategyTable
+from pipermoe.specs.train import TrainConfig
+
+
+def memory_of(strategy: Strategy, train: TrainConfig = TRAIN) -> dict[str, list[int]]:
+    table = StrategyTable.of([strategy])
+    shapes = shapes_of(MODEL, table)
+    found = stage_memory(MODEL, train, shapes, table, state_elements(shapes, table))
+    return {name: np.asarray(value)[0].tolist() for name, value in found.items()}
+
+
+@pytest.mark.parametrize("name", ["gpipe", "1f1b"])
+@pytest.mark.parametrize(("pp", "microbatches"), [(1, 1), (1, 5), (2, 2), (3, 8), (4, 4), (6, 7)])
+def test_micro_batches_in_flight_are_those_of_the_schedule(name, pp, microbatches):
+    table = StrategyTable.of([Strategy(pipeline_parallel=pp, schedule=name)])
+    expected = in_flight(build(name, pp, microbatches)).stage
+    assert microbatches_in_flight(table, pp, microbatches)[0].tolist() == list(expected)
+
+
+def test_one_rank_holds_sixteen_bytes_of_state_per_parameter():
+    held = memory_of(Strategy())
+    parameters = total_parameters(MODEL)
+    assert held["weights"] == held["gradients"] == [4 * parameters]
+    assert held["optimizer"] == [8 * parameters]
+
+
+def test_stages_together_hold_what_one_rank_holds():
+    for split in ((), (1, 2, 3)):
+        assert sum(memory_of(Strategy(pipeline_parallel=3, layer_split=split))["weights"]) == 4 * total_parameters(
+            MODEL
+        )
+
+
+def test_zero_one_leaves_each_rank_its_share_of_the_moments():
+    layout = {"data_parallel": 4, "expert_parallel": 2, "expert_data_parallel": 2}
+    [whole] = memory_of(Strategy(**layout))["optimizer"]
+    [dense] = memory_of(Strategy(**layout, zero_dense=1))["optimizer"]
+    [both] = memory_of(Strategy(**layout, zero_dense=1, zero_expert=1))["optimizer"]
+    experts = 5 * 8 * 3 * 64 * 96 // 2
+    assert dense - both == 8 * experts // 2
+    assert whole - dense == pytest.approx(8 * (total_parameters(MODEL) - 2 * experts) * 3 / 4, rel=1e-3)
+    assert memory_of(Strategy(**layout, zero_dense=1))["weights"] == memory_of(Strategy(**layout))["weights"]
+
+
+def test_activations_grow_with_the_micro_batch_and_shrink_with_recompute():
+    small, large, full = (
+        sum(memory_of(Strategy(micro_batch_size=size, recompute=recompute))["activations"])
+        for size, recompute in ((1, "none"), (2, "none"), (2, "full"))
+    )
+    assert large == 2 * small
+    assert full < large
+
+
+def test_the_first_stage_of_1f1b_holds_one_micro_batch_for_every_stage():
+    held = memory_of(Strategy(pipeline_parallel=3, layer_split=(2, 2, 2)), TrainConfig(seq_len=32, global_batch_size=8))
+    assert held["activations"][1] > held["activations"][2]
+    gpipe = memory_of(Strategy(pipeline_parallel=3, layer_split=(2, 2, 2), schedule="gpipe"))
+    assert gpipe["activations"][0] > held["activations"][0]
+
+
+def test_a_strategy_weighs_the_same_alone_as_among_others():
+    rows = [
+        Strategy(pipeline_parallel=2, data_parallel=2, expert_parallel=ep, expert_data_parallel=2 // ep, recompute=name)
+        for ep in (1, 2)
+        for name in ("none", "full")
+    ]
+    table = StrategyTable.of(rows)
+    shapes = shapes_of(MODEL, table)
+    together = stage_memory(MODEL, TRAIN, shapes, table, state_elements(shapes, table))
+    for index, row in enumerate(rows):
+        assert memory_of(row) == {name: np.asarray(value)[index].tolist() for name, value in together.items()}
+
+
+def test_the_report_carries_the_peak_of_each_rank_by_category():
+    strategy = Strategy(pipeline_parallel=2, data_parallel=2, expert_parallel=2)
+    held = memory_of(strategy)
+    for rank in predict(MODEL, machine(), TRAIN, strategy).ranks:
+        stage = rank.rank // 2
+        assert rank.memory_bytes == {name: values[stage] for name, values in held.items()}
+        assert rank.peak_bytes == sum(rank.memory_bytes.values())
