@@ -109,6 +109,7 @@ def synthetic_rank(rank: int) -> dict[str, list[Point]]:
     points |= {key: [Point(128, 1e9, 1e-2)] for key in ("attention.forward", "attention.backward", "memory_bound")}
     points |= {f"passes.{kind}.forward": [Point(1e3, 1e3, 1e-6)] for kind in PASSES}
     points |= {"kernel_seconds": [Point(1, 128, 128e-6)], "noise": [Point(1, 1, 1e-2)] * 10}
+    points |= {"layer.forward": [Point(1, 1, 2e-3)], "layer.backward": [Point(1, 1, 3e-3)]}
     points |= {"alone": [Point(2, 1, 1e-2)], "crowd": [Point(4, 50, 1.0)]}
     messages = [Point(n, n, 1e-4 + n / 1e9) for n in (1e3, 1e5, 1e7)]
     collectives: list[Collective] = [name for name in COLLECTIVES if name != "send"]
@@ -123,6 +124,7 @@ def test_known_points_assemble_to_the_machine_that_they_came_from():
     assert platform.host.noise == 0.0
     assert platform.device.gemm["fp32"].rate == (1e11,)
     assert platform.device.kernel_seconds == pytest.approx(1e-6)
+    assert (platform.device.layer_forward_seconds, platform.device.layer_backward_seconds) == (2e-3, 3e-3)
     (level,) = platform.levels
     for cost in (*level.cost.values(), *level.group_cost[2].values()):
         assert cost.latency_seconds == pytest.approx(1e-4)

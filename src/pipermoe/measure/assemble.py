@@ -92,7 +92,15 @@ class Assembly:
             memory_bound=self._curve("device.memory_bound", "memory_bound", "c = a + b into new memory"),
             passes={facts.precision: {kind: self._pass(kind) for kind in PASSES}},
             kernel_seconds=_round(1 / tiny[0].rate),
+            layer_forward_seconds=self._layer_seconds("forward"),
+            layer_backward_seconds=self._layer_seconds("backward"),
         )
+
+    def _layer_seconds(self, direction: str) -> float:
+        (extra,) = self.points[f"layer.{direction}"]
+        source = f"a layer's operations in turn less each repeated, 16 tokens; {_quality([extra])}"
+        self._record(f"device.layer_{direction}_seconds", "measured", source)
+        return _round(extra.seconds)
 
     def _pass(self, kind: Pass) -> PassRate:
         forward = fit_rate_curve(self.points[f"passes.{kind}.forward"])

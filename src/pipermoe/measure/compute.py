@@ -9,6 +9,7 @@ from functools import partial
 from pipermoe.measure import passes
 from pipermoe.measure.clock import Call, Clock, time_call
 from pipermoe.measure.kernels import Directions, Kernels, cold
+from pipermoe.measure.layer import layer_calls
 from pipermoe.measure.samples import Point
 from pipermoe.measure.sizes import Effort, Widths
 
@@ -16,6 +17,8 @@ Points = dict[str, list[Point]]
 LARGE_PRODUCT = 1024  # tokens, inner and outer width of the product that shows the device's best rate
 TOKENS_OF_ATTENTION = 1024  # at least one sequence
 GRAPH_OPERATIONS = 64
+LAYERS = 6  # each with its own operands, as in a stage
+REPEATED_SECONDS = 2e-3
 FP32 = 4  # bytes
 PASS_TENSORS = 4  # about so many tensors does a pass read and write
 MOST_ELEMENTS = 2**24  # of one tensor of a pass: 64 MiB
@@ -163,10 +166,30 @@ def memory_bound_passes(bench: Bench) -> None:
         bench.point("passes.gradient_norm.forward", count, count, [passes.gradient_norm(kernels, count)])
 
 
+def whole_layers(bench: Bench) -> None:
+    """`layer.forward` and `layer.backward`: what a layer's operations cost in turn beyond what each costs repeated."""
+    layers = [layer_calls(bench.kernels, bench.widths) for _ in range(LAYERS)]
+    for direction in ("forward", "backward"):
+        calls = [getattr(layer, direction) for layer in layers]
+        in_turn = bench.timed(1, 1, [_in_turn([call for layer in calls for call in layer])])
+        repeated = sum(time_call(call, bench.clock, REPEATED_SECONDS).seconds for call in calls[0])
+        extra = max(0.0, in_turn.seconds / LAYERS - repeated)
+        bench.points[f"layer.{direction}"] = [replace(in_turn, seconds=extra)]
+
+
+def _in_turn(calls: Sequence[Call]) -> Call:
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return run
+
+
 SECTIONS: tuple[tuple[str, Callable[[Bench], None]], ...] = (
     ("matrix products", products),
     ("grouped products of experts", grouped_products),
     ("attention", attention),
     ("element-wise operations", memory_bound),
     ("memory-bound passes", memory_bound_passes),
+    ("whole layers", whole_layers),
 )

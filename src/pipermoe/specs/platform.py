@@ -94,6 +94,9 @@ class Device(Frozen):
     - `passes`: elements/s of named memory-bound work (`Pass`). Empty on a datasheet: then use bytes and `memory_bound`.
     - `kernel_seconds`: issuing one operation on a tiny tensor, autograd's share included. Add it per operation that
       is priced by `memory_bound`; curves and passes hold it already.
+    - `layer_forward_seconds`, `layer_backward_seconds`: what one layer costs beyond the sum of its curves, whatever its
+      size: operations in turn find cold code where repeated ones find warm. Add once per layer and direction (a
+      recomputed layer's forward again). 0 on a datasheet.
     - `peak_flops_per_s`: the basis of utilisation (MFU); measured platforms give the fastest product seen.
     """
 
@@ -107,6 +110,8 @@ class Device(Frozen):
     memory_bound: RateCurve
     passes: dict[Precision, dict[Pass, PassRate]] = {}
     kernel_seconds: Seconds = Field(ge=0)
+    layer_forward_seconds: Seconds = Field(default=0.0, ge=0)
+    layer_backward_seconds: Seconds = Field(default=0.0, ge=0)
 
 
 class LinkCost(Frozen):
