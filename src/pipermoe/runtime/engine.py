@@ -14,7 +14,7 @@ from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.meter import Meter
 from pipermoe.runtime.model import DTYPES
 from pipermoe.runtime.stage import Stage, Tape, drain
-from pipermoe.runtime.support import check_supported
+from pipermoe.runtime.support import check_model
 from pipermoe.runtime.transfers import Transfers, acknowledgements
 from pipermoe.runtime.weights import initialize
 from pipermoe.schedule.action import SHARDING, Action, Kind, Schedule
@@ -61,6 +61,9 @@ class Engine:
     dp (dense parameters) and edp (expert parameters), nothing else: an expert's gradient already holds the tokens of
     all ep ranks, which came through the all-to-all.
 
+    Any schedule of F, B, I, W, sends and receives runs, with any number of stages on a rank. What a trainer accepts from
+    users is narrower: runtime/support.py.
+
     `schedule` is lowered by schedule.communication.with_communication. `planned_counts[source][expert]`, if given, are
     the rows that each rank of the expert-parallel group sends to each expert, instead of what the router would choose.
     """
@@ -76,7 +79,7 @@ class Engine:
         device: torch.device | str = "cpu",
         planned_counts: Sequence[Sequence[int]] | None = None,
     ):
-        check_supported(model, train, strategy)
+        check_model(model)
         _check_schedule(schedule, strategy)
         self.model, self.train, self.strategy, self.groups = model, train, strategy, groups
         self.device, self.dtype = torch.device(device), DTYPES[train.precision]

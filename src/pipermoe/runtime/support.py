@@ -11,10 +11,21 @@ from pipermoe.specs.train import TrainConfig
 
 def check_supported(model: ModelSpec, train: TrainConfig, strategy: Strategy) -> None:
     """Raise `UserError` with one line for each reason why this runtime cannot train `model` like that."""
-    reasons = violations(strategy, model, train, strategy.world_size, EXECUTABLE)
-    reasons += [describe_value("", key, value, rule) for key, value, rule in _unsupported(model)]
+    _refuse([*violations(strategy, model, train, strategy.world_size, EXECUTABLE), *_reasons(model)])
+
+
+def check_model(model: ModelSpec) -> None:
+    """Raise `UserError` for what runtime/model.py cannot build, whatever the strategy."""
+    _refuse(_reasons(model))
+
+
+def _refuse(reasons: list[str]) -> None:
     if reasons:
         raise UserError("\n".join(reasons))
+
+
+def _reasons(model: ModelSpec) -> list[str]:
+    return [describe_value("", key, value, rule) for key, value, rule in _unsupported(model)]
 
 
 def _unsupported(model: ModelSpec) -> list[tuple[str, object, str]]:

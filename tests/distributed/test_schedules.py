@@ -1,0 +1,116 @@
+"""The engine executes what a schedule says: split backward, several stages on a rank, V shapes, with equal gradients."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from tests.distributed.harness import run_ranks
+from tests.runtime.tiny import MODELS, batch_for, engine_for
+
+from pipermoe.runtime.gradients import gradient_of
+from pipermoe.runtime.groups import ProcessGroups
+from pipermoe.runtime.weights import is_expert
+from pipermoe.specs.errors import MachineError
+from pipermoe.specs.strategy import Strategy
+
+pytestmark = pytest.mark.distributed
+
+
+# Split backward, several stages on a rank, V shapes, pairs; name -> stages on a rank.
+SCHEDULES = {
+    "breadth-first": 2,
+    "interleaved-1f1b": 2,
+    "zb-h1": 1,
+    "zb-v": 2,
+    "v-min": 2,
+    "dualpipe-v": 2,
+}
+
+
+def gradients(rank: int, strategy: Strategy) -> dict:
+    groups = ProcessGroups.create(strategy)
+    engine = engine_for(MODELS["rich"], strategy, groups)
+    result = engine.step(batch_for(strategy, groups.coordinates.dp, 0))
+    for parameter_name, parameter in engine.named_parameters():
+        dist.all_reduce(gradient_of(parameter), group=groups.edp if is_expert(parameter_name) else groups.dp)
+    dist.all_reduce(result.loss)
+    return {
+        "loss": result.loss,
+        "ep": groups.coordinates.ep,
+        "gradients": {name: gradient_of(parameter) for name, parameter in engine.named_parameters()},
+    }
+
+
+def gradients_of_one_process(rank: int, micro_batch_size: int) -> dict:
+    strategy = Strategy(micro_batch_size=micro_batch_size)
+    engine = engine_for(MODELS["rich"], strategy, ProcessGroups.create(strategy))
+    loss = engine.step(batch_for(strategy, 0, 0)).loss
+    return {"loss": loss, "gradients": {name: gradient_of(each) for name, each in engine.named_parameters()}}
+
+
+@cache
+def expected(micro_batch_size: int) -> dict:
+    return run_ranks(gradients_of_one_process, 1, micro_batch_size)[0]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_gradients_equal_one_process(name: str):
+    strategy = Strategy(
+        pipeline_parallel=2,
+        data_parallel=2,
+        expert_parallel=2,
+        schedule=name,
+        virtual_stages=SCHEDULES[name],
+        recompute="full" if name == "zb-v" else "none",
+    )
+    reference = expected(1)
+    for rank in run_ranks(gradients, 4, strategy):
+        np.testing.assert_allclose(rank["loss"], reference["loss"], rtol=1e-5)
+        for parameter, value in rank["gradients"].items():
+            wanted = reference["gradients"][parameter]
+            wanted = np.split(wanted, 2)[rank["ep"]] if is_expert(parameter) else wanted
+            assert np.linalg.norm(value - wanted) < 1e-5 * np.linalg.norm(wanted), parameter
+
+
+def fail_in_the_second_microbatch(rank: int) -> str:
+    """Token 999 does not exist; both ranks hold it, the first looks it up, so only that one fails."""
+    strategy = Strategy(pipeline_parallel=2)
+    engine = engine_for(MODELS["plain"], strategy, ProcessGroups.create(strategy))
+    batch = batch_for(strategy, 0, 0).clone()
+    batch[1, 0, 3] = 999
+    if rank == 1:
+        return ""
+    with pytest.raises(MachineError) as caught:
+        engine.step(batch)
+    return str(caught.value)
+
+
+def test_an_error_names_rank_action_and_microbatch():
+    message = run_ranks(fail_in_the_second_microbatch, 2)[0]
+    assert message.startswith("rank 0: action 0F1 (stage 0, micro-batch 1) failed: IndexError: ")
+
+
+def test_tensors_of_one_step_do_not_outlive_it():
+    assert run_ranks(storages_after_a_step, 2) == [0, 0]
+
+
+def storages_after_a_step(rank: int) -> int:
+    """How many float tensors a second step leaves behind."""
+    import gc
+
+    strategy = Strategy(pipeline_parallel=2)
+    engine = engine_for(MODELS["rich"], strategy, ProcessGroups.create(strategy))
+    batch = batch_for(strategy, 0, 0)
+    engine.step(batch)
+
+    def floats() -> int:
+        gc.collect()
+        return sum(1 for each in gc.get_objects() if isinstance(each, torch.Tensor) and each.is_floating_point())
+
+    before = floats()
+    engine.step(batch)
+    return floats() - before
