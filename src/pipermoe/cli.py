@@ -6,6 +6,7 @@ Results go to stdout, progress to stderr. Exit codes: 0 done, 2 wrong input, 3 n
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -26,6 +27,7 @@ app = App(
 Output = Parameter(name=["--output", "-o"])
 Switch = Parameter(negative="")
 Json = Annotated[bool, Switch]
+WIDTH = 100
 
 
 @app.command(sort_key=0)
@@ -226,6 +228,60 @@ def compare(
 
 
 @app.command(sort_key=5)
+def schedule(
+    name: str,
+    *,
+    pp: int = 4,
+    microbatches: int = 8,
+    vpp: int | None = None,
+    plot: Path | None = None,
+    csv: Path | None = None,
+    trace: Path | None = None,
+    json: Json = False,
+) -> None:
+    """Print a pipeline schedule as papers do; draw it, export it for torch, trace it.
+
+    Parameters
+    ----------
+    name
+        1f1b, gpipe, interleaved-1f1b, zb-h1, zb-v, dualpipe, ...; or a CSV file of torch.distributed.pipelining.
+    pp
+        Pipeline ranks.
+    microbatches
+        Micro-batches of one step.
+    vpp
+        Model chunks per rank. Default: the fewest that the schedule takes.
+    plot
+        Draw it into this file (SVG or PNG).
+    csv
+        Write it in the format of torch.distributed.pipelining.
+    trace
+        Write a Chrome trace (open in ui.perfetto.dev).
+    json
+        Print the actions, the bubble and the activations in flight as JSON.
+    """
+    from pipermoe.report.schedule import draw, render_table, summary, write_trace
+    from pipermoe.schedule.builders import build_or_read
+    from pipermoe.schedule.timeline import simulate
+    from pipermoe.schedule.torch_csv import write_csv
+
+    built = build_or_read(name, pp, microbatches, vpp)
+    timeline = simulate(built)
+    for path, write in (
+        (csv, lambda path: write_csv(built, path)),
+        (plot, lambda path: draw(timeline, path)),
+        (trace, lambda path: write_trace(timeline, path)),
+    ):
+        if path is not None:
+            write(path)
+            _note(f"Wrote {path}", json)
+    if json:
+        print(summary(timeline).model_dump_json(indent=2))
+    else:
+        print(render_table(built, width=_console().width))
+
+
+@app.command(sort_key=6)
 def demo(*, output: Annotated[Path, Output] = Path("demo"), json: Json = False) -> None:
     """Walk the whole loop on this machine without a GPU: measure, plan, train on 4 ranks, compare.
 
@@ -278,7 +334,13 @@ def _show(result: Any, as_json: bool, render: Any) -> None:
     if as_json:
         print(result.model_dump_json(indent=2, exclude_none=True))
     else:
-        render(Console())
+        render(_console())
+
+
+def _console() -> Console:
+    """The terminal, or 100 columns where there is none, so that a table in a file is whole."""
+    console = Console()
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=WIDTH)
 
 
 def _note(message: str, as_json: bool) -> None:
