@@ -48,7 +48,7 @@ def read_csv(path: Path) -> Schedule:
     placed = [(part, rank) for rank, actions in enumerate(ranks) for action in actions for part in action.parts]
     stages, microbatches = (max(getattr(part, key) for part, _ in placed) + 1 for key in ("stage", "microbatch"))
     forwards = sum(part.kind is Kind.FORWARD for part, _ in placed)
-    if forwards != stages * microbatches:
+    if not forwards or forwards != stages * microbatches:
         rule = f"must be stages * micro-batches = {stages} * {microbatches}"
         raise UserError(describe_value(str(path), "number of F actions", forwards, rule))
     stage_rank = dict.fromkeys(range(stages), 0)
