@@ -60,9 +60,10 @@ def measure(
     from pipermoe.measure import measure_platform
     from pipermoe.report.platform import render_platform
     from pipermoe.specs.catalogue import load_model
-    from pipermoe.specs.documents import save
+    from pipermoe.specs.documents import require_writable, save
     from pipermoe.specs.units import parse_bytes
 
+    require_writable(output)
     budget = _quantity("--memory", memory, parse_bytes)
     spec = load_model(model) if model else None
     platform = measure_platform(nproc=nproc, model=spec, memory_bytes=budget, quick=quick)
@@ -146,10 +147,11 @@ def plan(
     from pipermoe.planner import find_plan
     from pipermoe.report.plan import render_planning
     from pipermoe.specs.catalogue import load_model
-    from pipermoe.specs.documents import load, save
+    from pipermoe.specs.documents import load, require_writable, save
     from pipermoe.specs.platform import Platform
     from pipermoe.specs.units import parse_bytes
 
+    require_writable(output)
     machine = load(platform, Platform)
     planning = find_plan(
         load_model(model),

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from pipermoe.specs.documents import load, save
+from pipermoe.specs.documents import load, require_writable, save
 from pipermoe.specs.errors import UserError
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.train import TrainConfig
@@ -88,3 +88,12 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
         save(tmp_path / "folder" / "strategy.toml", Strategy())
     assert path.read_text() == before
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["folder", "strategy.toml"]
+
+
+def test_a_path_that_cannot_be_written_is_known_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file" / "plan.toml"):
+        with pytest.raises(UserError, match="cannot be written"):
+            require_writable(path)
+    require_writable(tmp_path / "new" / "folder" / "plan.toml")
+    assert not (tmp_path / "new").exists()

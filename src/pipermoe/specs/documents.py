@@ -77,6 +77,14 @@ def save(path: str | Path, document: BaseModel, header: str = "") -> Path:
     return path
 
 
+def require_writable(path: str | Path) -> None:
+    """UserError unless `path` can be written: asked before long work, so that its result is not lost at the end."""
+    folder = Path(path).parent
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if Path(path).is_dir() or not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"{path}: cannot be written; name a file in a folder that can be")
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write through a temporary file in the same folder, so that a reader never sees half a file."""
     try:
