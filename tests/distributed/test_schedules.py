@@ -1,4 +1,4 @@
-"""The engine executes what a schedule says: split backward, several stages on a rank, V shapes, with equal gradients."""
+"""The engine executes what a schedule says: split backward, several stages on a rank, V shapes; gradients are equal."""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,10 @@ from pipermoe.runtime.norm import RMSNorm
 close = torch.testing.assert_close
 
 
-def filled(layer: nn.Module) -> nn.Module:
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+def filled(layer: Layer) -> Layer:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in layer.parameters():
