@@ -40,7 +40,7 @@ def exchanges(draw):
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(exchange=exchanges())
 def test_every_builder_makes_plans_that_the_checker_proves(name, exchange):
     counts, topology = exchange
@@ -50,7 +50,7 @@ def test_every_builder_makes_plans_that_the_checker_proves(name, exchange):
 
 
 @pytest.mark.parametrize("name", ["hierarchical", "nic_balanced"])
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(exchange=exchanges(), chunk_bytes=st.integers(1, 50))
 def test_chunked_plans_are_proved_too(name, exchange, chunk_bytes):
     plan = BUILDERS[name](*exchange, chunk_bytes=chunk_bytes)
@@ -58,7 +58,7 @@ def test_chunked_plans_are_proved_too(name, exchange, chunk_bytes):
     assert replay(plan) == outputs_of(exchange[0])
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(exchange=exchanges(), window=st.integers(1, 4))
 def test_windows_keep_the_plan_correct(exchange, window):
     for name in ("pairwise", "group_aware", "balanced_rounds"):
@@ -135,7 +135,7 @@ def test_log_step_sends_log2_messages_per_rank():
     assert np.bincount(plan.source[plan.source != plan.destination]).tolist() == [4] * 16
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(exchanges())
 def test_balanced_rounds_last_as_long_as_the_busiest_rank(exchange):
     matrix = exchange[0] - np.diag(np.diag(exchange[0]))
