@@ -20,7 +20,8 @@ F, B = Kind.FORWARD, Kind.BACKWARD
 def test_enough_cores_give_the_ordinary_timeline_exactly(data, schedule, width):
     seconds = st.floats(0.001, 10.0)
     values = st.lists(seconds, min_size=schedule.num_stages, max_size=schedule.num_stages)
-    times = Durations(*(data.draw(values) for _ in range(3)), None, *(data.draw(values) for _ in range(3)))
+    kinds = ("forward", "input_grad", "weight_grad", "forward_exchange", "backward_exchange", "transfer")
+    times = Durations(**{kind: data.draw(values) for kind in kinds})
     for form in (schedule, with_communication(schedule)):
         assert simulate_shared_host(form, times, form.num_ranks * width, width) == simulate(form, times)
 

@@ -14,7 +14,8 @@ from pipermoe.schedule.memory import peak_activation_bytes
 from pipermoe.schedule.timeline import simulate
 from pipermoe.specs.errors import UserError, describe_value
 
-_PATIENCE = (1.0, 0.5, 0.0)
+_LESS_PATIENCE = (0.5, 0.0)
+_PROMISING = 3
 
 
 def optimize(
@@ -42,8 +43,8 @@ def optimize(
     ]
     named = [schedule for schedule in named if not schedule.mirror_rank]
     fitting = [schedule for schedule in named if _within(peak_activation_bytes(schedule, size), limit)]
-    rescheduled = _list_scheduled(named, Limits(size, limit), durations)
-    best = min([*fitting, *rescheduled], key=lambda s: simulate(s, durations).step_seconds, default=None)
+    candidates = [*fitting, *_list_scheduled(named, Limits(size, limit), durations)]
+    best = min(candidates, key=lambda schedule: simulate(schedule, durations).step_seconds, default=None)
     if best is None:
         orders = [_one_at_a_time(schedule) for schedule in named]
         least = min(max(spine_peaks(order, size)) for order in orders)
@@ -56,16 +57,16 @@ def _list_scheduled(named: list[Schedule], limits: Limits, durations: Durations)
     """Every named order with its backwards split and its weight gradients placed by these durations and limits.
 
     And, for every placement of stages, micro-batch after micro-batch: the order that needs the least memory, from which
-    the list scheduler departs as far as the limit allows.
+    the list scheduler departs as far as the limit allows. The most promising are tried with less patience as well.
     """
-    seen = set()
     layouts = {schedule.stage_rank: _one_at_a_time(schedule) for schedule in named}
-    for spines in (*map(_spines, named), *layouts.values()):
-        key = (spines.stage_rank, spines.ranks)
-        if key in seen or not _within(spine_peaks(spines, limits.stage), limits.rank):
-            continue
-        seen.add(key)
-        for patience in _PATIENCE:
+    distinct = {spines.ranks: spines for spines in (*map(_spines, named), *layouts.values())}
+    legal = [s for s in distinct.values() if _within(spine_peaks(s, limits.stage), limits.rank)]
+    patient = [squeeze(spines, limits, durations) for spines in legal]
+    yield from patient
+    seconds = [simulate(schedule, durations).step_seconds for schedule in patient]
+    for _, spines in sorted(zip(seconds, legal, strict=True), key=lambda pair: pair[0])[:_PROMISING]:
+        for patience in _LESS_PATIENCE:
             yield squeeze(spines, limits, durations, patience)
 
 
