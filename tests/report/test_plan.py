@@ -10,12 +10,12 @@ from pipermoe.report.plan import bar, render_planning
 def test_a_plan_is_printed_in_a_hundred_columns_without_colour_where_none_is_wanted():
     result = find_plan(MODEL, machine(compute_slots=2), TRAIN, world_size=4, memory_budget_bytes=9 * 2**20)
     stream = io.StringIO()
-    render_planning(result, Console(file=stream, width=140))
+    render_planning(result, Console(file=stream, width=80))
     text = stream.getvalue()
     assert "\x1b" not in text
     assert max(map(len, text.splitlines())) <= 100
     assert text.count("CHOSEN") == 1
-    assert "4 ranks sharing 2 cores, 9.00 MiB each" in text
+    assert "4 ranks on 2 cores, 9.00 MiB each" in text
     for row in result.ranked:
         assert row.strategy.compact() in text
     for other in result.alternatives:

@@ -147,7 +147,7 @@ def bottleneck(field: Field, chosen: Candidate) -> str:
     sentence = f"{part} takes {parts[part] / chosen.step_seconds:.0%} of the step"
     slots = compute_slots(job.platform, job.world_size)
     if part == "computing" and slots < job.world_size:
-        sentence += f", because {job.world_size} ranks share {slots:.3g} cores"
+        sentence += f", because {job.world_size} ranks share {slots:.3g} core{'s' * (slots != 1)}"
     if not field.fits.all():
         ((row, unlimited),), _ = field.best(np.ones(len(field.space), dtype=bool))
         if unlimited < chosen.step_seconds:

@@ -38,7 +38,9 @@ AXES = {
 
 
 def render_planning(result: PlanningResult, console: Console) -> None:
-    """Print `result` in at most 100 columns."""
+    """Print `result` in at most 100 columns; a file or a pipe gets all of them."""
+    if not console.is_terminal:
+        console = Console(file=console.file, width=WIDTH)
     console.print(Group(*_sections(result)), width=min(WIDTH, console.width), highlight=False)
 
 
@@ -64,9 +66,9 @@ def _header(result: PlanningResult) -> Table:
     grid.add_row(
         "Model", f"{model.name}  {format_count(result.parameters)} parameters, {model.num_layers} layers, {experts}"
     )
-    shared = "" if result.compute_slots >= result.world_size else f" sharing {result.compute_slots:.3g} cores"
+    shared = "" if result.compute_slots >= result.world_size else f" on {result.compute_slots:.3g} cores"
     budget = format_bytes(result.memory_budget_bytes)
-    grid.add_row("Machine", f"{result.platform}  {result.world_size} ranks{shared}, {budget} each")
+    grid.add_row("Machine", f"{result.platform}: {result.world_size} ranks{shared}, {budget} each")
     tokens = f"{train.tokens_per_step:,} tokens a step"
     grid.add_row("Job", f"{train.global_batch_size} sequences of {train.seq_len}, {tokens}, {train.precision}, AdamW")
     found = (
