@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 
 import pytest
@@ -44,9 +43,16 @@ def test_what_is_not_known_is_left_out_and_colour_is_only_for_terminals():
     assert "\33[32mloss:  1.55680\33[0m" in format_line(line(), GIB, coloured=True)
 
 
+def test_lines_for_people_go_to_stdout_unless_that_is_to_stay_clean(tmp_path, capsys):
+    for quiet in (False, True):
+        StepLog(tmp_path, GIB, 0, quiet=quiet).say("hello")
+        shown = capsys.readouterr()
+        assert (shown.out, shown.err) == (("", "hello\n") if quiet else ("hello\n", ""))
+
+
 def test_a_resumed_run_goes_on_in_the_same_json_lines_without_repeating_a_step(tmp_path):
     for first, steps in ((0, (1, 2, 3)), (2, (3, 4))):
-        log = StepLog(tmp_path, io.StringIO(), GIB, first)
+        log = StepLog(tmp_path, GIB, first)
         for step in steps:
             log.step(line(step))
         log.close()

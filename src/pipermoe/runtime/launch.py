@@ -53,6 +53,9 @@ def launch(
     elif world is None and checkpoints(output):
         raise UserError(f"{output}: holds checkpoints of another run; add --resume or choose another --output")
     _make_folder(output)
+    if world is None or world.rank == 0:
+        for stale in (output / MEASUREMENT_FILE, *output.glob("rank-*.error.txt")):
+            stale.unlink(missing_ok=True)  # should this run fail, nobody shall take the last one's results for its own
     data = load_text(plan.train, plan.model.vocab_size)
     run = Run(output, steps, newest, quiet, timedelta(seconds=timeout_seconds))
 

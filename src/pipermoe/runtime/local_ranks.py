@@ -26,6 +26,7 @@ from pipermoe.runtime.world import World
 from pipermoe.specs.errors import MachineError, UserError
 
 GRACE_SECONDS = 2.0  # how long witnesses wait for the culprit
+SHOW_CURSOR = "\33[?25h"
 _WITNESS_WORDS = (
     "connection closed by peer",
     "connection reset",
@@ -74,6 +75,8 @@ def run_local_ranks(world_size: int, target: Callable[[World], object], output: 
                     process.kill()
             for process in processes:
                 process.join()
+            if sys.stderr.isatty():
+                sys.stderr.write(SHOW_CURSOR)  # which a killed rank's progress bar had hidden
             for reader in readers:
                 reader.close()
             os.close(alive_end)

@@ -62,11 +62,11 @@ def format_line(line: StepLine, budget_bytes: int, *, coloured: bool = False) ->
 
 
 class StepLog:
-    """The lines of a run: on `stream` for people, in `steps.jsonl` for programs. Only rank 0 has one."""
+    """The lines of a run: on stdout (`quiet`: on stderr) for people, in `steps.jsonl` for programs. On rank 0 only."""
 
-    def __init__(self, output: Path, stream: TextIO, budget_bytes: int, first_step: int) -> None:
-        self._stream, self._budget = stream, budget_bytes
-        self._coloured = stream.isatty() and "NO_COLOR" not in os.environ
+    def __init__(self, output: Path, budget_bytes: int, first_step: int, *, quiet: bool = False) -> None:
+        self._quiet, self._budget = quiet, budget_bytes
+        self._coloured = self._stream.isatty() and "NO_COLOR" not in os.environ
         self._path = output / STEPS_FILE
         write_atomically(self._path, "".join(_lines_before(self._path, first_step)))
         try:
@@ -81,6 +81,10 @@ class StepLog:
 
     def say(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
+
+    @property
+    def _stream(self) -> TextIO:
+        return sys.stderr if self._quiet else sys.stdout  # looked up anew: a progress bar puts itself in between
 
     def close(self) -> None:
         self._file.close()

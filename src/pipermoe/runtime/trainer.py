@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import platform as host
-import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -98,8 +97,8 @@ class Trainer:
 
     def train(self) -> Measurement | None:
         if self.groups.rank == 0:
-            stream = sys.stderr if self.run.quiet else sys.stdout
-            self.log = StepLog(self.run.output, stream, self.plan.memory_budget_bytes, self.first)
+            budget = self.plan.memory_budget_bytes
+            self.log = StepLog(self.run.output, budget, self.first, quiet=self.run.quiet)
         self._say(self._introduction())
         before = self.validation_loss()
         self._say(f"validation loss before: {before:.5f}")
