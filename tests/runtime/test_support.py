@@ -1,0 +1,41 @@
+"""What the runtime cannot do is refused in a sentence, and weights do not depend on who draws them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.runtime.tiny import PLAIN, TRAIN
+
+from pipermoe.runtime.support import check_supported
+from pipermoe.runtime.weights import initialize
+from pipermoe.specs.errors import UserError
+from pipermoe.specs.model import GroupedQueryAttention
+from pipermoe.specs.strategy import Strategy
+
+L2 = GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=4, qk_norm="l2")
+
+
+@pytest.mark.parametrize(
+    ("change", "strategy", "message"),
+    [
+        ({}, Strategy(tensor_parallel=2, expert_data_parallel=2), "strategy.tensor_parallel = 2: "),
+        ({"tie_word_embeddings": True}, Strategy(pipeline_parallel=2), "ties its word embeddings"),
+        ({"moe": PLAIN.moe.model_copy(update={"expert_matrices": 2})}, Strategy(), "moe.expert_matrices = 2: "),
+        ({"attention": L2}, Strategy(), "attention.qk_norm = 'l2': "),
+        ({"mtp_layers": 1}, Strategy(), "mtp_layers = 1: "),
+    ],
+)
+def test_what_cannot_be_built_is_refused_by_name(change: dict, strategy: Strategy, message: str):
+    with pytest.raises(UserError) as caught:
+        check_supported(PLAIN.model_copy(update=change), TRAIN, strategy)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_experts_are_the_same_whichever_rank_draws_them():
+    name = "layers.3.experts.down.weight"
+    whole, half = torch.empty(4, 3, 5), torch.empty(2, 3, 5)
+    initialize([(name, whole)], seed=7, num_layers=4)
+    initialize([(name, half)], seed=7, num_layers=4, first_expert=2)
+    assert torch.equal(whole[2:], half)
+    assert not torch.equal(whole[0], whole[1])
