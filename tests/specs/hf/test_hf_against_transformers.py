@@ -26,6 +26,7 @@ pytestmark = [
 
 DATA = Path(__file__).parent / "data"
 EXPECTED = json.loads((DATA / "expected_counts.json").read_text())["models"]
+SHARED_INDEXERS = ("zai-org--GLM-5.2", "zai-org--GLM-5.3")  # refused, though their family is known
 NOT_STRUCTURE = ("quantization_config", "compression_config", "auto_map", "model_type")
 
 
@@ -68,9 +69,9 @@ def test_the_frozen_counts_are_those_of_transformers(name):
 @pytest.mark.parametrize("path", published_configs(), ids=lambda path: path.stem)
 def test_published_configs_are_counted_alike_or_refused(path):
     config = json.loads(path.read_text())
-    text = config.get("text_config", config)
-    if text.get("model_type") in FAMILIES:
-        assert own_count(path) == transformers_count(path)
-    else:
-        with pytest.raises(UserError):
+    model_type = config.get("text_config", config).get("model_type")
+    if model_type not in FAMILIES or path.name.startswith(SHARED_INDEXERS):
+        with pytest.raises(UserError, match=r"not priced yet|not a known"):
             read_config(path)
+    else:
+        assert own_count(path) == transformers_count(path)

@@ -105,22 +105,17 @@ def test_remote_code_of_a_known_family_is_ignored(tmp_path):
 
 
 def test_an_unknown_type_is_read_as_the_family_that_is_assumed(tmp_path):
-    # GLM-5 is DeepSeek-V3.2's architecture under another name; transformers counts 743,911,199,232.
-    data = config("deepseek-v3.2") | {
-        "model_type": "glm_moe_dsa",
-        "hidden_size": 6144,
-        "index_n_heads": 32,
-        "intermediate_size": 12288,
-        "num_attention_heads": 64,
-        "num_hidden_layers": 78,
-        "q_lora_rank": 2048,
-        "qk_nope_head_dim": 192,
-        "v_head_dim": 256,
-        "vocab_size": 154880,
-    }
-    model = read_config(written(tmp_path, data), assume="deepseek_v32")
-    assert total_parameters(model) == 743_911_199_232
-    assert model.source == "config.json, model_type glm_moe_dsa, read as deepseek_v32"
+    path = written(tmp_path, config("qwen3-30b-a3b") | {"model_type": "qwen3_vl_moe_text"})
+    model = read_config(path, assume="qwen3_moe")
+    assert total_parameters(model) == 30_532_122_624
+    assert model.source == "config.json, model_type qwen3_vl_moe_text, read as qwen3_moe"
+
+
+def test_layers_of_glm_5_that_share_an_indexer_are_refused(tmp_path):
+    data = config("glm-5")
+    data["indexer_types"] = ["full", "shared"] * (data["num_hidden_layers"] // 2)
+    with pytest.raises(UserError, match="indexer_types"):
+        read_config(written(tmp_path, data))
 
 
 def test_an_assumed_family_must_know_every_key_that_changes_the_model(tmp_path):

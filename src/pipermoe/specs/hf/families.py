@@ -181,6 +181,14 @@ def deepseek_v32(config: ConfigReader) -> Fields:
     return _deepseek(config, latent(config, indexer=True), router) | _mtp(config)
 
 
+def glm_moe_dsa(config: ConfigReader) -> Fields:
+    """GLM-5, 5.1: DeepSeek-V3.2's layers under GLM's name."""
+    kinds = config.per_layer("indexer_types", layers.count(config), ("full", "shared"))
+    if kinds and "shared" in kinds:
+        raise config.error("indexer_types", "layers that share an indexer are not priced yet")
+    return deepseek_v32(config)
+
+
 def _deepseek(config: ConfigReader, attention: Attention, router: Router) -> Fields:
     width = config.size("moe_intermediate_size")
     moe = experts(
@@ -361,6 +369,7 @@ FAMILIES: dict[str, Callable[[ConfigReader], Fields]] = {
     "deepseek_v32": deepseek_v32,
     "ernie4_5_moe": ernie4_5_moe,
     "glm4_moe": glm4_moe,
+    "glm_moe_dsa": glm_moe_dsa,
     "gpt_oss": gpt_oss,
     "granitemoe": granitemoe,
     "grok-1": grok_1,
