@@ -55,7 +55,7 @@ def test_zero_one_leaves_each_rank_its_share_of_the_moments():
 
 def test_activations_grow_with_the_micro_batch_and_shrink_with_recompute():
     small, large, full = (
-        sum(memory_of(Strategy(micro_batch_size=size, recompute=recompute))["activations"])
+        sum(memory_of(Strategy(micro_batch_size=size).model_copy(update={"recompute": recompute}))["activations"])
         for size, recompute in ((1, "none"), (2, "none"), (2, "full"))
     )
     assert large == 2 * small
