@@ -181,8 +181,8 @@ class Trainer:
             if not math.isfinite(value):
                 rate = self.plan.train.optimizer.learning_rate
                 raise UserError(
-                    f"step {step + 1}: {name} = {value}: training diverged; the weights before this step are kept in "
-                    f"the last checkpoint; lower optimizer.learning_rate = {rate:g} or raise warmup_steps"
+                    f"step {step + 1}: {name} = {value}: training diverged; lower optimizer.learning_rate = {rate:g} "
+                    f"or raise optimizer.warmup_steps = {self.plan.train.optimizer.warmup_steps}"
                 )
 
     def _flops_per_second(self, seconds: float) -> float:
