@@ -60,8 +60,12 @@ class TextData:
         return self.train[np.array(chosen)]
 
     def validation_batch(self, index: int) -> NDArray[np.int64]:
-        """The held-back batch `index`, 0 <= index < `validation_batches`: int64 [B, C], the same in every run."""
-        return self.validation[index * self.global_batch_size + np.arange(self.global_batch_size)]
+        """The held-back batch `index`, 0 <= index < `validation_batches`: int64 [B, C], the same in every run.
+
+        The batches are spread evenly over the held-back text: consecutive ones would be a few pages of one document.
+        """
+        spacing = len(self.validation) // (self.validation_batches * self.global_batch_size)
+        return self.validation[(index * self.global_batch_size + np.arange(self.global_batch_size)) * spacing]
 
 
 @lru_cache(maxsize=2)  # a batch spans at most two epochs
