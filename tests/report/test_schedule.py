@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from pipermoe.report.picture import Box, Label
-from pipermoe.report.schedule import draw, picture_of, render_table, write_trace
+from pipermoe.report.schedule import ScheduleSummary, draw, picture_of, render_table, summary, write_trace
 from pipermoe.schedule.builders import RECIPES, build
 from pipermoe.schedule.communication import with_communication
 from pipermoe.schedule.timeline import simulate
@@ -93,6 +93,13 @@ def test_a_png_has_the_size_of_the_drawing(tmp_path):
 def test_other_suffixes_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"must end in .svg or .png"):
         draw(simulate(build("gpipe", 1, 1)), tmp_path / "x.pdf")
+
+
+def test_the_summary_of_a_schedule_is_a_document_that_reads_back():
+    document = summary(simulate(build("zb-h1", 2, 3)))
+    assert document.actions[1] == ("1F0", "1I0", "1F1", "1I1", "1W0", "1F2", "1I2", "1W1", "1W2")
+    assert (document.step, document.bubble_fraction, document.activations_in_flight) == (10.0, (0.1, 0.1), (2, 2))
+    assert ScheduleSummary.model_validate_json(document.model_dump_json()) == document
 
 
 def test_the_trace_holds_every_action_in_microseconds(tmp_path):

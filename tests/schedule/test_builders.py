@@ -3,10 +3,11 @@
 import pytest
 from tests.schedule.grids import virtual_stages
 
-from pipermoe.schedule.builders import RECIPES, build, illegal
+from pipermoe.schedule.builders import RECIPES, build, build_or_read, illegal
 from pipermoe.schedule.durations import Durations
 from pipermoe.schedule.memory import in_flight
 from pipermoe.schedule.timeline import simulate
+from pipermoe.schedule.torch_csv import write_csv
 from pipermoe.specs.errors import UserError
 
 FIGURES = {
@@ -176,6 +177,10 @@ def test_overlapping_hides_all_to_alls_in_the_steady_state(name):
         ),
         (("dualpipe", 3, 8), "pipeline_parallel = 3: dualpipe needs a multiple of 2 and at least 2; nearest: 2, 4"),
         (("dualpipe", 4, 9), "microbatches = 9: dualpipe needs a multiple of 2 and at least 8; nearest: 8, 10"),
+        (
+            ("1f1b", 1000, 100_000),
+            "microbatches = 100000: stages * microbatches may be 500,000 at most; nearest: 500",
+        ),
         (("dualpipe-v", 4, 3, 2), "microbatches = 3: dualpipe-v needs at least 8; nearest: 8"),
     ],
 )
@@ -189,3 +194,10 @@ def test_an_unknown_schedule_names_the_nearest_and_all():
     problem = illegal("1F1B", 2, 2)
     assert problem is not None
     assert problem.startswith("schedule = '1F1B': unknown; nearest: 1f1b; known: gpipe, 1f1b, ")
+
+
+def test_a_schedule_may_be_a_file_or_take_its_fewest_chunks(tmp_path):
+    write_csv(build("zb-v", 2, 3, 2), tmp_path / "mine.csv")
+    assert build_or_read(str(tmp_path / "mine.csv"), 9, 9).ranks == build("zb-v", 2, 3, 2).ranks
+    assert build_or_read("zb-v", 2, 3) == build("zb-v", 2, 3, 2)
+    assert build_or_read("interleaved-1f1b", 2, 3, 4) == build("interleaved-1f1b", 2, 3, 4)

@@ -12,6 +12,7 @@ from pipermoe.schedule.action import COMPUTE, Action, Kind, Schedule
 from pipermoe.schedule.communication import without_communication
 from pipermoe.schedule.memory import in_flight
 from pipermoe.schedule.timeline import Timeline, simulate
+from pipermoe.specs.base import Frozen
 from pipermoe.specs.documents import write_atomically
 
 # Distinct in grey and for colour-blind readers. One shade per model chunk of a rank, the last for all further ones.
@@ -31,6 +32,38 @@ NAMES = {
 INK, FAINT, IDLE, EDGE = "#222222", "#666666", "#ececec", "#ffffff"
 LEFT, RIGHT, TOP, ROW, GAP, BOTTOM, CHART = 58.0, 136.0, 62.0, 26.0, 4.0, 42.0, 820.0
 TEXT, SMALLEST_TEXT = 10.0, 6.0
+
+
+class ScheduleSummary(Frozen):
+    """A schedule and what it costs, for programs; `step` in the timeline's unit.
+
+    `actions` has one list per pipeline rank; the other lists have one entry per rank. `activations_in_flight` counts
+    stages and micro-batches.
+    """
+
+    name: str
+    microbatches: int
+    stage_rank: tuple[int, ...]
+    mirror_rank: tuple[int, ...]
+    actions: tuple[tuple[str, ...], ...]
+    step: float
+    bubble_fraction: tuple[float, ...]
+    activations_in_flight: tuple[int, ...]
+
+
+def summary(timeline: Timeline) -> ScheduleSummary:
+    """What `render_table` shows, as a document."""
+    schedule = timeline.schedule
+    return ScheduleSummary(
+        name=schedule.name,
+        microbatches=schedule.microbatches,
+        stage_rank=schedule.stage_rank,
+        mirror_rank=schedule.mirror_rank,
+        actions=tuple(tuple(map(str, actions)) for actions in schedule.ranks),
+        step=timeline.step_seconds,
+        bubble_fraction=timeline.bubble_fraction,
+        activations_in_flight=in_flight(schedule).rank,
+    )
 
 
 def render_table(schedule: Schedule, width: int | None = None) -> str:

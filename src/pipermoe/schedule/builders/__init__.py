@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipermoe.schedule.action import Schedule
 from pipermoe.schedule.builders.dualpipe import dualpipe, dualpipe_v
@@ -13,6 +14,7 @@ from pipermoe.schedule.builders.looped import breadth_first, interleaved_1f1b
 from pipermoe.schedule.builders.overlapped import overlapped
 from pipermoe.schedule.builders.vshape import v_half, v_min, zb_v
 from pipermoe.schedule.builders.zero_bubble import zb_h1, zb_h2
+from pipermoe.schedule.torch_csv import read_csv
 from pipermoe.specs.errors import UserError, describe_value
 
 Builder = Callable[[int, int, int], Schedule]  # (pipeline_parallel, microbatches, virtual_stages)
@@ -57,6 +59,9 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+MOST_FORWARDS = 500_000  # beyond it a schedule takes minutes and gigabytes, and no machine has such a pipeline
+
+
 def build(name: str, pipeline_parallel: int, microbatches: int, virtual_stages: int = 1) -> Schedule:
     """The schedule `name` for `pipeline_parallel` ranks of `virtual_stages` model chunks each.
 
@@ -67,6 +72,17 @@ def build(name: str, pipeline_parallel: int, microbatches: int, virtual_stages: 
     if problem:
         raise UserError(problem)
     return RECIPES[name].build(pipeline_parallel, microbatches, virtual_stages)
+
+
+def build_or_read(
+    name_or_file: str, pipeline_parallel: int, microbatches: int, virtual_stages: int | None = None
+) -> Schedule:
+    """`build`, by default with the fewest chunks per rank; or a schedule from a .csv file, which brings its numbers."""
+    if name_or_file.endswith(".csv"):
+        return read_csv(Path(name_or_file))
+    if virtual_stages is None:
+        virtual_stages = RECIPES[name_or_file].virtual_stages[0] if name_or_file in RECIPES else 1
+    return build(name_or_file, pipeline_parallel, microbatches, virtual_stages)
 
 
 def illegal(name: str, pipeline_parallel: int, microbatches: int, virtual_stages: int = 1) -> str | None:
@@ -81,9 +97,15 @@ def illegal(name: str, pipeline_parallel: int, microbatches: int, virtual_stages
         count = f"exactly {least}" if least == most else f"at least {least}"
         rule = f"{name} needs {count} per pipeline rank; nearest: {least if virtual_stages < least else most}"
         return describe_value("", "virtual_stages", virtual_stages, rule)
-    return _not_a_multiple(name, "pipeline_parallel", pipeline_parallel, recipe.ranks_step, 1) or _not_a_multiple(
-        name, "microbatches", microbatches, recipe.microbatches_step, recipe.microbatches_per_rank * pipeline_parallel
+    least = recipe.microbatches_per_rank * pipeline_parallel
+    problem = _not_a_multiple(name, "pipeline_parallel", pipeline_parallel, recipe.ranks_step, 1) or _not_a_multiple(
+        name, "microbatches", microbatches, recipe.microbatches_step, least
     )
+    stages = pipeline_parallel * virtual_stages
+    if not problem and stages * microbatches > MOST_FORWARDS:
+        rule = f"stages * microbatches may be {MOST_FORWARDS:,} at most; nearest: {MOST_FORWARDS // stages}"
+        return describe_value("", "microbatches", microbatches, rule)
+    return problem
 
 
 def _not_a_multiple(name: str, key: str, value: int, step: int, least: int) -> str | None:

@@ -69,6 +69,8 @@ class _Queue:
         self.todo = list(zip(spine, steps, strict=True))
         self.pending: deque[Action] = deque()
         self.order: list[Action] = []
+        self.pending_size = 0.0  # memory that the pending weight gradients would free
+        self.turned: set[int] = set()  # micro-batches that have been forward through the last stage
         self.held = 0.0
         self.free_at = 0.0
 
@@ -80,6 +82,7 @@ class _ListScheduler:
         self.mail = Mail(program)
         self.weight_grad = durations.per_stage(spines.num_stages).compute[Kind.WEIGHT_GRAD]
         self.queues = [_Queue(*pair) for pair in zip(spines.ranks, program.steps, strict=True)]
+        self.last_stage = spines.num_stages - 1
         self.window = 4 * spines.num_stages  # how far ahead a rank looks for something ready
         self.events = [(0.0, rank) for rank in range(len(self.queues))]
 
@@ -96,7 +99,7 @@ class _ListScheduler:
             self._run_weight_grad(queue, rank, now)
             return
         action, step = queue.todo[0]
-        ready = self._arrival(step)
+        ready = self._arrival(queue, action, step)
         if queue.pending and not self._fits(queue, rank, _peak([action], self.limits.stage)):
             self._run_weight_grad(queue, rank, now)
         elif ready is not None and ready <= now:
@@ -111,14 +114,17 @@ class _ListScheduler:
             elif ready is not None:
                 heapq.heappush(self.events, (ready, rank))  # otherwise the delivery wakes the rank
 
-    def _arrival(self, step: Step) -> float | None:
-        """When the data of a step is there; None if that is not known yet."""
+    def _arrival(self, queue: _Queue, action: Action, step: Step) -> float | None:
+        """When the data of a spine action is there; None if that is not known yet."""
         latest = 0.0
         for slot in step.needs:
             arrival = self.mail.arrival[slot]
             if arrival is None:
                 return None
             latest = max(latest, arrival)
+        for part in action.parts:  # the last stage's backward gets nothing from elsewhere: it needs its own forward
+            if part.stage == self.last_stage and part.kind is not Kind.FORWARD and part.microbatch not in queue.turned:
+                return None
         return latest
 
     def _fits(self, queue: _Queue, rank: int, extra: float) -> bool:
@@ -127,24 +133,17 @@ class _ListScheduler:
     def _ready_later(self, queue: _Queue, rank: int, now: float, wait: float) -> int | None:
         """Position of a spine action that may overtake those before it: data there, memory enough, not too long."""
         stage = self.limits.stage
-        rise = highest = 0.0  # memory of the overtaken actions relative to now
-        pending = sum(stage[action.stage] for action in queue.pending)  # can be freed before they run
-        overtaken: set[Action] = set()
+        rise = highest = 0.0  # memory of the overtaken actions relative to now, after all pending weight gradients
         for position, (action, step) in enumerate(queue.todo[: self.window]):
-            ready = self._arrival(step)
-            if (
-                position
-                and ready is not None
-                and ready <= now
-                and wait >= self.patience * (step.compute + step.exchange)
-            ):
-                extra = _peak([action], stage)
-                stays = max(sum(_change(part, stage) for part in action.parts), 0.0)
-                fits = self._fits(queue, rank, extra) and self._fits(queue, rank, stays + highest - pending)
-                if (fits or not extra) and not any(_forward_of(part) in overtaken for part in action.parts):
-                    return position
+            if position and wait >= self.patience * (step.compute + step.exchange):
+                ready = self._arrival(queue, action, step)
+                if ready is not None and ready <= now:
+                    extra = _peak([action], stage)
+                    stays = max(sum(_change(part, stage) for part in action.parts), 0.0)
+                    later = stays + highest - queue.pending_size
+                    if not extra or (self._fits(queue, rank, extra) and self._fits(queue, rank, later)):
+                        return position
             for part in action.parts:
-                overtaken.add(part)
                 rise += _change(part, stage)
                 highest = max(highest, rise)
         return None
@@ -154,8 +153,11 @@ class _ListScheduler:
         for part in action.parts:
             if part.kind is Kind.INPUT_GRAD:
                 queue.pending.append(Action(Kind.WEIGHT_GRAD, part.stage, part.microbatch))
+                queue.pending_size += self.limits.stage[part.stage]
             else:
                 queue.held += _change(part, self.limits.stage)
+            if part.kind is Kind.FORWARD and part.stage == self.last_stage:
+                queue.turned.add(part.microbatch)
         self._append(queue, rank, action, now + step.compute + step.exchange)
         for give in step.gives:
             self.mail.deliver(rank, give, queue.free_at)
@@ -164,13 +166,10 @@ class _ListScheduler:
     def _run_weight_grad(self, queue: _Queue, rank: int, now: float) -> None:
         action = queue.pending.popleft()
         queue.held -= self.limits.stage[action.stage]
+        queue.pending_size -= self.limits.stage[action.stage]
         self._append(queue, rank, action, now + self.weight_grad[action.stage])
 
     def _append(self, queue: _Queue, rank: int, action: Action, end: float) -> None:
         queue.order.append(action)
         queue.free_at = end
         heapq.heappush(self.events, (end, rank))
-
-
-def _forward_of(part: Action) -> Action:
-    return Action(Kind.FORWARD, part.stage, part.microbatch)
