@@ -38,12 +38,20 @@ def test_mixtral_8x7b_in_figures():
     assert description.expert_parameters == 3 * 4096 * 14336
     assert description.token_bytes.key_value_cache == 131_072  # 2 x 8 heads x 128 x 32 layers x 2 bytes
     assert description.token_bytes.dispatched == 2 * 2 * 4096
+    assert description.token_bytes.expert_inner == 2 * 2 * 3 * 14336
+    assert description.token_bytes.hidden_state == 2 * 4096
+    assert description.token_bytes.logits == 2 * 32000
     assert description.flops_per_token.forward_backward_full == 3 * description.flops_per_token.forward_full
 
 
 def test_latent_attention_caches_less_than_a_fiftieth_of_its_heads():  # DeepSeek-V2: 576 numbers instead of 40,960
     size = describe_model(load_model("deepseek-v2")).token_bytes
     assert size.key_value_cache == 60 * 2 * (512 + 64)
+
+
+def test_an_indexer_caches_its_keys_too():
+    size = describe_model(load_model("deepseek-v3.2")).token_bytes
+    assert size.key_value_cache == 61 * 2 * (512 + 64 + 128)
 
 
 def test_multi_token_prediction_stands_apart_from_the_totals():

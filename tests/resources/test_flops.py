@@ -84,6 +84,11 @@ def test_latent_attention_has_queries_and_values_of_different_length():
     assert attention_projection_flops(model.attention, 7168, 5) == 2 * 5 * weights
 
 
+def test_the_indexer_has_three_projections_of_its_own():
+    v3, v32 = (attention_projection_flops(load_model(f"deepseek-{name}").attention, 7168, 5) for name in ("v3", "v3.2"))
+    assert v32 - v3 == 2 * 5 * (1536 * 64 * 128 + 7168 * 128 + 7168 * 64)
+
+
 def test_sparse_attention_scores_all_keys_lightly_and_attends_to_2048():
     model = load_model("deepseek-v3.2")
     indexer = 2 * 64 * (128 + 1)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipermoe.resources.parameters import total_parameters
+from pipermoe.specs.catalogue import load_model
 from pipermoe.specs.errors import UserError
 from pipermoe.specs.hf import read_config
 from pipermoe.specs.model import Indexer, LatentAttention, LocalAttention, ModelSpec
@@ -25,6 +26,50 @@ def written(tmp_path: Path, data: dict) -> Path:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(data))
     return path
+
+
+# Families that transformers does not have: their public configs, against the catalogue's entries from the papers.
+GROK_1 = {
+    "model_type": "grok-1",
+    "vocab_size": 131072,
+    "hidden_size": 6144,
+    "intermediate_size": 32768,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 48,
+    "num_key_value_heads": 8,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "rms_norm_eps": 1e-5,
+}
+ARCTIC = {
+    "model_type": "arctic",
+    "vocab_size": 32000,
+    "hidden_size": 7168,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 35,
+    "num_attention_heads": 56,
+    "num_key_value_heads": 8,
+    "num_local_experts": 128,
+    "num_experts_per_tok": 2,
+    "moe_layer_frequency": 1,
+    "parallel_attn_mlp_res": True,
+    "rms_norm_eps": 1e-5,
+}
+
+
+@pytest.mark.parametrize("data", [GROK_1, ARCTIC], ids=["grok-1", "arctic"])
+def test_families_outside_of_transformers_are_read_as_the_catalogue_has_them(tmp_path, data):
+    expected = load_model(data["model_type"])
+    model = read_config(written(tmp_path, data))
+    assert model.model_copy(update={"name": expected.name, "source": expected.source}) == expected
+
+
+def test_arctic_without_its_dense_half_may_alternate(tmp_path):
+    data = ARCTIC | {"parallel_attn_mlp_res": False, "moe_layer_frequency": 2}
+    model = read_config(written(tmp_path, data))
+    assert (model.moe.shared_width, model.norms_per_layer, model.moe_layers) == (0, 2, tuple(range(1, 35, 2)))
+    with pytest.raises(UserError, match="moe_layer_frequency"):
+        read_config(written(tmp_path, ARCTIC | {"moe_layer_frequency": 2}))
 
 
 def test_deepseek_v2_lite_projects_its_queries_directly():
@@ -62,6 +107,52 @@ def test_gpt_oss_slides_on_every_other_layer():
     assert imported("gpt-oss-20b").local_attention == LocalAttention(
         kind="sliding", size=128, layers=tuple(range(0, 24, 2))
     )
+
+
+def test_a_window_without_a_list_of_layers_is_on_all_of_them():
+    for name, size in (("phi-3.5-moe", 131072), ("qwen3-moe-mixed", 128)):
+        model = imported(name)
+        assert model.local_attention == LocalAttention(kind="sliding", size=size, layers=tuple(range(model.num_layers)))
+
+
+def test_windows_of_qwen2_moe_are_on_even_layers_below_a_limit():
+    assert imported("qwen2-moe-windows").local_attention == LocalAttention(kind="sliding", size=128, layers=(0, 2))
+
+
+def test_a_window_that_is_switched_off_is_none():
+    assert imported("qwen2-57b-a14b").local_attention is None
+    assert imported("mixtral-8x7b").local_attention is None
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "default"),
+    [
+        ("olmoe-1b-7b", "norm_topk_prob", False),
+        ("qwen2-57b-a14b", "norm_topk_prob", False),
+        ("qwen3-30b-a3b", "norm_topk_prob", False),
+        ("deepseek-v2", "norm_topk_prob", False),
+        ("deepseek-v3", "norm_topk_prob", True),
+        ("glm-4.5", "norm_topk_prob", True),
+    ],
+)
+def test_a_missing_flag_has_the_default_of_its_class_in_transformers(tmp_path, name, flag, default):
+    data = config(name)
+    del data[flag]
+    assert read_config(written(tmp_path, data)).moe.router.normalize_top_k is default
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "field"),
+    [
+        ("ernie-4.5-21b-a3b", "tie_word_embeddings", True),
+        ("mixtral-8x7b", "tie_word_embeddings", False),
+        ("granite-3.1-3b-a800m", "tie_word_embeddings", False),
+    ],
+)
+def test_missing_tying_has_the_default_of_its_class_in_transformers(tmp_path, name, key, field):
+    data = config(name)
+    del data[key]
+    assert read_config(written(tmp_path, data)).tie_word_embeddings is field
 
 
 def test_qwen2_moe_gates_its_shared_expert_and_qwen3_moe_has_none():
