@@ -6,6 +6,7 @@ Both packages are large and pin much, so they live in an environment of their ow
 import importlib
 import importlib.util
 import json
+import random
 import re
 from pathlib import Path
 
@@ -75,3 +76,73 @@ def test_published_configs_are_counted_alike_or_refused(path):
             read_config(path)
     else:
         assert own_count(path) == transformers_count(path)
+
+
+SMALL = {  # one config of every dialect whose sizes and flags may be redrawn
+    "mixtral-8x7b": (),
+    "qwen2-57b-a14b": ("qkv_bias",),
+    "qwen3-30b-a3b": ("attention_bias",),
+    "olmoe-1b-7b": ("attention_bias",),
+    "deepseek-v2": ("attention_bias", "mlp_bias"),
+    "deepseek-v2-lite": ("attention_bias",),
+    "deepseek-v3": ("attention_bias",),
+    "deepseek-v3.2": ("attention_bias",),
+    "gpt-oss-20b": ("attention_bias",),
+    "glm-4.5": ("attention_bias", "use_qk_norm"),
+    "minimax-m2.5": (),
+    "granite-3.1-3b-a800m": ("attention_bias",),
+    "phi-3.5-moe": ("attention_bias", "lm_head_bias"),
+    "ernie-4.5-21b-a3b": ("use_bias",),
+    "hunyuan-a13b": ("attention_bias",),
+}
+
+
+EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
+CHOSEN = ("num_experts_per_tok", "moe_k", "moe_topk")
+
+
+def redrawn(base: dict, flags: tuple[str, ...], draw: random.Random) -> dict:
+    """`base` with every size and flag drawn anew, small enough to build in milliseconds."""
+    key_value_heads = draw.randint(1, 3)
+    heads = key_value_heads * draw.randint(1, 3)
+    sizes = {
+        "vocab_size": draw.randint(10, 99),
+        "hidden_size": heads * 2 * draw.randint(1, 9),
+        "num_hidden_layers": draw.randint(4, 7),
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_value_heads,
+        "head_dim": 2 * draw.randint(1, 9),
+        "intermediate_size": draw.randint(1, 50),
+        "moe_intermediate_size": draw.randint(1, 50),
+        "shared_expert_intermediate_size": draw.randint(1, 50),
+        "decoder_sparse_step": draw.randint(1, 3),
+        "first_k_dense_replace": draw.randint(0, 3),
+        "n_shared_experts": draw.randint(1, 3),
+        "moe_num_shared_experts": draw.randint(0, 3),
+        "moe_layer_start_index": draw.randint(0, 2),
+        "moe_layer_interval": draw.randint(1, 3),
+        "q_lora_rank": draw.randint(1, 20),
+        "kv_lora_rank": draw.randint(1, 20),
+        "qk_nope_head_dim": draw.randint(1, 20),
+        "qk_rope_head_dim": 2 * draw.randint(1, 9),
+        "v_head_dim": draw.randint(1, 20),
+        "index_n_heads": draw.randint(1, 5),
+        "index_head_dim": draw.randint(2, 20),
+        "n_group": 1,
+        "topk_group": 1,
+    }
+    sizes |= dict.fromkeys(EXPERTS, draw.randint(1, 6)) | dict.fromkeys(CHOSEN, 1)
+    config = {key: value for key, value in base.items() if key in CHOSEN or not isinstance(value, list)}
+    config |= {key: size for key, size in sizes.items() if config.get(key) is not None}
+    return config | {key: draw.random() < 0.5 for key in (*flags, "tie_word_embeddings")}
+
+
+@pytest.mark.parametrize("name", sorted(SMALL))
+def test_random_sizes_and_flags_are_counted_alike(tmp_path, name):
+    draw = random.Random(name)
+    path = tmp_path / "config.json"
+    base = json.loads((DATA / "configs" / f"{name}.json").read_text())
+    for _ in range(12):
+        config = redrawn(base, SMALL[name], draw)
+        path.write_text(json.dumps(config))
+        assert own_count(path) == transformers_count(path), config
