@@ -11,7 +11,6 @@ from tests.schedule.grids import SLOWLY, pipelines
 from pipermoe.schedule.action import Action, Kind, Schedule, overlap, source_of
 from pipermoe.schedule.builders import build
 from pipermoe.schedule.durations import Durations
-from pipermoe.schedule.memory import in_flight, peak_activation_bytes
 from pipermoe.schedule.sharding import with_gathered_weights, with_reduction
 from pipermoe.schedule.timeline import simulate
 
@@ -91,35 +90,10 @@ def test_gathering_and_reducing_run_beside_computation():
     assert timeline.step_seconds == 0.5 + 6.0 + 3.0
 
 
-def test_gathering_runs_ahead_of_its_use():
-    schedule = with_gathered_weights(build("breadth-first", 1, 2, 3))
-    assert str(schedule) == (
-        "0UNSHARD 1UNSHARD 0F0 0F1 0RESHARD 2UNSHARD 1F0 1F1 2F0 2F1 2B0 2B1 2RESHARD 0UNSHARD 1B0 1B1 "
-        "1RESHARD 0B0 0B1 0RESHARD"
-    )
-
-
 def test_a_schedule_that_cannot_run_says_where_it_stands():
     schedule = Schedule.of("stuck", 1, (0, 1), [[Action(B, 0, 0), Action(F, 0, 0)], [Action(F, 1, 0), Action(B, 1, 0)]])
     with pytest.raises(ValueError, match="schedule stuck cannot run to its end: rank 0 at 0B0, rank 1 at 1F0"):
         simulate(schedule)
-
-
-@SLOWLY
-@given(pipelines())
-def test_memory_over_time_peaks_at_the_activations_in_flight(schedule):
-    timeline, ones = simulate(schedule), [1.0] * schedule.num_stages
-    for rank in range(schedule.num_ranks):
-        profile = timeline.memory(rank, ones)
-        assert max(held for _, held in profile) == in_flight(schedule).rank[rank]
-        assert profile[-1][1] == 0.0  # everything is freed
-        assert [when for when, _ in profile] == sorted(when for when, _ in profile)
-
-
-def test_an_input_gradient_frees_what_the_weight_gradient_does_not_need():
-    schedule = build("zb-h1", 2, 3)
-    assert peak_activation_bytes(schedule, [10.0, 20.0]) == (20.0, 40.0)
-    assert peak_activation_bytes(schedule, [10.0, 20.0], [2.0, 4.0]) == (20.0, 24.0)
 
 
 def test_durations_per_stage_must_match_the_stages():
