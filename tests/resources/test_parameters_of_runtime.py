@@ -74,7 +74,7 @@ def count(module) -> int:
     return sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(model=models())
 def test_the_runtimes_model_has_the_parameters_of_the_closed_forms(model):
     stage = built(model, 4, "meta")
@@ -95,7 +95,7 @@ def test_the_runtimes_model_has_the_parameters_of_the_closed_forms(model):
             assert count(layer.mlp) == expected.dense_mlp
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(model=models(), sequences=st.integers(1, 3), seq_len=st.integers(1, 9))
 def test_the_runtimes_forward_executes_the_flops_of_the_closed_forms(model, sequences, seq_len):
     stage = built(model, seq_len, "cpu")

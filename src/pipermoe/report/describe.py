@@ -128,7 +128,7 @@ def _component_table(description: Description) -> Table:
 
 def _layer_table(description: Description) -> Table:
     table = _table(
-        "One layer; FLOPs forward and bytes saved for backward, per token",
+        "One layer, per token: FLOPs forward, bytes saved",
         "layers",
         "parameters",
         "active",

@@ -48,7 +48,7 @@ def outcome(path: Path, config: dict, assume: str | None = None) -> ModelSpec | 
         return error
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(config=mutated_configs(), assume=st.none() | st.sampled_from(("mixtral", "deepseek_v3", "llama4_text")))
 def test_any_config_is_a_model_or_one_user_error(tmp_path_factory, config, assume):
     path = tmp_path_factory.getbasetemp() / "config.json"
