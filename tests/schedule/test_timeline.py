@@ -69,6 +69,13 @@ def test_a_slow_link_carries_one_message_at_a_time():
     assert timeline.transfer_seconds[1] == 5.0 + 4.0 + 4.0
 
 
+def test_gradients_may_travel_on_links_of_their_own():
+    timeline = simulate(build("gpipe", 3, 1), Durations(1.0, 1.0, 0.0, transfer=[2.0, 3.0, 0.0]))
+    assert (timeline.start[2][0], timeline.end[0][1]) == (7.0, 14.0)  # back: 0 s from stage 2, 3 s from stage 1
+    exact = Durations(1.0, 1.0, 0.0, transfer=[2.0, 3.0, 0.0], transfer_backward=[0.0, 2.0, 3.0])
+    assert simulate(build("gpipe", 3, 1), exact).end[0][1] == 16.0
+
+
 def test_a_pair_hides_the_shorter_of_compute_and_all_to_all():
     pair = overlap(Action(F, 0, 1), Action(B, 0, 0))
     schedule = Schedule.of("pair", 2, (0,), [[Action(F, 0, 0), pair, Action(B, 0, 1)]])

@@ -17,8 +17,9 @@ class Durations:
     `forward`, `input_grad` and `weight_grad` are computation; a full backward is both gradients, unless `backward` says
     otherwise. `forward_exchange` and `backward_exchange` are the all-to-alls inside a forward and an input gradient: a
     micro-batch alone has to wait for them, an overlapped pair hides them behind the other's computation.
-    `transfer` is the time between the end of an action and the arrival of its result on another rank (per stage that
-    sends); it occupies its link. `unshard` and `reduce` run beside computation on the rank's collective lane.
+    `transfer` is the time between the end of an action and the arrival of its result on another rank, per stage that
+    sends; it occupies its link. Gradients take as long, unless `transfer_backward` says otherwise.
+    `unshard` and `reduce` run beside computation on the rank's collective lane.
     `overlap_efficiency` in [0, 1] is the share that a pair achieves of the hiding that is possible.
     """
 
@@ -29,6 +30,7 @@ class Durations:
     forward_exchange: Seconds = 0.0
     backward_exchange: Seconds = 0.0
     transfer: Seconds = 0.0
+    transfer_backward: Seconds | None = None
     unshard: Seconds = 0.0
     reduce: Seconds = 0.0
     overlap_efficiency: float = 1.0
@@ -63,6 +65,7 @@ class Durations:
             },
             lane={Kind.UNSHARD: spread("unshard"), Kind.REDUCE: spread("reduce"), Kind.RESHARD: nothing},
             transfer=spread("transfer"),
+            transfer_backward=spread("transfer" if self.transfer_backward is None else "transfer_backward"),
             overlap_efficiency=self.overlap_efficiency,
         )
 
@@ -75,6 +78,7 @@ class WorkTable:
     exchange: dict[Kind, tuple[float, ...]]
     lane: dict[Kind, tuple[float, ...]]
     transfer: tuple[float, ...]
+    transfer_backward: tuple[float, ...]
     overlap_efficiency: float
 
     def work(self, action: Action) -> tuple[float, float]:

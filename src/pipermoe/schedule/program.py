@@ -114,4 +114,5 @@ class _Compiler:
         if not 0 <= stage < self.schedule.num_stages:
             return ()
         peer = self.schedule.rank_of(stage, action.microbatch)
-        return ((self._inbox(stage, backward), peer, 0.0 if peer == rank else self.work.transfer[action.stage]),)
+        transfer = self.work.transfer_backward if backward else self.work.transfer
+        return ((self._inbox(stage, backward), peer, 0.0 if peer == rank else transfer[action.stage]),)
