@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from mpi4py import MPI
+from mpi4py import MPI  # pyright: ignore[reportMissingImports]
 
 sys.path.insert(0, str(Path(__file__).parent))
 from trial import Clock, byte_matrix, repeats

@@ -66,8 +66,8 @@ def _rank(rank: int, trial: dict, topology: Topology) -> None:
     _enter(topology.node[rank], int(topology.local_index[rank]), trial["nics"])
     os.umask(0)
     limit = timedelta(seconds=trial["limit"])
-    store = dist.FileStore(f"{trial['folder']}/store", topology.num_ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=topology.num_ranks, timeout=limit)
+    place = f"file://{trial['folder']}/store"
+    dist.init_process_group("gloo", init_method=place, rank=rank, world_size=topology.num_ranks, timeout=limit)
     exchange = Exchange(topology=topology, timeout=trial["limit"], shared_memory=trial["shared_memory"])
     clock = Clock(f"{trial['folder']}/clock", rank, topology.num_ranks)
     results: dict = {name: {} for name in trial["algorithms"]}

@@ -49,7 +49,7 @@ def test_every_builder_makes_plans_that_the_checker_proves(name, exchange):
     assert replay(plan) == outputs_of(counts)
 
 
-@pytest.mark.parametrize("name", ["hierarchical", "nic_balanced"])
+@pytest.mark.parametrize("name", ["hierarchical", "nic_balanced", "group_aware"])
 @settings(deadline=None, max_examples=20)
 @given(exchange=exchanges(), chunk_bytes=st.integers(1, 50))
 def test_chunked_plans_are_proved_too(name, exchange, chunk_bytes):

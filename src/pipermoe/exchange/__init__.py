@@ -8,9 +8,27 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipermoe.exchange.executor import Exchange, Handle, all_to_all, all_to_all_single, exchange_of
+    from pipermoe.exchange.executor import (
+        Exchange,
+        Handle,
+        all_to_all,
+        all_to_all_single,
+        combine,
+        dispatch,
+        dispatch_weights,
+        exchange_of,
+    )
 
-__all__ = ["Exchange", "Handle", "all_to_all", "all_to_all_single", "exchange_of"]
+__all__ = [
+    "Exchange",
+    "Handle",
+    "all_to_all",
+    "all_to_all_single",
+    "combine",
+    "dispatch",
+    "dispatch_weights",
+    "exchange_of",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,7 @@ import os
 import secrets
 import socket
 import threading
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,11 +31,14 @@ from pipermoe.exchange import shared
 from pipermoe.exchange.agreement import Request, agree
 from pipermoe.exchange.builders import BUILDERS
 from pipermoe.exchange.checker import check
+from pipermoe.exchange.chooser import Chooser, candidates
+from pipermoe.exchange.dispatch import DispatchPlan
 from pipermoe.exchange.plan import INPUT, OUTPUT, STAGING, ExchangePlan, Ints, byte_matrix
 from pipermoe.exchange.program import Program, Range, Transfer, lower
 from pipermoe.exchange.topology import Topology
 from pipermoe.specs.errors import MachineError, UserError
 
+AUTO = "auto"
 TAG = 0x7A2A  # of all messages of exchanges, apart from those of the user
 REMEMBERED_PLANS = 64
 DEFAULT_TIMEOUT = 300.0
@@ -82,14 +86,21 @@ class Exchange:
         self._shared = self._open_shared_memory(places)
         self._plans: OrderedDict[tuple, ExchangePlan] = OrderedDict()
         self._programs: OrderedDict[int, tuple[ExchangePlan, Program]] = OrderedDict()
+        self.chooser = Chooser(self.topology)
         self._staging = torch.empty(0, dtype=torch.uint8)
         self._worker: ThreadPoolExecutor | None = None
         self._last: Future | None = None
         self._lock = threading.Lock()
 
-    def plan(self, counts: ArrayLike, builder: str = "direct", **parameters: Any) -> ExchangePlan:
-        """The checked plan for a byte matrix, remembered: `counts` must be the same on all ranks."""
+    def plan(self, counts: ArrayLike, builder: str = AUTO, **parameters: Any) -> ExchangePlan:
+        """The checked plan for a byte matrix, remembered: `counts` must be the same on all ranks.
+
+        "auto" takes the builder that the chooser predicts to be fastest.
+        """
         matrix = byte_matrix(counts)
+        if builder == AUTO:
+            choice = self.chooser.choose(matrix)
+            builder, parameters = choice.builder, dict(choice.parameters)
         key = (builder, tuple(sorted(parameters.items())), matrix.tobytes())
         if key not in self._plans:
             plan = BUILDERS[builder](matrix, self.topology, **parameters)
@@ -129,6 +140,26 @@ class Exchange:
 
         self._last = self._worker.submit(work)
         return Handle(self._last)
+
+    def learn(self, counts: ArrayLike, repeats: int = 3) -> dict[str, float]:
+        """Measures all candidates for a byte matrix and remembers: seconds of the slowest rank. A collective call."""
+        matrix = byte_matrix(counts)
+        sent = torch.zeros(int(matrix[self.rank].sum()), dtype=torch.uint8)
+        received = torch.zeros(int(matrix[:, self.rank].sum()), dtype=torch.uint8)
+        seconds = {}
+        for choice in candidates(matrix, self.topology):
+            plan = self.plan(matrix, choice.builder, **dict(choice.parameters))
+            self.run(plan, received, sent)
+            times = []
+            for _ in range(repeats):
+                self._gather_bytes(np.zeros(8, dtype=np.uint8))  # a common start
+                begin = time.perf_counter()
+                self.run(plan, received, sent)
+                times.append(time.perf_counter() - begin)
+            mine = np.array([np.median(times)])
+            seconds[str(choice)] = float(self._gather_bytes(mine.view(np.uint8)).view(np.float64).max())
+            self.chooser.record(choice, matrix, seconds[str(choice)])
+        return seconds
 
     def reverse(self, plan: ExchangePlan) -> ExchangePlan:
         """The checked plan of the way back, remembered."""
@@ -393,6 +424,41 @@ def all_to_all(x: torch.Tensor, splits: ArrayLike, plan: ExchangePlan | str, exc
     return output
 
 
+def dispatch(x: torch.Tensor, plan: DispatchPlan, exchange: Exchange, builder: str = "nic_balanced") -> torch.Tensor:
+    """Rows of `x` [T, D] for the experts of every rank, [N, D]: one copy per token and node crosses. Differentiable.
+
+    The backward pass sums gradients inside the node before they cross, as `combine` does.
+    """
+    carried = all_to_all(x[_index(plan.cross_index, x)], plan.cross_splits, builder, exchange)
+    held = torch.cat([carried, x])
+    fanned = all_to_all(held[_index(plan.fan_index, x)], plan.fan_splits, "direct", exchange)
+    return fanned[_index(plan.expand_index, x)]
+
+
+def combine(y: torch.Tensor, plan: DispatchPlan, exchange: Exchange, builder: str = "nic_balanced") -> torch.Tensor:
+    """The transpose of `dispatch`: the sum per token, [T, D], of the (weighted) expert rows `y` [N, D]. Differentiable.
+
+    Rows are summed per rank, then per node; one sum per token and node crosses.
+    """
+    gathered = y.new_zeros(int(plan.fan_splits[:, plan.rank].sum()), *y.shape[1:])
+    gathered = gathered.index_add(0, _index(plan.expand_index, y), y)
+    fanned = all_to_all(gathered, plan.fan_splits.T, "direct", exchange)
+    held = y.new_zeros(plan.rows_held, *y.shape[1:]).index_add(0, _index(plan.fan_index, y), fanned)
+    carried, own = held.split([plan.rows_held - plan.num_tokens, plan.num_tokens])
+    crossed = all_to_all(carried, plan.cross_splits.T, builder, exchange)
+    return own.index_add(0, _index(plan.cross_index, y), crossed)
+
+
+def dispatch_weights(weights: torch.Tensor, plan: DispatchPlan, exchange: Exchange) -> torch.Tensor:
+    """Gate weights [T, K] to the rows they belong to, [N]: what `combine` sums must be weighted before it crosses."""
+    flat = weights.reshape(-1)[_index(plan.choice_index, weights)]
+    return all_to_all(flat, plan.choice_splits, "direct", exchange)
+
+
+def _index(index: Ints, like: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(index)).to(like.device)
+
+
 def all_to_all_single(
     output: torch.Tensor,
     input: torch.Tensor,
@@ -410,7 +476,7 @@ def all_to_all_single(
     """
     exchange = exchange or exchange_of(group)
     rows = exchange.agree(_request(exchange.size, output, input, output_split_sizes, input_split_sizes))
-    plan = exchange.plan(rows * _row_bytes(input), "direct")
+    plan = exchange.plan(rows * _row_bytes(input))
     if async_op:
         return exchange.start(plan, output, input)
     exchange.run(plan, output, input)

@@ -31,7 +31,8 @@ class Network:
     def load(self, message_bytes: Ints, weight: Ints | None = None) -> Floats:
         """Bytes over every link, [L]."""
         bytes_on_path = np.repeat(message_bytes if weight is None else message_bytes * weight, 3)
-        return np.bincount(self.path.ravel() + 1, weights=bytes_on_path, minlength=len(self.capacity) + 1)[1:]
+        load = np.bincount(self.path.ravel() + 1, weights=bytes_on_path, minlength=len(self.capacity) + 1)[1:]
+        return load.astype(np.float64)
 
 
 KINDS = ("port out", "port in", "nic out", "nic in", "group to group")

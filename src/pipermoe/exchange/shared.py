@@ -26,7 +26,8 @@ _WORDS_PER_LINE = 16  # a counter has a cache line of 64 bytes to itself
 _FUTEX = {"x86_64": 202}
 _WAIT, _WAKE = 0, 1
 _MASK = 0xFFFFFFFF
-_POLL_SECONDS = 0.5
+_POLL_SECONDS = 0.5  # a sleeper that is woken looks no more often than this
+_ACK_POLL_SECONDS = 1e-4
 
 
 def available() -> bool:
@@ -117,7 +118,7 @@ class SharedNode:
         if not self._free:
             for peer, count in enumerate(self._half_is_free_at[self.turn]):
                 if peer != self.index:
-                    self._wait(self._word(1, self.index, peer), count, peer)
+                    self._wait(self._word(1, self.index, peer), count, peer, pause=_ACK_POLL_SECONDS)
             self._free = True
 
     def send(self, peer: int) -> None:
@@ -130,9 +131,9 @@ class SharedNode:
         self._wait(self._word(0, peer, self.index), (self._taken[peer] + 1) & _MASK, peer)
 
     def take(self, peer: int) -> None:
-        """The message just received has been copied out."""
+        """The message just received has been copied out. Wakes nobody: who waits for this, rarely, looks again."""
         self._taken[peer] = (self._taken[peer] + 1) & _MASK
-        self._signal(self._word(1, peer, self.index), self._taken[peer])
+        self._words[self._word(1, peer, self.index)] = self._taken[peer]
 
     def barrier(self) -> None:
         """All ranks of the node have come here."""
@@ -163,15 +164,15 @@ class SharedNode:
         self._words[word] = value
         self._libc.syscall(self._futex, ctypes.c_void_p(self._base + word * 4), _WAKE, _MASK >> 1, None, None, 0)
 
-    def _wait(self, word: int, target: int, peer: int) -> None:
+    def _wait(self, word: int, target: int, peer: int, pause: float = _POLL_SECONDS) -> None:
         deadline = 0.0
         while (target - (now := self._words[word])) & _MASK < 1 << 31 and now != target:
             clock = time.monotonic()
             deadline = deadline or clock + self.timeout
             if clock > deadline:
                 raise MachineError(f"local rank {peer} of this node has not answered within {self.timeout:g} s")
-            pause = _Timespec(0, int(_POLL_SECONDS * 1e9))
+            limit = _Timespec(0, int(pause * 1e9))
             address = ctypes.c_void_p(self._base + word * 4)
-            result = self._libc.syscall(self._futex, address, _WAIT, now, ctypes.byref(pause), None, 0)
+            result = self._libc.syscall(self._futex, address, _WAIT, now, ctypes.byref(limit), None, 0)
             if result and ctypes.get_errno() not in (errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT):
                 raise MachineError(f"futex: {os.strerror(ctypes.get_errno())}")
