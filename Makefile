@@ -6,12 +6,13 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-slow lint format clean
+.PHONY: help setup demo test test-slow test-counts lint format clean
 
 help:
 	@echo "make demo       measure this machine, plan, train on 4 ranks, compare (under 4 minutes)"
 	@echo "make test       the fast tests, real multi-process ones included"
 	@echo "make test-slow  the tests that take long"
+	@echo "make test-counts  recount every model family with transformers (own environment, 1.3 GB)"
 	@echo "make lint       ruff and pyright"
 	@echo "make format     ruff, in place"
 	@echo "make setup      only the virtual environment"
@@ -24,7 +25,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
 	  || { echo "Python has no venv module; on Debian: apt-get install python3-venv"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,tokenizers]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,tokenizers,plots]'
 	$(BIN)/pip install --quiet --constraint constraints.txt hypothesis pyright pytest pytest-timeout pytest-xdist ruff
 	@touch $(READY)
 
@@ -37,6 +38,18 @@ test: $(READY)
 test-slow: $(READY)
 	$(BIN)/pytest -n 2 -m slow
 
+# transformers is the oracle of the parameter counts; it lives in an environment of its own.
+COUNTS := .venv-counts
+$(COUNTS)/.ready: constraints.txt
+	$(PYTHON) -m venv $(COUNTS)
+	$(COUNTS)/bin/pip install --quiet --constraint constraints.txt torch==2.13.0 pytest pytest-timeout transformers==5.23.0
+	$(COUNTS)/bin/pip install --quiet --no-deps aiconfigurator-core==0.12.0
+	$(COUNTS)/bin/pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+test-counts: $(COUNTS)/.ready
+	$(COUNTS)/bin/pytest -m slow tests/specs/hf/test_hf_against_transformers.py
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,4 +60,4 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis demo
+	rm -rf $(VENV) $(COUNTS) .pytest_cache .ruff_cache .hypothesis demo

@@ -372,6 +372,6 @@ def _job(path: Path | None, seq_len: int | None, global_batch: int | None) -> An
     data |= {key: value for key, value in given.items() if value is not None}
     options = {"seq_len": "--seq-len", "global_batch_size": "--global-batch"}
     missing = [option for key, option in options.items() if key not in data]
-    if missing:
+    if missing and path is None:
         raise UserError(f"{' and '.join(missing)} must be given, or a --job file that holds them")
     return validate(data, TrainConfig, where=str(path or "command line"))

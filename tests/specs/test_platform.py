@@ -1,6 +1,7 @@
 """A platform file is read strictly, and its evidence is found by the longest known key."""
 
 import copy
+from typing import Any
 
 import pytest
 
@@ -37,7 +38,7 @@ PLATFORM = {
 def changed(path: str, value: object) -> dict:
     data = copy.deepcopy(PLATFORM)
     *folders, last = path.split(".")
-    place = data
+    place: Any = data
     for name in folders:
         place = place[int(name)] if isinstance(place, list) else place[name]
     place[last] = value

@@ -62,7 +62,9 @@ def validate(data: dict[str, Any], kind: type[Document], where: str) -> Document
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        raise UserError("\n".join(_explain(e, kind, where) for e in error.errors()[:8])) from None
+        first, *others = error.errors()
+        more = f" (and {len(others)} more)" if others else ""
+        raise UserError(_explain(first, kind, where) + more) from None
 
 
 def save(path: str | Path, document: BaseModel, header: str = "") -> Path:
