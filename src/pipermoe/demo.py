@@ -37,7 +37,7 @@ def run_demo(folder: Path, *, as_json: bool = False) -> int:
     template = files("pipermoe.catalogue").joinpath("jobs/demo.toml").read_text(encoding="utf-8")
     write_atomically(folder / "job.toml", template)
     for arguments in loop(folder):
-        console.rule(f"[bold]pipermoe {shlex.join(arguments)}", align="left")
+        console.print(f"\n[bold]$ pipermoe {shlex.join(arguments)}[/bold]", soft_wrap=True, highlight=False)
         last = arguments[0] == "compare"
         command = [sys.executable, "-m", "pipermoe", *arguments, *(["--json"] if as_json and last else [])]
         code = subprocess.run(command, stdout=None if last or not as_json else sys.stderr, check=False).returncode

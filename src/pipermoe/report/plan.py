@@ -66,7 +66,8 @@ def _header(result: PlanningResult) -> Table:
     grid.add_row(
         "Model", f"{model.name}  {format_count(result.parameters)} parameters, {model.num_layers} layers, {experts}"
     )
-    shared = "" if result.compute_slots >= result.world_size else f" on {result.compute_slots:.3g} cores"
+    cores = f"{result.compute_slots:.3g} core" + "s" * (result.compute_slots != 1)
+    shared = "" if result.compute_slots >= result.world_size else f" on {cores}"
     budget = format_bytes(result.memory_budget_bytes)
     grid.add_row("Machine", f"{result.platform}: {result.world_size} ranks{shared}, {budget} each")
     tokens = f"{train.tokens_per_step:,} tokens a step"
