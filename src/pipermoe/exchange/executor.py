@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import ArrayLike
 
-from pipermoe.exchange import shared
+from pipermoe.exchange import shared, wire
 from pipermoe.exchange.agreement import Request, agree
 from pipermoe.exchange.builders import BUILDERS
 from pipermoe.exchange.checker import check
@@ -36,6 +36,7 @@ from pipermoe.exchange.dispatch import DispatchPlan
 from pipermoe.exchange.plan import INPUT, OUTPUT, STAGING, ExchangePlan, Ints, byte_matrix
 from pipermoe.exchange.program import Program, Range, Transfer, lower
 from pipermoe.exchange.topology import Topology
+from pipermoe.exchange.wire import Wire
 from pipermoe.specs.errors import MachineError, UserError
 
 AUTO = "auto"
@@ -84,6 +85,7 @@ class Exchange:
             raise UserError(f"the topology has {self.topology.num_ranks} ranks, the process group {self.size}")
         self.backend = dist.get_backend(self.group)
         self._shared = self._open_shared_memory(places)
+        self._wire = self._open_wire() if shared_memory and self.backend == "gloo" else None
         self._plans: OrderedDict[tuple, ExchangePlan] = OrderedDict()
         self._programs: OrderedDict[int, tuple[ExchangePlan, Program]] = OrderedDict()
         self.chooser = Chooser(self.topology)
@@ -203,7 +205,8 @@ class Exchange:
 
     def _program(self, plan: ExchangePlan) -> Program:
         if (remembered := self._programs.get(id(plan))) is None:
-            remembered = (plan, lower(plan, self.rank, self.topology if self._shared else None))
+            small = wire.CAPACITY if self._wire else 0
+            remembered = (plan, lower(plan, self.rank, self.topology if self._shared else None, small))
             self._programs[id(plan)] = remembered
             if len(self._programs) > 2 * REMEMBERED_PLANS:
                 self._programs.popitem(last=False)
@@ -225,7 +228,8 @@ class Exchange:
     def _run_on_host(self, program: Program, output: torch.Tensor, input: torch.Tensor) -> None:
         buffers = _bytes(input), _bytes(output), self._staging_like(input, program)
         try:
-            HostRun(self.group, program, buffers, self._shared, self._local_index, self.timeout).complete()
+            run = HostRun(self.group, program, buffers, self._shared, self._local_index, self._wire, self.timeout)
+            run.complete()
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise MachineError(f"rank {self.rank}: the exchange of {self.size} ranks failed: {reason}") from error
@@ -252,18 +256,40 @@ class Exchange:
                 return None
         return node
 
+    def _open_wire(self) -> Wire | None:
+        """Sockets for small messages; None on all ranks unless all can reach each other."""
+        if self.size == 1 or (self.topology.num_nodes == 1 and self._shared):
+            return None
+        secret = _all_gather_objects(self.group, secrets.token_bytes(16))[0]
+        try:
+            mine = Wire(self.rank, secret, self.timeout) if wire.available() else None
+        except OSError:
+            mine = None
+        addresses = _all_gather_objects(self.group, mine.address if mine else None)
+        reached = mine is not None and None not in addresses and mine.reaches(addresses)
+        return mine if all(_all_gather_objects(self.group, reached)) else None
+
 
 class HostRun:
     """One execution of a program on CPU buffers."""
 
-    def __init__(self, group, program: Program, buffers, node: shared.SharedNode | None, local_index, timeout: float):
-        self.group, self.program, self.node, self.local_index = group, program, node, local_index
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        program: Program,
+        buffers: Sequence[torch.Tensor],
+        node: shared.SharedNode | None,
+        local_index: dict[int, int],
+        sockets: Wire | None,
+        timeout: float,
+    ):
+        self.group, self.program, self.node, self.local_index, self.sockets = group, program, node, local_index, sockets
         self.tensors: dict[int, torch.Tensor] = dict(zip((INPUT, OUTPUT, STAGING), buffers, strict=True))
         self.arrays = {name: tensor.numpy() for name, tensor in self.tensors.items()}
         self.limit = timedelta(seconds=timeout)
         self.arriving: dict[int, Any] = {}  # message -> how to complete it
         self.leaving: dict[int, Any] = {}
-        self.inbox: dict[int, deque[Transfer]] = {}  # what local peers send through shared memory, in order
+        self.inbox: dict[int, deque[Transfer]] = {}  # what peers send through shared memory or sockets, in order
 
     def complete(self) -> None:
         if self.node is not None:
@@ -282,7 +308,7 @@ class HostRun:
             self.node.end()
 
     def _post(self, receive: Transfer) -> None:
-        if receive.slot >= 0:
+        if receive.slot >= 0 or receive.small:
             self.inbox.setdefault(receive.peer, deque()).append(receive)
             self.arriving[receive.message] = (receive, None, None)
             return
@@ -300,6 +326,9 @@ class HostRun:
             self.node.wait_until_free()
             self._gather_into(self.node.slot(send.slot, send.length), send.ranges)
             self.node.send(self.local_index[send.peer])
+        elif send.small:
+            assert self.sockets is not None
+            self.sockets.send(send.peer, self._gathered(send))
         else:
             wire = self._slice(send.ranges[0]) if len(send.ranges) == 1 else torch.from_numpy(self._gather(send))
             self.leaving[send.message] = (self.group.send([wire], send.peer, TAG), wire)
@@ -309,7 +338,7 @@ class HostRun:
         if (arrival := self.arriving.get(message)) is not None:
             receive, work, wire = arrival
             if work is None:
-                self._take_shared(receive)
+                self._take_in_order(receive)
             else:
                 del self.arriving[message]
                 work.wait(self.limit)
@@ -318,20 +347,42 @@ class HostRun:
         elif (departure := self.leaving.pop(message, None)) is not None:
             departure[0].wait(self.limit)
 
-    def _take_shared(self, receive: Transfer) -> None:
-        """Takes a message from its slot; those of one peer arrive in order, so earlier ones are taken first."""
-        assert self.node is not None
-        peer, inbox = self.local_index[receive.peer], self.inbox[receive.peer]
+    def _take_in_order(self, receive: Transfer) -> None:
+        """Takes a message from its slot or socket; a peer's messages come in order, so earlier ones are taken first."""
+        inbox = self.inbox[receive.peer]
         while receive.message in self.arriving:
             next_one = inbox.popleft()
-            self.node.receive(peer)
-            self._scatter(self.node.slot(next_one.slot, next_one.length), next_one.ranges)
-            self.node.take(peer)
+            if next_one.small:
+                self._take_from_wire(next_one)
+            else:
+                self._take_from_slot(next_one)
             del self.arriving[next_one.message]
+
+    def _take_from_slot(self, receive: Transfer) -> None:
+        assert self.node is not None
+        peer = self.local_index[receive.peer]
+        self.node.receive(peer)
+        self._scatter(self.node.slot(receive.slot, receive.length), receive.ranges)
+        self.node.take(peer)
+
+    def _take_from_wire(self, receive: Transfer) -> None:
+        assert self.sockets is not None
+        if len(receive.ranges) == 1:
+            buffer, offset, length = receive.ranges[0]
+            self.sockets.receive(receive.peer, self.arrays[buffer][offset : offset + length])
+        else:
+            data = np.empty(receive.length, dtype=np.uint8)
+            self.sockets.receive(receive.peer, data)
+            self._scatter(data, receive.ranges)
 
     def _slice(self, place: Range) -> torch.Tensor:
         buffer, offset, length = place
         return self.tensors[buffer][offset : offset + length]
+
+    def _gathered(self, send: Transfer) -> np.ndarray:
+        """The bytes of a message, without a copy where they lie in one piece."""
+        (buffer, offset, length), *others = send.ranges
+        return self._gather(send) if others else self.arrays[buffer][offset : offset + length]
 
     def _gather(self, send: Transfer) -> np.ndarray:
         wire = np.empty(send.length, dtype=np.uint8)

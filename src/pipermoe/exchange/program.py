@@ -27,6 +27,7 @@ class Transfer:
     waits: tuple[int, ...] = ()
     slot: int = -1
     copied_to: tuple[Range, ...] = ()
+    small: bool = False  # crosses the network among few bytes of its pair
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +50,14 @@ class Program:
         return sum(send.length for send in self.sends if send.slot < 0 and not send.copied_to)
 
 
-def lower(plan: ExchangePlan, rank: int, topology: Topology | None = None) -> Program:
-    """The program of `rank`. With a topology, messages inside a node pass through shared memory slots."""
+def lower(plan: ExchangePlan, rank: int, topology: Topology | None = None, small_pair_bytes: int = 0) -> Program:
+    """The program of `rank`. With a topology, messages inside a node pass through shared memory slots.
+
+    Those of a pair of ranks that exchanges at most `small_pair_bytes` in all over the network are marked small.
+    """
     slots, shared_bytes = _slots(plan, rank, topology)
+    pair = plan.source * plan.num_ranks + plan.destination
+    small = np.bincount(pair, plan.message_bytes, plan.num_ranks**2)[pair] <= small_pair_bytes
     receives, sends = [], []
     length = plan.message_bytes
     for m in np.flatnonzero((plan.source == rank) | (plan.destination == rank)).tolist():
@@ -67,10 +73,13 @@ def lower(plan: ExchangePlan, rank: int, topology: Topology | None = None) -> Pr
                 tuple(plan.dependencies_of(m).tolist()),
                 slot,
                 _written(plan, here) if destination == rank else (),
+                small=bool(small[m]) and slot < 0 and destination != rank,
             )
             sends.append(transfer)
         else:
-            receives.append(Transfer(m, source, int(length[m]), _written(plan, here), (), slot))
+            receives.append(
+                Transfer(m, source, int(length[m]), _written(plan, here), (), slot, small=bool(small[m]) and slot < 0)
+            )
     return Program(
         rank,
         int(plan.counts[rank].sum()),
