@@ -10,6 +10,7 @@ import random
 import socket
 import sys
 import tempfile
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -25,14 +26,20 @@ CLONE_NEWNET, CLONE_NEWUTS = 0x40000000, 0x04000000
 PR_SET_SECUREBITS, NO_SETUID_FIXUP = 28, 4
 
 
-def run(trial: dict, topology: Topology) -> dict:
-    """Results of all algorithms, {algorithm: {size: {"seconds": [...], "wire": bytes counted by the network}}}."""
+def run(trial: dict, topology: Topology, measure: Callable[..., None] | None = None) -> dict:
+    """What `measure` (else: all algorithms at all sizes) puts into its results on rank 0.
+
+    Else {algorithm: {size: {"seconds": [...], "wire": bytes counted by the network, "exchanges": how many}}}.
+    """
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o777)
         trial = {**trial, "folder": folder}
         Clock.create(f"{folder}/clock", topology.num_ranks)
         context = multiprocessing.get_context("fork")
-        ranks = [context.Process(target=_rank, args=(r, trial, topology)) for r in range(topology.num_ranks)]
+        ranks = [
+            context.Process(target=_rank, args=(r, trial, topology, measure or _measure))
+            for r in range(topology.num_ranks)
+        ]
         for process in ranks:
             process.start()
         for process in ranks:
@@ -58,7 +65,7 @@ def _enter(host: int, local: int, nics: int) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = f"nic{local if nics > 1 else 0}"
 
 
-def _rank(rank: int, trial: dict, topology: Topology) -> None:
+def _rank(rank: int, trial: dict, topology: Topology, measure: Callable[..., None]) -> None:
     torch.set_num_threads(1)
     if rank:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # one rank's complaints are enough
@@ -72,7 +79,7 @@ def _rank(rank: int, trial: dict, topology: Topology) -> None:
     clock = Clock(f"{trial['folder']}/clock", rank, topology.num_ranks)
     results: dict = {name: {} for name in trial["algorithms"]}
     for size in trial["sizes"]:
-        _measure(rank, size, trial, exchange, clock, results)
+        measure(rank, size, trial, exchange, clock, results)
     if rank == 0:
         Path(f"{trial['folder']}/result").write_text(json.dumps(results))
     dist.barrier()
