@@ -6,8 +6,6 @@ torch = pytest.importorskip("torch", reason="the runtime needs torch")
 
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
-from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from pipermoe.resources.flops import head_forward_flops, layer_forward_flops, model_forward_flops  # noqa: E402
 from pipermoe.resources.parameters import (  # noqa: E402
@@ -18,47 +16,91 @@ from pipermoe.resources.parameters import (  # noqa: E402
     layer_parameters,
     total_parameters,
 )
-from pipermoe.runtime.attention import rotation_tables  # noqa: E402
+from pipermoe.runtime.counters import FlopCounter  # noqa: E402
 from pipermoe.runtime.gradients import WeightGradients  # noqa: E402
 from pipermoe.runtime.model import MoELayer, StageModel  # noqa: E402
+from pipermoe.runtime.rotary import rotation_of  # noqa: E402
 from pipermoe.runtime.router import count_choices  # noqa: E402
-from pipermoe.specs.model import GroupedQueryAttention, MixtureOfExperts, ModelSpec, Router  # noqa: E402
+from pipermoe.specs.model import (  # noqa: E402
+    GroupedQueryAttention,
+    LatentAttention,
+    LocalAttention,
+    MixtureOfExperts,
+    ModelSpec,
+    Router,
+)
+
+WIDTHS, FEW = st.integers(1, 48), st.integers(1, 4)
+
+
+@st.composite
+def grouped_query(draw) -> GroupedQueryAttention:
+    num_kv_heads = draw(FEW)
+    return GroupedQueryAttention(
+        num_heads=num_kv_heads * draw(FEW),
+        num_kv_heads=num_kv_heads,
+        head_dim=2 * draw(FEW),
+        qkv_bias=draw(st.booleans()),
+        output_bias=draw(st.booleans()),
+        qk_norm=draw(st.sampled_from(("none", "head", "full", "l2"))),
+        sinks=draw(st.booleans()),
+    )
+
+
+@st.composite
+def latent(draw) -> LatentAttention:
+    return LatentAttention(
+        num_heads=draw(FEW),
+        q_lora_rank=draw(st.integers(0, 9)),
+        kv_lora_rank=draw(FEW),
+        qk_nope_head_dim=draw(FEW),
+        qk_rope_head_dim=2 * draw(FEW),
+        v_head_dim=draw(FEW),
+        bias=draw(st.booleans()),
+    )
 
 
 @st.composite
 def models(draw) -> ModelSpec:
     """Models within what the runtime builds; every feature that changes a count varies."""
-    widths, few = st.integers(1, 48), st.integers(1, 4)
-    num_kv_heads, num_experts, shared_width = draw(few), draw(st.integers(1, 9)), draw(st.integers(0, 24))
-    num_layers = draw(few)
-    dense = draw(st.sets(st.integers(0, num_layers - 1), max_size=num_layers - 1))
+    num_groups, shared_width = draw(FEW), draw(st.integers(0, 24))
+    num_experts = num_groups * draw(FEW)
+    open_experts = num_experts // num_groups * (num_groups - 1 or 1)
+    num_layers = draw(FEW)
+    layers = st.sets(st.integers(0, num_layers - 1), max_size=num_layers - 1).map(sorted).map(tuple)
+    dense, local = draw(layers), draw(layers)
+    kind, size = draw(st.sampled_from(("sliding", "chunked"))), draw(st.integers(1, 10))
     return ModelSpec(
         name="random",
-        vocab_size=draw(widths),
-        hidden_size=draw(widths),
+        vocab_size=draw(WIDTHS),
+        hidden_size=draw(WIDTHS),
         num_layers=num_layers,
-        attention=GroupedQueryAttention(
-            num_heads=num_kv_heads * draw(few),
-            num_kv_heads=num_kv_heads,
-            head_dim=2 * draw(few),
-            qkv_bias=draw(st.booleans()),
-            output_bias=draw(st.booleans()),
-            qk_norm=draw(st.sampled_from(("none", "head", "full"))),
-        ),
+        attention=draw(st.one_of(grouped_query(), latent())),
+        local_attention=LocalAttention(kind=kind, size=size, layers=local) if local else None,
         moe=MixtureOfExperts(
             num_experts=num_experts,
-            top_k=draw(st.integers(1, num_experts)),
-            expert_width=draw(widths),
+            top_k=draw(st.integers(1, open_experts)),
+            expert_width=draw(WIDTHS),
             shared_width=shared_width,
             shared_gate=shared_width > 0 and draw(st.booleans()),
+            expert_matrices=draw(st.sampled_from((2, 3))),
+            expert_bias=draw(st.booleans()),
+            swiglu_limit=draw(st.sampled_from((0.0, 7.0))),
             router=Router(
                 score=draw(st.sampled_from(("softmax", "sigmoid"))),
                 normalize_top_k=draw(st.booleans()),
                 bias=draw(st.booleans()),
+                correction_bias=draw(st.sampled_from(("none", "buffer", "parameter"))),
+                num_groups=num_groups,
+                top_k_groups=num_groups - 1 or 1,
             ),
         ),
-        dense_layers=tuple(sorted(dense)),
-        dense_width=draw(widths) if dense else 0,
+        mlp_bias=draw(st.booleans()),
+        norm_bias=draw(st.booleans()),
+        head_bias=draw(st.booleans()),
+        dense_matrices=draw(st.sampled_from((2, 3))),
+        dense_layers=dense,
+        dense_width=draw(WIDTHS) if dense else 0,
         tie_word_embeddings=draw(st.booleans()),
     )
 
@@ -101,32 +143,30 @@ def test_the_runtimes_forward_executes_the_flops_of_the_closed_forms(model, sequ
     stage = built(model, seq_len, "cpu")
     for parameter in stage.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    attention = model.attention
-    rotation = rotation_tables(seq_len, attention.query_key_dim, attention.rope_theta, torch.float32)
+    rotation = rotation_of(model.attention, seq_len, torch.float32)
     tokens = sequences * seq_len
     x_TD = torch.randn(tokens, model.hidden_size)
     sizes = {"tokens": tokens, "seq_len": seq_len, "causal": False}
-    # The plain kernel is two batched products over the whole square; fused kernels execute the same ones.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    with torch.no_grad():
         for name, layer in stage.layers.items():
-            with FlopCounterMode(display=False) as counter:
-                _layer_forward(layer, x_TD, rotation)
-            assert counter.get_total_flops() == layer_forward_flops(model, int(name), **sizes).total
-        with FlopCounterMode(display=False) as counter:
+            with FlopCounter() as counter:
+                _layer_forward(model, layer, x_TD, rotation)
+            assert counter.flops == layer_forward_flops(model, int(name), **sizes).total
+        with FlopCounter() as counter:
             stage.loss(x_TD, torch.zeros(tokens, dtype=torch.int64))
-        assert counter.get_total_flops() == head_forward_flops(model, tokens)
+        assert counter.flops == head_forward_flops(model, tokens)
     in_layers = sum(layer_forward_flops(model, layer, **sizes).total for layer in range(model.num_layers))
     assert model_forward_flops(model, **sizes) == in_layers + head_forward_flops(model, tokens)
 
 
-def _layer_forward(layer, x_TD, rotation) -> None:
+def _layer_forward(model, layer, x_TD, rotation) -> None:
     """One layer on one rank: dispatch is an index, combine its reverse."""
     if not isinstance(layer, MoELayer):
         layer(x_TD, rotation)
         return
-    _, normed_TD, weights_TK, _, experts_TK = layer.attend(x_TD, rotation, None)
+    _, normed_TD, weights_TK, *_, experts_TK = layer.attend(x_TD, rotation, None)
     order_A = experts_TK.flatten().argsort(stable=True)
-    rows = count_choices(experts_TK, layer.experts.gate_up.weight.shape[0]).tolist()
+    rows = count_choices(experts_TK, model.moe.num_experts).tolist()
     y_RD = layer.experts(normed_TD[order_A // weights_TK.shape[1]], rows)
     layer.merge(y_RD[order_A.argsort()].view(*weights_TK.shape, -1), weights_TK)
     if layer.shared is not None:

@@ -9,10 +9,19 @@ from tests.runtime.tiny import PLAIN, TRAIN
 from pipermoe.runtime.support import check_supported
 from pipermoe.runtime.weights import initialize
 from pipermoe.specs.errors import UserError
-from pipermoe.specs.model import GroupedQueryAttention
+from pipermoe.specs.model import GroupedQueryAttention, Indexer, LatentAttention
 from pipermoe.specs.strategy import Strategy
 
-L2 = GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=4, qk_norm="l2")
+ODD = GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=3)
+SELECTING = LatentAttention(
+    num_heads=2,
+    q_lora_rank=4,
+    kv_lora_rank=4,
+    qk_nope_head_dim=2,
+    qk_rope_head_dim=2,
+    v_head_dim=2,
+    indexer=Indexer(num_heads=1, head_dim=2, top_k=2),
+)
 
 
 @pytest.mark.parametrize(
@@ -20,8 +29,9 @@ L2 = GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=4, qk_norm="l2"
     [
         ({}, Strategy(tensor_parallel=2, expert_data_parallel=2), "strategy.tensor_parallel = 2: "),
         ({"tie_word_embeddings": True}, Strategy(pipeline_parallel=2), "ties its word embeddings"),
-        ({"moe": PLAIN.moe.model_copy(update={"expert_matrices": 2})}, Strategy(), "moe.expert_matrices = 2: "),
-        ({"attention": L2}, Strategy(), "attention.qk_norm = 'l2': "),
+        ({"norms_per_layer": 4}, Strategy(), "norms_per_layer = 4: "),
+        ({"attention": ODD}, Strategy(), "attention.head_dim = 3: "),
+        ({"attention": SELECTING}, Strategy(), "attention.indexer = "),
         ({"mtp_layers": 1}, Strategy(), "mtp_layers = 1: "),
     ],
 )

@@ -8,7 +8,15 @@ from pipermoe.runtime.engine import Engine
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.schedule.builders import build
 from pipermoe.schedule.communication import with_communication
-from pipermoe.specs.model import GroupedQueryAttention, MixtureOfExperts, ModelSpec, Router
+from pipermoe.specs.model import (
+    GroupedQueryAttention,
+    LatentAttention,
+    LocalAttention,
+    MixtureOfExperts,
+    ModelSpec,
+    Router,
+    Yarn,
+)
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.train import Optimizer, TrainConfig
 
@@ -48,7 +56,86 @@ SIGMOID = PLAIN.model_copy(
     }
 )
 TIED = PLAIN.model_copy(update={"name": "tied", "tie_word_embeddings": True})
-MODELS = {model.name: model for model in (PLAIN, RICH, SIGMOID, TIED)}
+# DeepSeek-V3: latent attention through a query rank, YaRN, groups of experts chosen with a correction bias.
+LATENT = PLAIN.model_copy(
+    update={
+        "name": "latent",
+        "attention": LatentAttention(
+            num_heads=3,
+            q_lora_rank=6,
+            kv_lora_rank=5,
+            qk_nope_head_dim=4,
+            qk_rope_head_dim=4,
+            v_head_dim=5,
+            bias=True,
+            rope_theta=3.0,
+            yarn=Yarn(factor=4.0, original_positions=8, beta_fast=1.2, beta_slow=0.5, mscale=0.7, mscale_all_dim=1.0),
+        ),
+        "moe": MixtureOfExperts(
+            num_experts=8,
+            top_k=2,
+            expert_width=12,
+            shared_width=8,
+            router=Router(score="sigmoid", scaling_factor=2.5, correction_bias="buffer", num_groups=4, top_k_groups=2),
+        ),
+        "dense_layers": (0,),
+        "dense_width": 24,
+    }
+)
+# DeepSeek-V2: direct queries, groups by their best expert, weights that do not add up to 1.
+GROUPED = LATENT.model_copy(
+    update={
+        "name": "grouped",
+        "attention": LATENT.attention.model_copy(update={"q_lora_rank": 0, "bias": False, "yarn": None}),
+        "moe": LATENT.moe.model_copy(
+            update={"router": Router(normalize_top_k=False, scaling_factor=16.0, num_groups=4, top_k_groups=3)}
+        ),
+    }
+)
+# gpt-oss: sinks, a window on every other layer, a bias on everything, clamped experts.
+SINKS = PLAIN.model_copy(
+    update={
+        "name": "sinks",
+        "attention": GroupedQueryAttention(
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=4,
+            qkv_bias=True,
+            output_bias=True,
+            sinks=True,
+            rope_theta=3.0,
+            yarn=Yarn(factor=8.0, original_positions=8, beta_fast=1.2, beta_slow=0.5, truncate=False),
+        ),
+        "moe": MixtureOfExperts(
+            num_experts=8, top_k=2, expert_width=12, expert_bias=True, swiglu_limit=0.02, router=Router(bias=True)
+        ),
+        "local_attention": LocalAttention(kind="sliding", size=3, layers=(0, 2)),
+    }
+)
+# What older families have: LayerNorm, plain blocks with biases, and Llama 4's chunks and norm without weights.
+OLDER = PLAIN.model_copy(
+    update={
+        "name": "older",
+        "attention": GroupedQueryAttention(num_heads=4, num_kv_heads=1, head_dim=4, qk_norm="l2"),
+        "moe": MixtureOfExperts(
+            num_experts=8,
+            top_k=2,
+            expert_width=12,
+            shared_width=8,
+            expert_matrices=2,
+            expert_bias=True,
+            router=Router(correction_bias="parameter"),
+        ),
+        "local_attention": LocalAttention(kind="chunked", size=3, layers=(1, 3)),
+        "dense_layers": (1,),
+        "dense_width": 24,
+        "dense_matrices": 2,
+        "mlp_bias": True,
+        "norm_bias": True,
+        "head_bias": True,
+    }
+)
+MODELS = {model.name: model for model in (PLAIN, RICH, SIGMOID, TIED, LATENT, GROUPED, SINKS, OLDER)}
 
 TRAIN = TrainConfig(
     seq_len=8,

@@ -1,8 +1,8 @@
 """How many FLOPs a model's forward pass takes, per component. A multiply-add counts as 2; only products of matrices
 are counted (norms, activations and softmax are memory-bound). Every formula is written out in docs/resource-model.md.
 
-Two conventions for the attention core: "full" charges every query all keys of its sequence (what a dense kernel
-executes), "causal" only those that it may see (what the model needs).
+Two conventions for the attention core: "full" charges every query all keys of its sequence or of its blocks (what the
+runtime's kernel executes), "causal" only those that it may see (what the model needs).
 """
 
 from __future__ import annotations
@@ -96,7 +96,10 @@ def attention_core_flops(model: ModelSpec, layer: int, *, tokens, seq_len, causa
     attention = model.attention
     indexer = attention.indexer if isinstance(attention, LatentAttention) else None
     per_key = 2 * attention.num_heads * (attention.query_key_dim + attention.value_dim)
-    core = tokens * keys_per_query(model, layer, seq_len, causal=causal) * per_key
+    if model.is_local(layer) and not causal:  # in this order whole numbers stay whole
+        core = tokens * _pairs_in_blocks(model, seq_len) / seq_len * per_key
+    else:
+        core = tokens * keys_per_query(model, layer, seq_len, causal=causal) * per_key
     if indexer is None:
         return core
     # q.k for every indexer head, then the heads' weighted sum.
@@ -107,14 +110,19 @@ def attention_core_flops(model: ModelSpec, layer: int, *, tokens, seq_len, causa
 def keys_per_query(model: ModelSpec, layer: int, seq_len, *, causal: bool) -> Any:
     """Mean number of keys that a query of `layer` meets in a sequence of `seq_len` (S); the diagonal counts half.
 
-    Whole sequence: S, causal S / 2. Window or selection of w keys: min(S, w), causal w - w^2 / 2S for w < S.
-    Chunks of c: min(S, c), causal (floor(S / c) c^2 + (S mod c)^2) / 2S.
+    Whole sequence: S, causal S / 2. Window of w keys: causal w - w^2 / 2S for w < S. Chunks of c: causal
+    (floor(S / c) c^2 + (S mod c)^2) / 2S. Selection of w keys: min(S, w), causal as a window.
+
+    Of windows and chunks a kernel executes blocks of `size` queries: over their own block, and in a window over the
+    block before too.
     """
     attention, local = model.attention, model.local_attention
     if local is not None and layer in local.layers:
+        if not causal:
+            return _pairs_in_blocks(model, seq_len) / seq_len
         if local.kind == "chunked":
-            return _mean_keys_in_chunks(seq_len, local.size, causal=causal)
-        return _mean_keys_in_window(seq_len, local.size, causal=causal)
+            return _pairs_in_chunks(seq_len, local.size) / (2 * seq_len)
+        return _mean_keys_in_window(seq_len, local.size, causal=True)
     if isinstance(attention, LatentAttention) and attention.indexer:
         return _mean_keys_in_window(seq_len, attention.indexer.top_k, causal=causal)
     return _mean_keys(seq_len, causal=causal)
@@ -129,9 +137,20 @@ def _mean_keys_in_window(seq_len, window: int, *, causal: bool) -> Any:
     return visible - visible**2 / (2 * seq_len) if causal else visible
 
 
-def _mean_keys_in_chunks(seq_len, chunk: int, *, causal: bool) -> Any:
+def _pairs_in_blocks(model: ModelSpec, seq_len) -> Any:
+    """(query, key) pairs of one sequence that a local layer executes."""
+    local = model.local_attention
+    assert local is not None
+    if local.kind == "chunked":
+        return _pairs_in_chunks(seq_len, local.size)
+    whole, rest = seq_len // local.size, seq_len % local.size
+    pairs = (2 * whole - 1) * local.size**2 + rest * (local.size + rest)
+    return np.where(seq_len <= local.size, seq_len**2, pairs)
+
+
+def _pairs_in_chunks(seq_len, chunk: int) -> Any:
     whole, rest = seq_len // chunk, seq_len % chunk
-    return (whole * chunk**2 + rest**2) / (2 * seq_len) if causal else np.minimum(seq_len, chunk)
+    return whole * chunk**2 + rest**2
 
 
 def head_forward_flops(model: ModelSpec, tokens) -> Any:

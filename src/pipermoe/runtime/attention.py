@@ -1,51 +1,73 @@
-"""Grouped-query attention with rotary positions and optional query and key norms.
+"""The attention block of a layer: grouped-query or latent.
 
-B sequences, S positions, T = B * S tokens, D hidden size, H query heads, G key/value heads, C head dimension
+B sequences, S positions, T = B * S tokens, D hidden size, H query heads, G key/value heads, C head dimension,
+N query and key numbers without position, P with rotary position, V value dimension, L latent rank
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipermoe.runtime.attention_core import causal_attention
 from pipermoe.runtime.gradients import WeightGradients
 from pipermoe.runtime.linear import Linear
-from pipermoe.runtime.norm import RMSNorm
-from pipermoe.specs.model import GroupedQueryAttention, ModelSpec
+from pipermoe.runtime.norm import RMSNorm, unit_rms
+from pipermoe.runtime.rotary import Rotation, rotate
+from pipermoe.specs import model as specs
 
 
-class Attention(nn.Module):
-    """Causal self-attention of one layer (GQA: Ainslie et al. 2023; RoPE: Su et al. 2021, half-split form)."""
+def build_attention(
+    model: specs.ModelSpec, layer: int, seq_len: int, gradients: WeightGradients, dtype: torch.dtype
+) -> GroupedQueryAttention | LatentAttention:
+    """The attention of `layer`, the index of which decides whether it is local."""
+    local = model.local_attention if model.is_local(layer) else None
+    if isinstance(model.attention, specs.LatentAttention):
+        return LatentAttention(model, model.attention, local, seq_len, gradients, dtype)
+    return GroupedQueryAttention(model, model.attention, local, seq_len, gradients, dtype)
 
-    def __init__(self, model: ModelSpec, seq_len: int, gradients: WeightGradients, dtype: torch.dtype):
+
+class GroupedQueryAttention(nn.Module):
+    """Causal self-attention (GQA: Ainslie et al. 2023) with rotary positions and optional query and key norms."""
+
+    def __init__(
+        self,
+        model: specs.ModelSpec,
+        spec: specs.GroupedQueryAttention,
+        local: specs.LocalAttention | None,
+        seq_len: int,
+        gradients: WeightGradients,
+        dtype: torch.dtype,
+    ):
         super().__init__()
-        spec, hidden = model.attention, model.hidden_size
-        assert isinstance(spec, GroupedQueryAttention)
-        self.spec, self.seq_len = spec, seq_len
-        query, key_value = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        self.spec, self.local, self.seq_len, self.epsilon = spec, local, seq_len, model.norm_epsilon
+        hidden, query, key_value = model.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         self.query = Linear(hidden, query, gradients, bias=spec.qkv_bias, dtype=dtype)
         self.key = Linear(hidden, key_value, gradients, bias=spec.qkv_bias, dtype=dtype)
         self.value = Linear(hidden, key_value, gradients, bias=spec.qkv_bias, dtype=dtype)
         self.output = Linear(query, hidden, gradients, bias=spec.output_bias, dtype=dtype)
-        if spec.qk_norm != "none":
+        if spec.qk_norm in ("head", "full"):
             head = spec.qk_norm == "head"
             self.query_norm = RMSNorm(spec.head_dim if head else query, model.norm_epsilon, gradients, dtype=dtype)
             self.key_norm = RMSNorm(spec.head_dim if head else key_value, model.norm_epsilon, gradients, dtype=dtype)
+        self.sinks = nn.Parameter(torch.empty(spec.num_heads, dtype=dtype)) if spec.sinks else None
 
-    def forward(self, x_TD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x_TD: Tensor, rotation: Rotation) -> Tensor:
         query, key, value = self.query(x_TD), self.key(x_TD), self.value(x_TD)
         if self.spec.qk_norm == "full":
             query, key = self.query_norm(query), self.key_norm(key)
         query_BHSC, key_BGSC, value_BGSC = self._heads(query), self._heads(key), self._heads(value)
         if self.spec.qk_norm == "head":
             query_BHSC, key_BGSC = self.query_norm(query_BHSC), self.key_norm(key_BGSC)
-        out_BHSC = F.scaled_dot_product_attention(
+        elif self.spec.qk_norm == "l2":  # a rotation changes no length, so before or after is the same
+            query_BHSC, key_BGSC = unit_rms(query_BHSC, self.epsilon), unit_rms(key_BGSC, self.epsilon)
+        out_BHSC = causal_attention(
             rotate(query_BHSC, *rotation),
             rotate(key_BGSC, *rotation),
             value_BGSC,
-            is_causal=True,
-            enable_gqa=self.spec.num_heads != self.spec.num_kv_heads,
+            scale=self.spec.head_dim**-0.5,
+            local=self.local,
+            sinks_H=self.sinks,
         )
         return self.output(out_BHSC.transpose(1, 2).reshape(x_TD.shape[0], -1))
 
@@ -54,13 +76,51 @@ class Attention(nn.Module):
         return x.view(-1, self.seq_len, x.shape[1] // self.spec.head_dim, self.spec.head_dim).transpose(1, 2)
 
 
-def rotation_tables(seq_len: int, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (S, C) of the rotary angles `position * theta ** (-2i / C)`, each twice."""
-    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angle = torch.arange(seq_len, dtype=torch.float64)[:, None] * frequency.repeat(2)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+class LatentAttention(nn.Module):
+    """Multi-head latent attention as trained (MLA: DeepSeek-V2, arXiv 2405.04434, equations 37 to 47).
 
+    Keys and values of all heads are expanded from a normalised latent vector; the key's rotary part is one for all.
+    """
 
-def rotate(x_BHSC: Tensor, cosine_SC: Tensor, sine_SC: Tensor) -> Tensor:
-    low, high = x_BHSC.chunk(2, dim=-1)
-    return x_BHSC * cosine_SC + torch.cat((-high, low), dim=-1) * sine_SC
+    def __init__(
+        self,
+        model: specs.ModelSpec,
+        spec: specs.LatentAttention,
+        local: specs.LocalAttention | None,
+        seq_len: int,
+        gradients: WeightGradients,
+        dtype: torch.dtype,
+    ):
+        super().__init__()
+        self.spec, self.local, self.seq_len = spec, local, seq_len
+        hidden, heads, query_rank, rank = model.hidden_size, spec.num_heads, spec.q_lora_rank, spec.kv_lora_rank
+        self.scale = spec.query_key_dim**-0.5 * (spec.yarn.logit_scale if spec.yarn else 1.0)
+        if query_rank:
+            self.query_down = Linear(hidden, query_rank, gradients, bias=spec.bias, dtype=dtype)
+            self.query_norm = RMSNorm(query_rank, model.norm_epsilon, gradients, dtype=dtype)
+        self.query = Linear(query_rank or hidden, heads * spec.query_key_dim, gradients, dtype=dtype)
+        self.latent = Linear(hidden, rank + spec.qk_rope_head_dim, gradients, bias=spec.bias, dtype=dtype)
+        self.latent_norm = RMSNorm(rank, model.norm_epsilon, gradients, dtype=dtype)
+        self.key_value = Linear(rank, heads * (spec.qk_nope_head_dim + spec.v_head_dim), gradients, dtype=dtype)
+        self.output = Linear(heads * spec.v_head_dim, hidden, gradients, bias=spec.bias, dtype=dtype)
+
+    def forward(self, x_TD: Tensor, rotation: Rotation) -> Tensor:
+        spec = self.spec
+        query = self.query(self.query_norm(self.query_down(x_TD)) if spec.q_lora_rank else x_TD)
+        query_BHSN, query_BHSP = self._heads(query, spec.qk_nope_head_dim, spec.qk_rope_head_dim)
+        latent_TL, shared_TP = self.latent(x_TD).split((spec.kv_lora_rank, spec.qk_rope_head_dim), dim=1)
+        key_value = self.key_value(self.latent_norm(latent_TL))
+        key_BHSN, value_BHSV = self._heads(key_value, spec.qk_nope_head_dim, spec.v_head_dim)
+        shared_B1SP = rotate(shared_TP.view(-1, 1, self.seq_len, spec.qk_rope_head_dim), *rotation)
+        out_BHSV = causal_attention(
+            torch.cat((query_BHSN, rotate(query_BHSP, *rotation)), dim=-1),
+            torch.cat((key_BHSN, shared_B1SP.expand(-1, spec.num_heads, -1, -1)), dim=-1),
+            value_BHSV,
+            scale=self.scale,
+            local=self.local,
+        )
+        return self.output(out_BHSV.transpose(1, 2).reshape(x_TD.shape[0], -1))
+
+    def _heads(self, x: Tensor, first: int, second: int) -> tuple[Tensor, ...]:
+        """(T, H * (first + second)) -> (B, H, S, first) and (B, H, S, second)."""
+        return x.view(-1, self.seq_len, self.spec.num_heads, first + second).transpose(1, 2).split((first, second), -1)

@@ -87,7 +87,7 @@ def save_checkpoint(
     output: Path,
     step: int,
     plan: Plan,
-    named_parameters: Iterable[tuple[str, Tensor]],
+    named_state: Iterable[tuple[str, Tensor]],
     optimizer: Optimizer,
     groups: ProcessGroups,
 ) -> Path:
@@ -98,7 +98,7 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier(groups.world)
-    pieces = _pieces(named_parameters, optimizer, groups, plan)
+    pieces = _pieces(named_state, optimizer, groups, plan)
     save_pieces(pieces, storage_writer=FileSystemWriter(partial), planner=PieceSavePlanner())
     if groups.rank == 0:
         record = CheckpointRecord(
@@ -120,13 +120,13 @@ def save_checkpoint(
 def load_checkpoint(
     folder: Path,
     plan: Plan,
-    named_parameters: Iterable[tuple[str, Tensor]],
+    named_state: Iterable[tuple[str, Tensor]],
     optimizer: Optimizer,
     groups: ProcessGroups,
 ) -> int:
     """Fill weights and moments in place; returns the number of steps done. Collective: every rank calls it."""
     record = check_resumable(folder, plan)
-    pieces = _pieces(named_parameters, optimizer, groups, plan)
+    pieces = _pieces(named_state, optimizer, groups, plan)
     reader = MetadataReader(folder)
     reader.check_holds(pieces)
     try:
@@ -144,12 +144,12 @@ def partial_folder(output: Path) -> Path:
 
 
 def _pieces(
-    named_parameters: Iterable[tuple[str, Tensor]], optimizer: Optimizer, groups: ProcessGroups, plan: Plan
+    named_state: Iterable[tuple[str, Tensor]], optimizer: Optimizer, groups: ProcessGroups, plan: Plan
 ) -> dict[str, Piece]:
     """What this rank holds of every global tensor, under the tensor's name in the checkpoint."""
     pieces: dict[str, Piece] = {}
     elements: dict[str, tuple[int, int]] = {}  # name -> (the global parameter's elements, the first held here)
-    for name, parameter in named_parameters:
+    for name, parameter in named_state:
         local, first = tuple(parameter.shape), 0
         shape = local
         if is_expert(name):

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from pipermoe.runtime.balance import Balance
 from pipermoe.runtime.dispatch import Exchange
 from pipermoe.runtime.gradients import Accumulate
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.meter import Meter
-from pipermoe.runtime.model import DTYPES
+from pipermoe.runtime.model import DTYPES, MoELayer
 from pipermoe.runtime.stage import Stage, Tape, drain
 from pipermoe.runtime.support import check_model
 from pipermoe.runtime.transfers import Transfers, acknowledgements
@@ -31,12 +32,14 @@ FORWARD_ONLY = frozenset({Kind.FORWARD, Kind.SEND_FORWARD, Kind.RECV_FORWARD})
 class StepResult:
     """This rank's share of the global means; the sum over all ranks is the loss of the whole batch.
 
-    `loss` is cross-entropy (zero but on the last stage), `auxiliary` the load-balancing loss before its weight (each
-    stage's share of the mean over micro-batches and MoE layers). Scalars on the engine's device.
+    `loss` is cross-entropy (zero but on the last stage), `auxiliary` the load-balancing loss and `z_loss` the router
+    z-loss before their weights (each stage's share of the means over micro-batches and MoE layers; the z-loss is 0 when
+    it has no weight). Scalars on the engine's device.
     """
 
     loss: Tensor
     auxiliary: Tensor
+    z_loss: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,8 @@ class Engine:
     """One rank of a training job: its stages, and the execution of its part of the schedule.
 
     Loss and gradients. The loss is the mean cross-entropy over all tokens of the global batch, plus `auxiliary_loss`
-    times the mean over micro-batches and MoE layers of the load-balancing loss, each over one micro-batch's own tokens.
+    times the mean over micro-batches and MoE layers of the load-balancing loss (runtime/balance.py says over which
+    tokens), plus `z_loss` times the same mean of the router z-loss.
     Every rank's backward is scaled by 1 / (micro-batches * data_parallel); gradients must then be summed over
     dp (dense parameters) and edp (expert parameters), nothing else: an expert's gradient already holds the tokens of
     all ep ranks, which came through the all-to-all.
@@ -88,6 +92,7 @@ class Engine:
         self.training = Program.of(schedule, here.pp)
         self.validation = Program.of(_forward_only(schedule), here.pp)
         exchange = Exchange(groups.ep, model.moe.num_experts, self.meter, planned_counts)
+        self.balance = Balance(train.auxiliary_loss_level, train.seq_len, groups.dp, self.meter)
         split = split_layers(model.num_layers, schedule.num_stages, strategy.layer_split)
         self.stages = {
             stage: Stage(
@@ -98,7 +103,9 @@ class Engine:
                 dtype=self.dtype,
                 device=self.device,
                 recompute=strategy.recompute == "full",
+                balance=self.balance,
                 auxiliary_weight=train.auxiliary_loss / len(model.moe_layers),
+                z_weight=train.z_loss / len(model.moe_layers),
             )
             for stage in schedule.stages_of(here.pp)
         }
@@ -119,9 +126,19 @@ class Engine:
         return 1.0 / (self.microbatches * self.strategy.data_parallel)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(global name, parameter) of everything that this rank holds, in the order of the layers."""
+        """(global name, parameter) of all that gradients train and this rank holds, in the order of the layers."""
         for stage in self.stages.values():
-            yield from stage.model.named_parameters()
+            for name, parameter in stage.model.named_parameters():
+                if parameter.requires_grad:
+                    yield name, parameter
+
+    def named_state(self) -> Iterator[tuple[str, Tensor]]:
+        """All that a model is: its parameters, and the correction biases that the balance of load moves."""
+        yield from self.named_parameters()
+        for stage in self.stages.values():
+            for name, layer in stage.model.layers.items():
+                if isinstance(layer, MoELayer) and layer.router.correction_bias is not None:
+                    yield f"layers.{name}.router.correction_bias", layer.router.correction_bias
 
     def step(self, batch: Tensor) -> StepResult:
         """Forward and backward of one step; gradients are added to `param.grad`.
@@ -129,7 +146,14 @@ class Engine:
         `batch` holds this dp rank's tokens, (microbatches, micro_batch_size, seq_len + 1) int64, the same on every
         pipeline rank: each position but the last predicts the next.
         """
+        self.balance.begin_step()
         return _Execution(self, self.training, batch).run()
+
+    def move_correction_biases(self) -> None:
+        """Move the routers' correction biases by the load of the last step. Collective over each stage's ranks."""
+        layers = [layer for stage in self.stages.values() for layer in stage.model.layers.values()]
+        routers = [layer.router for layer in layers if isinstance(layer, MoELayer)]
+        self.balance.move_correction_biases(routers, self.train.balance_rate)
 
     @torch.no_grad()
     def evaluate(self, batch: Tensor) -> StepResult:
@@ -159,9 +183,11 @@ class _Execution:
         self.weight_gradients: dict[tuple[int, int], list[Accumulate]] = {}
         self.loss = torch.zeros((), device=engine.device)
         self.auxiliary = torch.zeros((), device=engine.device)
+        self.z_loss = torch.zeros((), device=engine.device)
 
     def run(self) -> StepResult:
         for i, action in enumerate(self.program.actions):
+            self.meter.action = action
             try:
                 self._execute(action)
                 self.transfers.settle(self.program.arrived.get(i, ()))
@@ -170,8 +196,8 @@ class _Execution:
             except Exception as error:
                 raise MachineError(self._describe(action, error)) from error
         self.transfers.settle_all()
-        scale = self.engine.scale
-        return StepResult(self.loss * scale, self.auxiliary * (scale / len(self.engine.model.moe_layers)))
+        scale, moe_layers = self.engine.scale, len(self.engine.model.moe_layers)
+        return StepResult(self.loss * scale, self.auxiliary * (scale / moe_layers), self.z_loss * (scale / moe_layers))
 
     def _execute(self, action: Action) -> None:
         key = (action.stage, action.microbatch)
@@ -204,7 +230,9 @@ class _Execution:
         tape = Tape(training=self.keeps)
         output = drain(self.engine.stages[stage].forward(x, targets, tape))
         assert tape.auxiliary is not None
+        assert tape.z_loss is not None
         self.auxiliary += tape.auxiliary
+        self.z_loss += tape.z_loss
         if tape.loss is not None:
             self.loss += tape.loss
         if self.keeps:

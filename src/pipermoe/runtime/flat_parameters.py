@@ -37,15 +37,15 @@ class FlatParameters:
     """
 
     def __init__(self, parameters: Iterable[tuple[str, Tensor]], group: dist.ProcessGroup, *, sharded: bool) -> None:
-        # Norms and biases are vectors and are not decayed; sorting is stable, so the order is the model's otherwise.
-        ordered = sorted(parameters, key=lambda item: item[1].ndim < 2)
+        # Sorting is stable, so the order is the model's otherwise.
+        ordered = sorted(parameters, key=lambda item: not _is_decayed(*item))
         count = sum(parameter.numel() for _, parameter in ordered)
         ranks = dist.get_world_size(group)
         padded = -(-count // ranks) * ranks
         options = {"dtype": ordered[0][1].dtype, "device": ordered[0][1].device}
         self.group = group
         self.ranks = ranks
-        self.decayed = sum(parameter.numel() for _, parameter in ordered if parameter.ndim >= 2)
+        self.decayed = sum(parameter.numel() for name, parameter in ordered if _is_decayed(name, parameter))
         self.weights_N = torch.zeros(padded, **options)
         self.spans = tuple(self._adopt_weights(ordered))
         self.gradients_N = torch.zeros(padded, **options)
@@ -93,3 +93,8 @@ class FlatParameters:
             start, stop = max(span.start, self.updated.start), min(span.stop, self.updated.stop)
             if start < stop:
                 yield span, Span(span.name, start, stop)
+
+
+def _is_decayed(name: str, parameter: Tensor) -> bool:
+    """Matrices are; norms, sinks and biases, those of experts too, are not."""
+    return parameter.ndim >= 2 and not name.endswith(".bias")

@@ -52,16 +52,31 @@ class _Linear(torch.autograd.Function):
 
 
 class GroupedLinear(nn.Module):
-    """One matrix for each expert: rows of expert n times `weight_NIO[n]`."""
+    """One matrix for each expert: rows of expert n times `weight_NIO[n]`, plus `bias_NO[n]`."""
 
-    def __init__(self, experts: int, inputs: int, outputs: int, gradients: WeightGradients, *, dtype=torch.float32):
+    def __init__(
+        self,
+        experts: int,
+        inputs: int,
+        outputs: int,
+        gradients: WeightGradients,
+        *,
+        bias: bool = False,
+        dtype=torch.float32,
+    ):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, inputs, outputs, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(experts, outputs, dtype=dtype)) if bias else None
         self.gradients = gradients
 
     def forward(self, x_RI: Tensor, rows: list[int]) -> Tensor:
         """`rows[n]` consecutive rows of `x_RI` belong to expert n."""
         return _GroupedLinear.apply(x_RI, self, rows)
+
+    def accumulate_gradients(self, x_RI: Tensor, gradient_RO: Tensor, rows: list[int]) -> None:
+        accumulate_grouped_product(self.weight, x_RI, gradient_RO, rows)
+        if self.bias is not None:
+            accumulate(self.bias, torch.stack([part.sum(0) for part in gradient_RO.split(rows)]))
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -69,14 +84,18 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(ctx: Any, x_RI: Tensor, layer: GroupedLinear, rows: list[int]) -> Tensor:
         ctx.save_for_backward(x_RI)
         ctx.layer, ctx.rows = layer, rows
-        return grouped_matmul(x_RI, layer.weight, rows)
+        y_RO = grouped_matmul(x_RI, layer.weight, rows)
+        if layer.bias is not None:
+            for part_O, bias_O in zip(y_RO.split(rows), layer.bias, strict=True):
+                part_O.add_(bias_O)
+        return y_RO
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_RO: Tensor) -> tuple[Tensor, None, None]:
         (x_RI,), layer, rows = ctx.saved_tensors, ctx.layer, ctx.rows
         gradient_RO = gradient_RO.contiguous()
-        layer.gradients.add(lambda: accumulate_grouped_product(layer.weight, x_RI, gradient_RO, rows))
+        layer.gradients.add(lambda: layer.accumulate_gradients(x_RI, gradient_RO, rows))
         return grouped_matmul(gradient_RO, layer.weight.transpose(1, 2), rows), None, None
 
 

@@ -11,18 +11,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pipermoe.runtime.attention import Attention
-from pipermoe.runtime.experts import Experts, GatedMLP
+from pipermoe.runtime.attention import build_attention
+from pipermoe.runtime.experts import Experts, FeedForward
 from pipermoe.runtime.gradients import WeightGradients, accumulate_rows
 from pipermoe.runtime.linear import Linear
 from pipermoe.runtime.loss import cross_entropy
-from pipermoe.runtime.norm import RMSNorm
+from pipermoe.runtime.norm import build_norm
+from pipermoe.runtime.rotary import Rotation
 from pipermoe.runtime.router import Router
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.train import Precision
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-Rotation = tuple[Tensor, Tensor]
 
 
 class Embedding(nn.Module):
@@ -45,12 +45,19 @@ class Embedding(nn.Module):
 class DenseLayer(nn.Module):
     """Attention and a dense MLP: one piece, with no collective inside."""
 
-    def __init__(self, model: ModelSpec, seq_len: int, gradients: WeightGradients, dtype: torch.dtype):
+    def __init__(self, model: ModelSpec, layer: int, seq_len: int, gradients: WeightGradients, dtype: torch.dtype):
         super().__init__()
-        self.attention_norm = RMSNorm(model.hidden_size, model.norm_epsilon, gradients, dtype=dtype)
-        self.attention = Attention(model, seq_len, gradients, dtype)
-        self.ffn_norm = RMSNorm(model.hidden_size, model.norm_epsilon, gradients, dtype=dtype)
-        self.mlp = GatedMLP(model.hidden_size, model.dense_width, gradients, dtype)
+        self.attention_norm = build_norm(model, gradients, dtype)
+        self.attention = build_attention(model, layer, seq_len, gradients, dtype)
+        self.ffn_norm = build_norm(model, gradients, dtype)
+        self.mlp = FeedForward(
+            model.hidden_size,
+            model.dense_width,
+            gradients,
+            dtype,
+            matrices=model.dense_matrices,
+            bias=model.mlp_bias,
+        )
 
     def forward(self, x_TD: Tensor, rotation: Rotation) -> Tensor:
         h_TD = x_TD + self.attention(self.attention_norm(x_TD), rotation)
@@ -64,26 +71,42 @@ class MoELayer(nn.Module):
     """
 
     def __init__(
-        self, model: ModelSpec, local_experts: int, seq_len: int, gradients: WeightGradients, dtype: torch.dtype
+        self,
+        model: ModelSpec,
+        layer: int,
+        local_experts: int,
+        seq_len: int,
+        gradients: WeightGradients,
+        dtype: torch.dtype,
     ):
         super().__init__()
         moe, hidden = model.moe, model.hidden_size
-        self.attention_norm = RMSNorm(hidden, model.norm_epsilon, gradients, dtype=dtype)
-        self.attention = Attention(model, seq_len, gradients, dtype)
-        self.ffn_norm = RMSNorm(hidden, model.norm_epsilon, gradients, dtype=dtype)
+        self.attention_norm = build_norm(model, gradients, dtype)
+        self.attention = build_attention(model, layer, seq_len, gradients, dtype)
+        self.ffn_norm = build_norm(model, gradients, dtype)
         self.router = Router(model, gradients, dtype)
-        self.experts = Experts(local_experts, hidden, moe.expert_width, gradients, dtype)
+        self.experts = Experts(model, local_experts, gradients, dtype)
         self.shared = (
-            GatedMLP(hidden, moe.shared_width, gradients, dtype, output_gate=moe.shared_gate)
+            FeedForward(
+                hidden,
+                moe.shared_width,
+                gradients,
+                dtype,
+                matrices=moe.expert_matrices,
+                bias=model.mlp_bias,
+                output_gate=moe.shared_gate,
+            )
             if moe.shared_width
             else None
         )
 
-    def attend(self, x_TD: Tensor, rotation: Rotation, planned_TK: Tensor | None) -> tuple[Tensor, ...]:
-        """Residual stream h (T, D), experts' input (T, D), combine weights (T, K), auxiliary loss, choices (T, K)."""
+    def attend(
+        self, x_TD: Tensor, rotation: Rotation, planned_TK: Tensor | None, sequences: int = 1, z_loss: bool = False
+    ) -> tuple[Tensor, ...]:
+        """Residual stream h (T, D), experts' input (T, D), and what `Router.choose` gives for it."""
         h_TD = x_TD + self.attention(self.attention_norm(x_TD), rotation)
         normed_TD = self.ffn_norm(h_TD)
-        return h_TD, normed_TD, *self.router.choose(normed_TD, planned_TK)
+        return h_TD, normed_TD, *self.router.choose(normed_TD, planned_TK, sequences=sequences, z_loss=z_loss)
 
     @staticmethod
     def merge(returned_TKD: Tensor, weights_TK: Tensor) -> Tensor:
@@ -109,19 +132,23 @@ class StageModel(nn.Module):
         self.embedding = Embedding(model.vocab_size, hidden, gradients, dtype) if first else None
         self.layers = nn.ModuleDict(
             {
-                str(layer): MoELayer(model, local_experts, seq_len, gradients, dtype)
+                str(layer): MoELayer(model, layer, local_experts, seq_len, gradients, dtype)
                 if model.is_moe(layer)
-                else DenseLayer(model, seq_len, gradients, dtype)
+                else DenseLayer(model, layer, seq_len, gradients, dtype)
                 for layer in layers
             }
         )
         if last:
-            self.final_norm = RMSNorm(hidden, model.norm_epsilon, gradients, dtype=dtype)
-            self.head = Linear(hidden, model.vocab_size, gradients, dtype=dtype)
+            self.final_norm = build_norm(model, gradients, dtype)
+            self.head = Linear(hidden, model.vocab_size, gradients, bias=model.head_bias, dtype=dtype)
             if model.tie_word_embeddings:
                 assert self.embedding is not None
                 self.head.weight = self.embedding.weight
 
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """Final norm and output projection (T, V); the last stage only."""
+        return self.head(self.final_norm(x_TD))
+
     def loss(self, x_TD: Tensor, targets_T: Tensor) -> Tensor:
-        """Final norm, output projection and mean cross-entropy of the micro-batch; the last stage only."""
-        return cross_entropy(self.head(self.final_norm(x_TD)), targets_T)
+        """Mean cross-entropy of the micro-batch; the last stage only."""
+        return cross_entropy(self.logits(x_TD), targets_T)

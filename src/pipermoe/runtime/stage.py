@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from pipermoe.runtime.attention import rotation_tables
+from pipermoe.runtime.balance import Balance, balancing_loss
 from pipermoe.runtime.dispatch import Exchange, Route
 from pipermoe.runtime.gradients import Accumulate, WeightGradients
-from pipermoe.runtime.model import DenseLayer, MoELayer, Rotation, StageModel
-from pipermoe.specs.model import GroupedQueryAttention, ModelSpec
+from pipermoe.runtime.model import DenseLayer, MoELayer, StageModel
+from pipermoe.runtime.rotary import Rotation, rotation_of
+from pipermoe.specs.model import ModelSpec
 
 Result = TypeVar("Result")
 Steps = Generator[None, None, Result]
@@ -97,14 +98,15 @@ class MoERecord:
     merge: Piece
     route: Route
     top_k: int
+    share_gradient_BE: Tensor
 
 
 @dataclass(slots=True)
 class Tape:
     """What the backward of one micro-batch on one stage needs, and where its weight gradients go.
 
-    `loss` is the last stage's mean cross-entropy, `auxiliary` the sum of this stage's load-balancing losses; of an
-    evaluation (`training` false) they are all that remains.
+    `loss` is the last stage's mean cross-entropy, `auxiliary` and `z_loss` the sums of this stage's load-balancing and
+    router z-losses; of an evaluation (`training` false) they are all that remains.
     """
 
     training: bool = True
@@ -113,6 +115,7 @@ class Tape:
     loss_piece: Piece | None = None
     loss: Tensor | None = None
     auxiliary: Tensor | None = None
+    z_loss: Tensor | None = None
     weight_gradients: list[Accumulate] | None = None
 
     def record(self, record: DenseRecord | MoERecord) -> None:
@@ -124,7 +127,8 @@ class Stage:
     """One pipeline stage of one rank: its modules, and how a micro-batch passes them.
 
     `recompute` drops the graphs of layers between forward and backward; embedding and head always keep theirs.
-    `auxiliary_weight` is the weight of one layer's load-balancing loss relative to the cross-entropy.
+    `auxiliary_weight` and `z_weight` are the weights of one layer's load-balancing and z-loss relative to the
+    cross-entropy.
     """
 
     def __init__(
@@ -137,15 +141,16 @@ class Stage:
         dtype: torch.dtype,
         device: torch.device,
         recompute: bool,
+        balance: Balance,
         auxiliary_weight: float,
+        z_weight: float,
     ):
-        assert isinstance(spec.attention, GroupedQueryAttention)
         self.spec, self.exchange, self.recompute = spec, exchange, recompute
-        self.auxiliary_weight = auxiliary_weight
+        self.balance, self.auxiliary_weight, self.z_weight = balance, auxiliary_weight, z_weight
         self.gradients = WeightGradients()
         with torch.device(device):
             self.model = StageModel(spec, layers, exchange.local_experts, seq_len, dtype, self.gradients)
-        cosine, sine = rotation_tables(seq_len, spec.attention.head_dim, spec.attention.rope_theta, dtype)
+        cosine, sine = rotation_of(spec.attention, seq_len, dtype)
         self.rotation: Rotation = (cosine.to(device), sine.to(device))
 
     def forward(self, x: Tensor, targets_T: Tensor | None, tape: Tape) -> Steps[Tensor | None]:
@@ -157,7 +162,7 @@ class Stage:
         if self.model.embedding is not None:
             tape.tokens_T = x
             x = self.model.embedding(x)
-        tape.auxiliary = torch.zeros((), device=x.device)
+        tape.auxiliary, tape.z_loss = torch.zeros((), device=x.device), torch.zeros((), device=x.device)
         for layer in self.model.layers.values():
             if isinstance(layer, MoELayer):
                 x = yield from self._moe_forward(layer, x, tape, keep)
@@ -201,9 +206,11 @@ class Stage:
     def _moe_forward(self, layer: MoELayer, x_TD: Tensor, tape: Tape, keep: bool) -> Steps[Tensor]:
         exchange, top_k = self.exchange, self.spec.moe.top_k
         planned_TK = exchange.planned_choices(x_TD.shape[0], top_k, x_TD.device)
-        attend = Piece(lambda x: layer.attend(x, self.rotation, planned_TK), keep)
-        h_TD, normed_TD, weights_TK, auxiliary, experts_TK = attend.forward(x_TD)
+        sequences, z_loss = self.balance.sequences(x_TD.shape[0]), self.z_weight > 0
+        attend = Piece(lambda x: layer.attend(x, self.rotation, planned_TK, sequences, z_loss), keep)
+        h_TD, normed_TD, weights_TK, share_BE, z, experts_TK = attend.forward(x_TD)
         counts = exchange.exchange_counts(experts_TK)
+        load = self.balance.observe(layer.router, experts_TK, exchange.num_experts, training=tape.training)
         yield
         route = exchange.route(experts_TK, counts)
         dispatched = exchange.to_experts(normed_TD, route.order_A // top_k, route)
@@ -218,9 +225,12 @@ class Stage:
         yield
         merge = Piece(layer.merge, keep)
         out_TD = merge.forward(combined.wait().view(-1, top_k, x_TD.shape[1]), weights_TK).add_(h_TD)
+        auxiliary, share_gradient_BE = balancing_loss(share_BE, load.wait())
         assert tape.auxiliary is not None
+        assert tape.z_loss is not None
         tape.auxiliary += auxiliary
-        tape.record(MoERecord(attend, shared, experts, merge, route, top_k))
+        tape.z_loss += z
+        tape.record(MoERecord(attend, shared, experts, merge, route, top_k, share_gradient_BE))
         return out_TD if shared_TD is None else out_TD.add_(shared_TD)
 
     def _moe_backward(self, record: MoERecord, gradient_TD: Tensor, tape: Tape, scale: float) -> Steps[Tensor]:
@@ -237,8 +247,11 @@ class Stage:
         to_normed_TD = dispatched.wait().view(-1, record.top_k, gradient_TD.shape[1]).sum(1)
         if to_shared_TD is not None:
             to_normed_TD += to_shared_TD
-        to_auxiliary = torch.full((), scale * self.auxiliary_weight, device=gradient_TD.device)
-        return self._run_backward(tape, record.attend, gradient_TD, to_normed_TD, to_weights_TK, to_auxiliary)[0]
+        to_share_BE = record.share_gradient_BE * (scale * self.auxiliary_weight)
+        gradients = [gradient_TD, to_normed_TD, to_weights_TK, to_share_BE]
+        if self.z_weight:
+            gradients.append(torch.full((), scale * self.z_weight, device=gradient_TD.device))
+        return self._run_backward(tape, record.attend, *gradients)[0]
 
     def _run_backward(self, tape: Tape, piece: Piece, *gradients: Tensor) -> tuple[Tensor, ...]:
         with self.gradients.deferred_to(tape.weight_gradients):

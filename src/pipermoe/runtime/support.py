@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipermoe.specs.errors import UserError, describe_value
 from pipermoe.specs.legality import EXECUTABLE, violations
-from pipermoe.specs.model import GroupedQueryAttention, ModelSpec
+from pipermoe.specs.model import LatentAttention, ModelSpec
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.train import TrainConfig
 
@@ -30,27 +30,20 @@ def _reasons(model: ModelSpec) -> list[str]:
 
 def _unsupported(model: ModelSpec) -> list[tuple[str, object, str]]:
     """(key, value, rule) of every part of the model that runtime/model.py does not build."""
-    attention, moe, router = model.attention, model.moe, model.moe.router
-    only = "this runtime builds {} only"
+    attention = model.attention
     wanted: list[tuple[str, object, object, str]] = [
-        ("moe.expert_matrices", moe.expert_matrices, 3, only.format("gated experts, 3,")),
-        ("moe.expert_bias", moe.expert_bias, False, only.format("experts without bias")),
-        ("moe.router.correction_bias", router.correction_bias, "none", "load-driven bias is not implemented; use none"),
-        ("moe.router.num_groups", router.num_groups, 1, only.format("routing over all experts, 1,")),
-        ("dense_matrices", model.dense_matrices, 3, only.format("gated blocks, 3,")),
-        ("mlp_bias", model.mlp_bias, False, only.format("blocks without bias")),
-        ("norms_per_layer", model.norms_per_layer, 2, only.format("2")),
-        ("norm_bias", model.norm_bias, False, only.format("RMSNorm")),
-        ("head_bias", model.head_bias, False, only.format("heads without bias")),
-        ("local_attention", model.local_attention, None, only.format("attention over the whole sequence")),
+        (
+            "norms_per_layer",
+            model.norms_per_layer,
+            2,
+            "this runtime builds 2, before attention and before the experts",
+        ),
         ("mtp_layers", model.mtp_layers, 0, "multi-token prediction is not implemented; use 0"),
     ]
-    if isinstance(attention, GroupedQueryAttention):
-        wanted.append(("attention.sinks", attention.sinks, False, "attention sinks are not implemented"))
-        if attention.qk_norm == "l2":
-            wanted.append(("attention.qk_norm", "l2", "none", 'use "none", "head" or "full"'))
-        if attention.head_dim % 2:
-            wanted.append(("attention.head_dim", attention.head_dim, 0, "must be even: rotary positions turn pairs"))
-    else:
-        wanted.append(("attention.kind", attention.kind, "gqa", only.format('"gqa"')))
+    if isinstance(attention, LatentAttention):
+        wanted.append(("attention.indexer", attention.indexer, None, "selected keys are not implemented; leave it out"))
+    rotated = "qk_rope_head_dim" if isinstance(attention, LatentAttention) else "head_dim"
+    if getattr(attention, rotated) % 2:
+        width = getattr(attention, rotated)
+        wanted.append((f"attention.{rotated}", width, 0, "must be even: rotary positions turn pairs"))
     return [(key, value, rule) for key, value, accepted, rule in wanted if value != accepted]

@@ -23,14 +23,14 @@ def is_expert(name: str) -> bool:
 
 @torch.no_grad()
 def initialize(parameters: Iterable[tuple[str, Tensor]], *, seed: int, num_layers: int, first_expert: int = 0) -> None:
-    """Fill (global name, parameter) pairs in place: norms with ones, biases with zeros, matrices with a normal draw.
+    """Fill (global name, parameter) pairs in place: norms with ones, biases and sinks with zeros, matrices at random.
 
     Expert parameters are (local experts, in, out); their first local expert is the logical expert `first_expert`.
     """
     for name, parameter in parameters:
         if name.endswith("norm.weight"):
             parameter.fill_(1.0)
-        elif name.endswith(".bias"):
+        elif name.endswith((".bias", ".sinks")):
             parameter.zero_()
         elif is_expert(name):
             for local, expert in enumerate(parameter):

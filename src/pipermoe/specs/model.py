@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,6 +18,39 @@ Width = Annotated[int, Field(strict=True, gt=0, le=MAX_WIDTH)]
 OptionalWidth = Annotated[int, Field(strict=True, ge=0, le=MAX_WIDTH)]
 Layer = Annotated[int, Field(strict=True, ge=0, lt=MAX_LAYERS)]
 Count = Annotated[int, Field(strict=True, gt=0, le=MAX_EXPERTS)]
+
+
+class Yarn(Frozen):
+    """Rotary positions stretched by `factor` beyond the `original_positions` of pre-training (arXiv 2309.00071).
+
+    Pairs that turn more than `beta_fast` times over the original length keep their frequency, those that turn less than
+    `beta_slow` times are slowed by `factor`, a ramp between; `truncate` rounds its ends to whole pairs. Logits grow by
+    the square of 0.1 ln(factor) + 1, or with both `mscale` given (DeepSeek) of 0.1 mscale_all_dim ln(factor) + 1, of
+    which cosines and sines carry the part that `mscale` differs.
+    """
+
+    factor: float = Field(ge=1)
+    original_positions: Width
+    beta_fast: float = Field(default=32.0, gt=0)
+    beta_slow: float = Field(default=1.0, gt=0)
+    truncate: bool = True
+    mscale: float = Field(default=0.0, ge=0)
+    mscale_all_dim: float = Field(default=0.0, ge=0)
+
+    @property
+    def amplitude(self) -> float:
+        """What cosines and sines are multiplied by."""
+        if self.mscale and self.mscale_all_dim:
+            return self._growth(self.mscale) / self._growth(self.mscale_all_dim)
+        return self._growth(1.0)
+
+    @property
+    def logit_scale(self) -> float:
+        """What latent attention's logits are multiplied by on top."""
+        return self._growth(self.mscale_all_dim) ** 2
+
+    def _growth(self, scale: float) -> float:
+        return 0.1 * scale * math.log(self.factor) + 1.0
 
 
 class GroupedQueryAttention(Frozen):
@@ -35,6 +69,7 @@ class GroupedQueryAttention(Frozen):
     qk_norm: Literal["none", "head", "full", "l2"] = "none"
     sinks: bool = False
     rope_theta: float = Field(default=10000.0, gt=0)
+    yarn: Yarn | None = None
 
     @model_validator(mode="after")
     def _heads_divide(self) -> GroupedQueryAttention:
@@ -84,6 +119,7 @@ class LatentAttention(Frozen):
     bias: bool = False
     indexer: Indexer | None = None
     rope_theta: float = Field(default=10000.0, gt=0)
+    yarn: Yarn | None = None
 
     @model_validator(mode="after")
     def _indexer_reads_the_query_rank(self) -> LatentAttention:
@@ -150,7 +186,8 @@ class MixtureOfExperts(Frozen):
     """The MoE block: `num_experts` (E) routed experts of width `expert_width` (d_ffn), `top_k` (k) for every token.
 
     `shared_width` is the width of all shared experts together, gated by one more logit if `shared_gate`.
-    `expert_matrices` is 3 for gated (SwiGLU) and 2 for plain experts; `expert_bias` adds a bias to each.
+    `expert_matrices` is 3 for gated (SwiGLU) and 2 for plain experts; `expert_bias` adds a bias to each. Above 0,
+    `swiglu_limit` clamps both halves of the experts' gated product as gpt-oss does.
     """
 
     num_experts: Count
@@ -160,6 +197,7 @@ class MixtureOfExperts(Frozen):
     shared_gate: bool = False
     expert_matrices: Literal[2, 3] = 3
     expert_bias: bool = False
+    swiglu_limit: float = Field(default=0.0, ge=0)
     router: Router = Router()
 
     @model_validator(mode="after")

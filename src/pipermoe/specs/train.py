@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from pipermoe.specs.base import Frozen
 
 Precision = Literal["fp32", "bf16"]
+AuxiliaryLossLevel = Literal["micro_batch", "sequence", "global_batch"]
 
 
 class Optimizer(Frozen):
@@ -33,13 +34,21 @@ class Data(Frozen):
 
 
 class TrainConfig(Frozen):
-    """One training job: `global_batch_size` sequences of `seq_len` tokens a step."""
+    """One training job: `global_batch_size` sequences of `seq_len` tokens a step.
+
+    `auxiliary_loss` weighs the load-balancing loss, whose load is that of each sequence, of a rank's micro-batch or of
+    the global batch (`auxiliary_loss_level`); `z_loss` weighs the router z-loss. A router's correction bias, if it has
+    one, moves by `balance_rate` after every step (DeepSeek-V3: 0.001).
+    """
 
     seq_len: PositiveInt
     global_batch_size: PositiveInt
     steps: PositiveInt = 100
     precision: Precision = "fp32"
     auxiliary_loss: NonNegativeFloat = 0.01
+    auxiliary_loss_level: AuxiliaryLossLevel = "micro_batch"
+    z_loss: NonNegativeFloat = 0.0
+    balance_rate: NonNegativeFloat = 0.001
     seed: NonNegativeInt = 0
     optimizer: Optimizer = Optimizer()
     data: Data = Data()
