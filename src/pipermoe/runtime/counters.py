@@ -1,7 +1,7 @@
 """What a step really uses: peak bytes by category, executed FLOPs, bytes given to the network.
 
-Three dispatch modes that see every operation of the block they wrap, real or under FakeTensorMode. A trainer wraps one
-step in them and runs all others at full speed.
+Three counters that see every operation of the block they wrap, real or under FakeTensorMode. A trainer wraps one step
+in them and runs all others at full speed.
 """
 
 from __future__ import annotations
@@ -22,36 +22,93 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from pipermoe.runtime.groups import axis_of
 from pipermoe.runtime.meter import Meter
+from pipermoe.schedule.action import Action
 from pipermoe.specs.report import MEMORY_CATEGORIES, MemoryCategory, Traffic
 
 aten = torch.ops.aten
 
 
-class MemoryCounter(TorchDispatchMode):
+class Counter(TorchDispatchMode):
+    """Observes every operation of a block, after it has run."""
+
+    def observe(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        raise NotImplementedError
+
+    def start(self) -> None:
+        """Called as the block begins."""
+
+    def stop(self) -> None:
+        """Called as the block ends."""
+
+    def __enter__(self) -> Any:
+        self.start()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.stop()
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        self.observe(func, args, kwargs, result)
+        return result
+
+
+class Counters(Counter):
+    """Several counters in one mode: an operation passes through Python once, not once for each of them."""
+
+    def __init__(self, *counters: Counter):
+        super().__init__()
+        self._counters = counters
+
+    def start(self) -> None:
+        for counter in self._counters:
+            counter.start()
+
+    def stop(self) -> None:
+        for counter in self._counters:
+            counter.stop()
+
+    def observe(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        for counter in self._counters:
+            counter.observe(func, args, kwargs, result)
+
+
+class MemoryCounter(Counter):
     """Peak bytes of live storages. Each storage counts once, from its birth until its last reference is gone.
 
     `known` tensors (weights, gradients, optimizer state) count from the start; everything else counts if born inside
-    the block, in the category that `meter.phase` has at its birth. `bytes_at_peak` adds up to `peak_bytes`.
+    the block, in the category that `meter.phase` has at its birth. `bytes_at_peak` adds up to `peak_bytes`, which
+    `action_at_peak` was the first to reach; `peak_by_action` has the most that was live during each action in which
+    something was born.
     """
 
     def __init__(self, meter: Meter, known: Mapping[MemoryCategory, Iterable[Tensor]]):
         super().__init__()
         self._meter = meter
         self._live: dict[MemoryCategory, int] = dict.fromkeys(MEMORY_CATEGORIES, 0)
+        self._total = 0
         self._free = WeakIdKeyDictionary()
         self.peak_bytes, self.bytes_at_peak = 0, dict(self._live)
+        self.action_at_peak: Action | str = ""
+        self.peak_by_action: dict[Action | str, int] = {}
         for category, tensors in known.items():
             for tensor in tensors:
                 self._add(tensor.untyped_storage(), category)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+    def start(self) -> None:
+        self._meter.on_release = self._release
+
+    def stop(self) -> None:
+        self._meter.on_release = None
+
+    def observe(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         born = {id(storage): storage for storage in _storages(result)}
         for storage in _storages((args, kwargs)) if born else ():
             born.pop(id(storage), None)  # a view of, or written into, something older than the block
         for storage in born.values():
             self._add(storage, self._meter.phase)
-        return result
 
     def _add(self, storage: torch.UntypedStorage, category: MemoryCategory) -> None:
         if storage in self._free:
@@ -59,32 +116,28 @@ class MemoryCounter(TorchDispatchMode):
         size = storage.nbytes()
         self._free[storage] = weakref.finalize(storage, self._subtract, category, size)
         self._live[category] += size
-        total = sum(self._live.values())
-        if total > self.peak_bytes:
-            self.peak_bytes, self.bytes_at_peak = total, dict(self._live)
+        self._total += size
+        action = self._meter.action
+        if self._total > self.peak_by_action.get(action, 0):
+            self.peak_by_action[action] = self._total
+        if self._total > self.peak_bytes:
+            self.peak_bytes, self.bytes_at_peak, self.action_at_peak = self._total, dict(self._live), action
 
     def _subtract(self, category: MemoryCategory, size: int) -> None:
         self._live[category] -= size
+        self._total -= size
 
     def _release(self, tensor: Tensor) -> None:
         finalizer = self._free.get(tensor.untyped_storage())
         if finalizer is not None:
             finalizer()  # at most once, now or when the storage dies
 
-    def __enter__(self) -> MemoryCounter:
-        self._meter.on_release = self._release
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._meter.on_release = None
-        super().__exit__(*error)
-
 
 def _storages(tree: Any) -> Iterable[torch.UntypedStorage]:
     return (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
-class FlopCounter(TorchDispatchMode):
+class FlopCounter(Counter):
     """FLOPs of matrix products and attention; a multiply-add counts as 2, element-wise work as none.
 
     Attention counts the full square that the CPU kernel computes, and its backward twice the forward, as everywhere.
@@ -94,15 +147,16 @@ class FlopCounter(TorchDispatchMode):
         super().__init__()
         self.flops = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+    def observe(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         packet = func._overloadpacket
         if packet in _FLOPS:
-            self.flops += _FLOPS[packet](*args)
+            self.add(_FLOPS[packet](*args), args)
         elif packet in flop_registry:
-            self.flops += flop_registry[packet](*args, **kwargs, out_val=result)
-        return result
+            self.add(flop_registry[packet](*args, **kwargs, out_val=result), args)
+
+    def add(self, flops: int, operands: Any) -> None:
+        """Count the FLOPs of one operation on `operands`."""
+        self.flops += flops
 
 
 def _grouped_product_flops(a: Tensor, b: Tensor, *_: Any) -> int:
@@ -124,7 +178,7 @@ _FLOPS: dict[Any, Callable[..., int]] = {
 }
 
 
-class TrafficCounter(TorchDispatchMode):
+class TrafficCounter(Counter):
     """Calls and bytes of each collective as `specs.report.Traffic` defines them, keyed "collective.axis".
 
     An exchange of int64 is the routing counts', "all_to_all_counts". A group of one rank communicates nothing.
@@ -139,11 +193,9 @@ class TrafficCounter(TorchDispatchMode):
     def traffic(self) -> dict[str, Traffic]:
         return {key: Traffic(calls=self._calls[key], bytes=self._bytes[key]) for key in sorted(self._calls)}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+    def observe(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         if func.namespace == "c10d":
             self._count(func._schema.name.removeprefix("c10d::"), args)
-        return result
 
     def _count(self, operation: str, args: Any) -> None:
         if operation not in _TRAFFIC:
@@ -154,9 +206,12 @@ class TrafficCounter(TorchDispatchMode):
             return
         if collective == "all_to_all" and args[1].dtype == torch.int64:
             collective = "all_to_all_counts"
-        key = f"{collective}.{axis_of(group)}"
+        self.add(f"{collective}.{axis_of(group)}", size(args, group))
+
+    def add(self, key: str, sent_bytes: int) -> None:
+        """Count one call of the collective `key`."""
         self._calls[key] += 1
-        self._bytes[key] += size(args, group)
+        self._bytes[key] += sent_bytes
 
 
 def _size(tensor: Tensor) -> int:

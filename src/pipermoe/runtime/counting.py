@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from pipermoe.runtime.counters import FlopCounter, MemoryCounter, TrafficCounter
+from pipermoe.runtime.counters import Counters, FlopCounter, MemoryCounter, TrafficCounter
 from pipermoe.runtime.meter import Meter
 from pipermoe.runtime.optimizer import Optimizer
 from pipermoe.specs.report import RankReport
@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 def counted(rank: int, meter: Meter, optimizer: Optimizer, step: Callable[[], Result]) -> tuple[Result, RankReport]:
     """`step()`, and what it used on this rank; the report's seconds are left empty, for counting slows a step down."""
     memory, flops, traffic = MemoryCounter(meter, optimizer.tensors()), FlopCounter(), TrafficCounter()
-    with memory, flops, traffic:
+    with Counters(memory, flops, traffic):
         result = step()
     return result, RankReport(
         rank=rank,

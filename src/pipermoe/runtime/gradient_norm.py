@@ -23,8 +23,15 @@ def owned_squared_norm(flats: Iterable[FlatParameters]) -> Tensor:
 
     Call it after the gradients are reduced.
     """
-    pieces = [piece for flat in flats for piece in flat.gradients_N[flat.owned].split(ELEMENTS_PER_NORM)]
-    return torch.stack([torch.linalg.vector_norm(piece) for piece in pieces]).double().square().sum()
+    norms = [norm for flat in flats for norm in _norms(flat.gradients_N[flat.owned])]
+    return torch.cat(norms).double().square().sum()
+
+
+def _norms(values_N: Tensor) -> tuple[Tensor, Tensor]:
+    """The norms of all whole pieces, and of the rest."""
+    whole = values_N.numel() // ELEMENTS_PER_NORM * ELEMENTS_PER_NORM
+    pieces_PE = values_N[:whole].view(-1, ELEMENTS_PER_NORM)
+    return torch.linalg.vector_norm(pieces_PE, dim=1), torch.linalg.vector_norm(values_N[whole:]).view(1)
 
 
 def clip_scale(norm: float, maximum: float) -> float:

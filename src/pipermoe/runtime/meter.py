@@ -1,4 +1,4 @@
-"""What a step tells about itself while it runs: seconds by term, and the phase in which tensors are born."""
+"""What a step tells about itself while it runs: what it is doing, seconds by term, in what phase tensors are born."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from pipermoe.schedule.action import Action
 from pipermoe.specs.report import TERMS, MemoryCategory, Term
 
 
@@ -15,12 +16,14 @@ class Meter:
     """Seconds by term of the current step, and the memory category of tensors born now.
 
     Nested terms are exclusive: waiting for an all-to-all inside a forward action counts as `all_to_all` alone, so the
-    terms of a step add up to at most its duration.
+    terms of a step add up to at most its duration. `action` is what the rank is doing: an action of the schedule or,
+    after the pipeline, the name of a part of the step.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[Term, float] = dict.fromkeys(TERMS, 0.0)
         self.phase: MemoryCategory = "temporary"
+        self.action: Action | str = ""
         self.on_release: Callable[[Tensor], None] | None = None
         self._inner = 0.0  # seconds already counted by terms nested in the current one
 

@@ -27,6 +27,7 @@ from pipermoe.runtime.learning_rate import learning_rate
 from pipermoe.runtime.log import CONVENTION, StepLine, StepLog, progress_bar
 from pipermoe.runtime.measurement import StepSeconds, counted_step, measured_steps, step_report
 from pipermoe.runtime.optimizer import Optimizer
+from pipermoe.runtime.step import training_step
 from pipermoe.schedule.builders import build
 from pipermoe.schedule.communication import with_communication
 from pipermoe.specs.documents import save
@@ -89,8 +90,7 @@ class Trainer:
     def _resume(self) -> int:
         if self.run.resume is None:
             return 0
-        parameters = self.engine.named_parameters()
-        first = load_checkpoint(self.run.resume, self.plan, parameters, self.optimizer, self.groups)
+        first = load_checkpoint(self.run.resume, self.plan, self.engine.named_state(), self.optimizer, self.groups)
         if first >= self.steps:
             raise UserError(f"{self.run.resume}: has trained {first} of {self.steps} steps already; use --steps")
         return first
@@ -123,31 +123,28 @@ class Trainer:
                     bar.advance(bar.task_ids[0])
                 done = step + 1
                 if every and (done % every == 0 or done == self.steps):
-                    parameters = self.engine.named_parameters()
-                    save_checkpoint(self.run.output, done, self.plan, parameters, self.optimizer, self.groups)
+                    state = self.engine.named_state()
+                    save_checkpoint(self.run.output, done, self.plan, state, self.optimizer, self.groups)
         return results
 
     def step(self, step: int) -> StepResult:
         """One training step: forward and backward, reduce, update. Raises `UserError` where the loss is not finite."""
-        start, meter, optimizer = time.perf_counter(), self.meter, self.optimizer
-        meter.reset()
-        result = self.engine.step(self._share(self.data.batch(step)))
-        with meter.term("gradient_sync"), meter.born("communication"):
-            optimizer.reduce_gradients()
-            totals = torch.stack([optimizer.owned_squared_norm(), result.loss.double(), result.auxiliary.double()])
-            dist.all_reduce(totals, group=self.groups.world)
+        start = time.perf_counter()
+        self.meter.reset()
+        agreed: list[float] = []
+
+        def agree(totals: Tensor) -> float:
             squared_norm, loss, auxiliary = totals.tolist()
-        norm = math.sqrt(squared_norm) if squared_norm >= 0 else math.nan
-        self._check_finite(step, loss, norm)
+            norm = math.sqrt(squared_norm) if squared_norm >= 0 else math.nan
+            self._check_finite(step, loss, norm)
+            agreed[:] = loss, auxiliary, norm
+            return norm
+
         rate = learning_rate(step, self.plan.train.optimizer, self.plan.train.steps)
-        with meter.term("optimizer"), meter.born("temporary"):
-            optimizer.update(norm, rate)
-        with meter.term("gradient_sync"):
-            optimizer.gather_weights()
-        with meter.term("optimizer"):
-            optimizer.zero_gradients()
+        training_step(self.engine, self.optimizer, self._share(self.data.batch(step)), agree, rate)
+        loss, auxiliary, norm = agreed
         seconds = time.perf_counter() - start
-        return StepResult(loss, auxiliary, norm, rate, StepSeconds(step, seconds, dict(meter.seconds)))
+        return StepResult(loss, auxiliary, norm, rate, StepSeconds(step, seconds, dict(self.meter.seconds)))
 
     def _counted_step(self, step: int) -> StepResult:
         """The step that runs under the counters: everything of it is counted, its time is not."""

@@ -151,12 +151,9 @@ LEGAL: tuple[Rule, ...] = (
     Rule(_enough_microbatches, _explain_microbatches),
 )
 
-EXECUTABLE: tuple[Rule, ...] = (
-    *(
-        _must_be(key, (1,), (1,))
-        for key in ("virtual_stages", "context_parallel", "tensor_parallel", "expert_tensor_parallel")
-    ),
-    _must_be("schedule", SCHEDULE_NAMES, tuple(range(len(SCHEDULE_NAMES)))),
+# What the engine executes, with any schedule of one copy of every stage; a dry run asks no more.
+ENGINE: tuple[Rule, ...] = (
+    *(_must_be(key, (1,), (1,)) for key in ("context_parallel", "tensor_parallel", "expert_tensor_parallel")),
     _must_be("recompute", ("none", "full"), (RECOMPUTE_NAMES.index("none"), RECOMPUTE_NAMES.index("full"))),
     _must_be("zero_dense", (0, 1), (0, 1)),
     _must_be("zero_expert", (0, 1), (0, 1)),
@@ -168,6 +165,12 @@ EXECUTABLE: tuple[Rule, ...] = (
             f"{job.model.name} ties its word embeddings, which this runtime cannot split over stages; use 1",
         ),
     ),
+)
+
+EXECUTABLE: tuple[Rule, ...] = (
+    _must_be("virtual_stages", (1,), (1,)),
+    _must_be("schedule", SCHEDULE_NAMES, tuple(range(len(SCHEDULE_NAMES)))),
+    *ENGINE,
 )
 
 RULES = LEGAL + EXECUTABLE

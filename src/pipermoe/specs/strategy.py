@@ -62,8 +62,15 @@ class Strategy(Frozen):
         """Model chunks in the whole pipeline."""
         return self.pipeline_parallel * self.virtual_stages
 
+    @staticmethod
+    def parse(text: str) -> Strategy:
+        """The strategy that a line such as `pp2 dp2 ep2 mbs4 1f1b z1` says (specs/strategy_text.py). UserError."""
+        from pipermoe.specs.strategy_text import parse_strategy  # it builds on this module
+
+        return parse_strategy(text)
+
     def compact(self) -> str:
-        """One line for tables: `pp2 dp2 ep2 mbs4 1f1b z1`; degrees of one are left out, except pp, dp and ep."""
+        """Degrees and ZeRO level for tables: `pp2 dp2 ep2 z1`; degrees of one are left out, except pp, dp and ep."""
         degrees = [
             ("pp", self.pipeline_parallel, True),
             ("vpp", self.virtual_stages, False),

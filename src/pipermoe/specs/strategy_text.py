@@ -1,0 +1,102 @@
+"""A strategy in one line, as people write it: `pp8 dp32 ep32 mbs1 1f1b z1`. Nothing is lost on the way and back."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipermoe.specs.errors import UserError
+from pipermoe.specs.strategy import Strategy
+
+DEGREES = {
+    "pp": "pipeline_parallel",
+    "vpp": "virtual_stages",
+    "dp": "data_parallel",
+    "cp": "context_parallel",
+    "tp": "tensor_parallel",
+    "ep": "expert_parallel",
+    "edp": "expert_data_parallel",
+    "etp": "expert_tensor_parallel",
+    "mbs": "micro_batch_size",
+}
+# The names of schedule.builders, which this package stands below.
+SCHEDULES = (
+    *("gpipe", "1f1b", "1f1b-overlap", "breadth-first", "interleaved-1f1b", "interleaved-1f1b-overlap"),
+    *("zb-h1", "zb-h2", "zb-h1-overlap", "zb-v", "v-half", "v-min", "dualpipe", "dualpipe-v"),
+)
+ACCEPTED = (
+    f"a degree ({', '.join(f'{short}N' for short in DEGREES)}), z0 to z3 or z1/0 (dense/expert), full, "
+    f"selective:MODULE,..., split:N,N,... or a schedule ({', '.join(SCHEDULES)})"
+)
+_DEGREE, _ZERO = re.compile(r"([a-z]+)(\d+)"), re.compile(r"z([0-3])(?:/([0-3]))?")
+
+
+def strategy_text(strategy: Strategy) -> str:
+    """All of `strategy` in one line that `parse_strategy` reads back; what has its default value is left out."""
+    words = [
+        f"{short}{value}"
+        for short, key in DEGREES.items()
+        if (value := getattr(strategy, key)) > 1 or short in ("pp", "dp", "ep", "mbs")
+    ]
+    dense, expert = strategy.zero_dense, strategy.zero_expert
+    words += [strategy.schedule, f"z{dense}" if dense == expert else f"z{dense}/{expert}"]
+    if strategy.recompute != "none":
+        words.append(":".join((strategy.recompute, *filter(None, [",".join(strategy.recompute_modules)]))))
+    if strategy.layer_split:
+        words.append(f"split:{','.join(map(str, strategy.layer_split))}")
+    return " ".join(words)
+
+
+def parse_strategy(text: str) -> Strategy:
+    """The strategy that `text` or `Strategy.compact()` says: words in any order, each at most once.
+
+    Without `edp` it is what the other degrees leave: dp * cp * tp / (ep * etp). Raises `UserError` naming the word.
+    """
+    values: dict[str, Any] = {}
+    for word in text.split():
+        for key, value in _meaning(word):
+            if key in values:
+                raise UserError(f"strategy {text!r}: {word}: {key} is given twice")
+            values[key] = value
+    if not values:
+        raise UserError(f"strategy {text!r}: must name {ACCEPTED}")
+    if "expert_data_parallel" not in values:
+        dense, expert = _product(values, "dp", "cp", "tp"), _product(values, "ep", "etp")
+        values["expert_data_parallel"] = max(1, dense // expert)
+    try:
+        return Strategy(**values)
+    except ValidationError as error:
+        message = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UserError(f"strategy {text!r}: {message}") from None
+
+
+def _meaning(word: str) -> Iterator[tuple[str, Any]]:
+    """(field, value) pairs that one word sets."""
+    name, _, values = word.partition(":")
+    if match := _ZERO.fullmatch(word):
+        yield "zero_dense", int(match[1])
+        yield "zero_expert", int(match[2] or match[1])
+    elif word in SCHEDULES:
+        yield "schedule", word
+    elif (match := _DEGREE.fullmatch(word)) and match[1] in DEGREES and 0 < int(match[2]) < 2**31:
+        yield DEGREES[match[1]], int(match[2])
+    elif word in ("full", "selective") or (name == "selective" and values):
+        yield "recompute", name
+        yield "recompute_modules", tuple(filter(None, values.split(",")))
+    elif name == "split" and re.fullmatch(r"[1-9]\d{0,5}(,[1-9]\d{0,5})*", values):
+        yield "layer_split", tuple(map(int, values.split(",")))
+    else:
+        close = difflib.get_close_matches(word, SCHEDULES, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise UserError(f"strategy: {word!r} is no word of a strategy; {hint}accepted: {ACCEPTED}")
+
+
+def _product(values: dict[str, Any], *names: str) -> int:
+    product = 1
+    for name in names:
+        product *= values.get(DEGREES[name], 1)
+    return product
