@@ -36,7 +36,7 @@ from pipermoe.exchange.dispatch import DispatchPlan
 from pipermoe.exchange.plan import INPUT, OUTPUT, STAGING, ExchangePlan, Ints, byte_matrix
 from pipermoe.exchange.program import Program, Range, Transfer, lower
 from pipermoe.exchange.topology import Topology
-from pipermoe.exchange.wire import Wire
+from pipermoe.exchange.wire import Arrival, Wire
 from pipermoe.specs.errors import MachineError, UserError
 
 AUTO = "auto"
@@ -289,7 +289,7 @@ class HostRun:
         self.limit = timedelta(seconds=timeout)
         self.arriving: dict[int, Any] = {}  # message -> how to complete it
         self.leaving: dict[int, Any] = {}
-        self.inbox: dict[int, deque[Transfer]] = {}  # what peers send through shared memory or sockets, in order
+        self.inbox: dict[int, deque[Transfer]] = {}  # what peers send through shared memory, in order
 
     def complete(self) -> None:
         if self.node is not None:
@@ -304,13 +304,20 @@ class HostRun:
             self._finish(message)
         for message in list(self.leaving):
             self._finish(message)
+        if self.sockets is not None:
+            self.sockets.flush()
         if self.node is not None:
             self.node.end()
 
     def _post(self, receive: Transfer) -> None:
-        if receive.slot >= 0 or receive.small:
+        if receive.slot >= 0:
             self.inbox.setdefault(receive.peer, deque()).append(receive)
             self.arriving[receive.message] = (receive, None, None)
+            return
+        if receive.small:
+            assert self.sockets is not None
+            data = self._landing(receive)
+            self.arriving[receive.message] = (receive, self.sockets.expect(receive.peer, data), data)
             return
         if len(receive.ranges) == 1:
             wire = self._slice(receive.ranges[0])
@@ -339,6 +346,12 @@ class HostRun:
             receive, work, wire = arrival
             if work is None:
                 self._take_in_order(receive)
+            elif isinstance(work, Arrival):
+                assert self.sockets is not None
+                del self.arriving[message]
+                self.sockets.wait(work, receive.peer)
+                if len(receive.ranges) > 1:
+                    self._scatter(wire, receive.ranges)
             else:
                 del self.arriving[message]
                 work.wait(self.limit)
@@ -348,32 +361,24 @@ class HostRun:
             departure[0].wait(self.limit)
 
     def _take_in_order(self, receive: Transfer) -> None:
-        """Takes a message from its slot or socket; a peer's messages come in order, so earlier ones are taken first."""
+        """Takes a message from its slot; a peer's messages come in order, so earlier ones are taken first."""
         inbox = self.inbox[receive.peer]
         while receive.message in self.arriving:
             next_one = inbox.popleft()
-            if next_one.small:
-                self._take_from_wire(next_one)
-            else:
-                self._take_from_slot(next_one)
+            self._take_from_slot(next_one)
             del self.arriving[next_one.message]
 
     def _take_from_slot(self, receive: Transfer) -> None:
         assert self.node is not None
         peer = self.local_index[receive.peer]
-        self.node.receive(peer)
+        self.node.receive(peer, self.sockets)
         self._scatter(self.node.slot(receive.slot, receive.length), receive.ranges)
         self.node.take(peer)
 
-    def _take_from_wire(self, receive: Transfer) -> None:
-        assert self.sockets is not None
-        if len(receive.ranges) == 1:
-            buffer, offset, length = receive.ranges[0]
-            self.sockets.receive(receive.peer, self.arrays[buffer][offset : offset + length])
-        else:
-            data = np.empty(receive.length, dtype=np.uint8)
-            self.sockets.receive(receive.peer, data)
-            self._scatter(data, receive.ranges)
+    def _landing(self, receive: Transfer) -> np.ndarray:
+        """Where a message's bytes go: their place if it is one piece, else a buffer to scatter from."""
+        (buffer, offset, length), *others = receive.ranges
+        return np.empty(receive.length, dtype=np.uint8) if others else self.arrays[buffer][offset : offset + length]
 
     def _slice(self, place: Range) -> torch.Tensor:
         buffer, offset, length = place

@@ -16,6 +16,7 @@ import os
 import platform
 import sys
 import time
+from typing import Protocol
 
 import numpy as np
 
@@ -28,11 +29,21 @@ _WAIT, _WAKE = 0, 1
 _MASK = 0xFFFFFFFF
 _POLL_SECONDS = 0.5  # a sleeper that is woken looks no more often than this
 _ACK_POLL_SECONDS = 1e-4
+_BUSY_POLL_SECONDS = 1e-3
 
 
 def available() -> bool:
     """Whether this machine can exchange through shared memory as this file does it."""
     return sys.platform == "linux" and platform.machine() in _FUTEX and os.access(FOLDER, os.W_OK)
+
+
+class Background(Protocol):
+    """Something that must go on while a rank waits for its node: messages to others that are not yet sent."""
+
+    @property
+    def busy(self) -> bool: ...
+
+    def progress(self, seconds: float = 0.0) -> bool: ...
 
 
 class _Timespec(ctypes.Structure):
@@ -126,9 +137,9 @@ class SharedNode:
         self._sent[peer] = (self._sent[peer] + 1) & _MASK
         self._signal(self._word(0, self.index, peer), self._sent[peer])
 
-    def receive(self, peer: int) -> None:
-        """Waits for the next message from local rank `peer`."""
-        self._wait(self._word(0, peer, self.index), (self._taken[peer] + 1) & _MASK, peer)
+    def receive(self, peer: int, meanwhile: Background | None = None) -> None:
+        """Waits for the next message from local rank `peer`, while `meanwhile` goes on with what it has to do."""
+        self._wait(self._word(0, peer, self.index), (self._taken[peer] + 1) & _MASK, peer, meanwhile=meanwhile)
 
     def take(self, peer: int) -> None:
         """The message just received has been copied out. Wakes nobody: who waits for this, rarely, looks again."""
@@ -164,13 +175,18 @@ class SharedNode:
         self._words[word] = value
         self._libc.syscall(self._futex, ctypes.c_void_p(self._base + word * 4), _WAKE, _MASK >> 1, None, None, 0)
 
-    def _wait(self, word: int, target: int, peer: int, pause: float = _POLL_SECONDS) -> None:
+    def _wait(
+        self, word: int, target: int, peer: int, pause: float = _POLL_SECONDS, meanwhile: Background | None = None
+    ) -> None:
         deadline = 0.0
         while (target - (now := self._words[word])) & _MASK < 1 << 31 and now != target:
             clock = time.monotonic()
             deadline = deadline or clock + self.timeout
             if clock > deadline:
                 raise MachineError(f"local rank {peer} of this node has not answered within {self.timeout:g} s")
+            if meanwhile is not None and meanwhile.busy:
+                meanwhile.progress()
+                pause = _BUSY_POLL_SECONDS
             limit = _Timespec(0, int(pause * 1e9))
             address = ctypes.c_void_p(self._base + word * 4)
             result = self._libc.syscall(self._futex, address, _WAIT, now, ctypes.byref(limit), None, 0)
