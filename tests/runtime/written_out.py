@@ -132,10 +132,11 @@ def grouped_heads(model: ModelSpec, p: Weights, x_BSD: Tensor):
 def latent_heads(model: ModelSpec, p: Weights, x_BSD: Tensor):
     spec = model.attention
     assert isinstance(spec, LatentAttention)
-    source = x_BSD
     if spec.q_lora_rank:
-        source = norm(model, linear(p, "attention.query_down", x_BSD), p, "attention.query_norm")
-    queries = linear(p, "attention.query", source)
+        short = norm(model, linear(p, "attention.query_down", x_BSD), p, "attention.query_norm")
+        queries = linear(p, "attention.query_up", short)
+    else:
+        queries = linear(p, "attention.query", x_BSD)
     latent = linear(p, "attention.latent", x_BSD)
     rotary_key = turned(latent[..., spec.kv_lora_rank :], spec.rope_theta, spec.yarn)
     normed = norm(model, latent[..., : spec.kv_lora_rank], p, "attention.latent_norm")

@@ -98,7 +98,9 @@ class LatentAttention(nn.Module):
         if query_rank:
             self.query_down = Linear(hidden, query_rank, gradients, bias=spec.bias, dtype=dtype)
             self.query_norm = RMSNorm(query_rank, model.norm_epsilon, gradients, dtype=dtype)
-        self.query = Linear(query_rank or hidden, heads * spec.query_key_dim, gradients, dtype=dtype)
+            self.query_up = Linear(query_rank, heads * spec.query_key_dim, gradients, dtype=dtype)
+        else:
+            self.query = Linear(hidden, heads * spec.query_key_dim, gradients, dtype=dtype)
         self.latent = Linear(hidden, rank + spec.qk_rope_head_dim, gradients, bias=spec.bias, dtype=dtype)
         self.latent_norm = RMSNorm(rank, model.norm_epsilon, gradients, dtype=dtype)
         self.key_value = Linear(rank, heads * (spec.qk_nope_head_dim + spec.v_head_dim), gradients, dtype=dtype)
@@ -106,7 +108,7 @@ class LatentAttention(nn.Module):
 
     def forward(self, x_TD: Tensor, rotation: Rotation) -> Tensor:
         spec = self.spec
-        query = self.query(self.query_norm(self.query_down(x_TD)) if spec.q_lora_rank else x_TD)
+        query = self.query_up(self.query_norm(self.query_down(x_TD))) if spec.q_lora_rank else self.query(x_TD)
         query_BHSN, query_BHSP = self._heads(query, spec.qk_nope_head_dim, spec.qk_rope_head_dim)
         latent_TL, shared_TP = self.latent(x_TD).split((spec.kv_lora_rank, spec.qk_rope_head_dim), dim=1)
         key_value = self.key_value(self.latent_norm(latent_TL))

@@ -134,11 +134,8 @@ class Engine:
 
     def named_state(self) -> Iterator[tuple[str, Tensor]]:
         """All that a model is: its parameters, and the correction biases that the balance of load moves."""
-        yield from self.named_parameters()
         for stage in self.stages.values():
-            for name, layer in stage.model.layers.items():
-                if isinstance(layer, MoELayer) and layer.router.correction_bias is not None:
-                    yield f"layers.{name}.router.correction_bias", layer.router.correction_bias
+            yield from stage.model.named_state()
 
     def step(self, batch: Tensor) -> StepResult:
         """Forward and backward of one step; gradients are added to `param.grad`.

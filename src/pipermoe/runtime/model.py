@@ -8,6 +8,8 @@ Global names: `embedding.weight`, `layers.7.attention.query.weight`, `layers.7.r
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -144,6 +146,13 @@ class StageModel(nn.Module):
             if model.tie_word_embeddings:
                 assert self.embedding is not None
                 self.head.weight = self.embedding.weight
+
+    def named_state(self) -> Iterator[tuple[str, Tensor]]:
+        """(global name, tensor) of all that a model is: what gradients train, then the routers' correction biases."""
+        yield from ((name, each) for name, each in self.named_parameters() if each.requires_grad)
+        for name, layer in self.layers.items():
+            if isinstance(layer, MoELayer) and layer.router.correction_bias is not None:
+                yield f"layers.{name}.router.correction_bias", layer.router.correction_bias
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """Final norm and output projection (T, V); the last stage only."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from pipermoe.specs.hf.reader import ConfigReader
-from pipermoe.specs.model import GroupedQueryAttention, Indexer, LatentAttention, LocalAttention
+from pipermoe.specs.model import GroupedQueryAttention, Indexer, LatentAttention, LocalAttention, Yarn
 
 QkNorm = Literal["none", "head", "full", "l2"]
 
@@ -38,6 +38,7 @@ def grouped_query(
         qk_norm=qk_norm,
         sinks=sinks,
         rope_theta=rope_theta(config),
+        yarn=yarn(config),
     )
 
 
@@ -56,6 +57,7 @@ def latent(config: ConfigReader, *, indexer: bool = False) -> LatentAttention:
         bias=config.flag("attention_bias", False),
         indexer=_indexer(config) if indexer else None,
         rope_theta=rope_theta(config),
+        yarn=yarn(config),
     )
 
 
@@ -64,6 +66,30 @@ def rope_theta(config: ConfigReader) -> float:
     if not config.has("rope_theta") and isinstance(config.raw("rope_parameters"), dict):
         return config.section("rope_parameters").number("rope_theta", 10000.0)
     return config.number("rope_theta", 10000.0)
+
+
+def yarn(config: ConfigReader) -> Yarn | None:
+    """YaRN in `rope_scaling`, or in `rope_parameters` as transformers 5 writes it; any other stretching is left out."""
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(config.raw(key), dict):
+            continue
+        section = config.section(key)
+        if "yarn" not in (section.raw("rope_type"), section.raw("type")):
+            continue
+        factor = section.number("factor")
+        if factor < 1:
+            raise section.error("factor", "must be at least 1")
+        pretrained = section.size("original_max_position_embeddings", None)
+        return Yarn(
+            factor=factor,
+            original_positions=pretrained or config.size("max_position_embeddings"),
+            beta_fast=section.number("beta_fast", 32.0),
+            beta_slow=section.number("beta_slow", 1.0),
+            truncate=section.flag("truncate", True),
+            mscale=section.number("mscale", 0.0),
+            mscale_all_dim=section.number("mscale_all_dim", 0.0),
+        )
+    return None
 
 
 def sliding_everywhere(config: ConfigReader, num_layers: int) -> LocalAttention | None:

@@ -19,6 +19,7 @@ def experts(
     shared_gate: bool = False,
     expert_bias: bool = False,
     expert_matrices: Literal[2, 3] = 3,
+    swiglu_limit: float = 0.0,
 ) -> MixtureOfExperts:
     """The block whose number of experts is in the key `count` and whose experts per token are in `top_k`."""
     num_experts, chosen = config.uniform_size(count, limit=MAX_EXPERTS), config.uniform_size(top_k)
@@ -34,6 +35,7 @@ def experts(
         shared_gate=shared_gate,
         expert_matrices=expert_matrices,
         expert_bias=expert_bias,
+        swiglu_limit=swiglu_limit,
         router=router,
     )
 

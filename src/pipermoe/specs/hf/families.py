@@ -97,6 +97,7 @@ def gpt_oss(config: ConfigReader) -> Fields:
         width=config.size("intermediate_size"),
         router=Router(normalize_top_k=True, bias=True),
         expert_bias=True,
+        swiglu_limit=config.number("swiglu_limit", 7.0),
     )
     return _decoder(
         config,

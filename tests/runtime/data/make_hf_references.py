@@ -1,0 +1,63 @@
+"""Writes hf_references.json: what transformers computes for the models of hf_tiny.py. Needs transformers 5.23.0.
+
+python tests/runtime/data/make_hf_references.py
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import load_file, save_file
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+import hf_tiny  # noqa: E402
+
+
+def checkpoint_of(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The model's tensors as they lie in published checkpoints."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return load_file(Path(folder) / "model.safetensors")
+
+
+def reference(model_type: str) -> dict:
+    config = hf_tiny.CONFIGS[model_type]
+    made = transformers.CONFIG_MAPPING[model_type].from_dict(dict(config))
+    shapes = {name: list(each.shape) for name, each in checkpoint_of(_class(made)(made)).items()}
+    with tempfile.TemporaryDirectory() as folder:
+        weights = {name: hf_tiny.numbers(name, tuple(shape)) for name, shape in shapes.items()}
+        save_file(weights, f"{folder}/model.safetensors", metadata={"format": "pt"})
+        Path(folder, "config.json").write_text(json.dumps(config))
+        model = _class(made).from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    tokens = hf_tiny.tokens()
+    logits = model(input_ids=tokens[:, :-1]).logits
+    loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    loss.backward()
+    for parameter in model.parameters():
+        parameter.data = parameter.grad
+    gradients = checkpoint_of(model)
+    trained = {name: each for name, each in gradients.items() if not name.endswith("e_score_correction_bias")}
+    return {
+        "shapes": shapes,
+        "loss": loss.item(),
+        "logits": [[float(f"{number:.8g}") for number in row] for row in logits.flatten(0, 1).tolist()],
+        "gradients": {
+            name: [float(f"{number:.8g}") for number in hf_tiny.along(name, gradient)]
+            for name, gradient in trained.items()
+        },
+    }
+
+
+def _class(config: transformers.PretrainedConfig):
+    return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+if __name__ == "__main__":
+    families = {model_type: reference(model_type) for model_type in hf_tiny.CONFIGS}
+    text = json.dumps({"transformers": transformers.__version__, "families": families}, separators=(",", ":"))
+    (HERE / "hf_references.json").write_text(text.replace('},"', '},\n"') + "\n")
