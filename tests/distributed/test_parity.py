@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.distributed.harness import run_ranks
-from tests.runtime.tiny import MODELS, TRAIN, batch_for, engine_for
+from tests.runtime.tiny import MODELS, TRAIN, batch_for, engine_for, job_of
 
 from pipermoe.runtime.gradients import gradient_of
 from pipermoe.runtime.groups import ProcessGroups
@@ -26,20 +26,21 @@ pytestmark = pytest.mark.distributed
 def train(rank: int, model_name: str, strategy: Strategy) -> dict:
     """A few steps; the losses of the whole batch, and this rank's first gradients and last weights by name."""
     groups = ProcessGroups.create(strategy)
-    engine = engine_for(MODELS[model_name], strategy, groups)
+    engine = engine_for(MODELS[model_name], strategy, groups, job_of(model_name))
     optimizer = Optimizer(engine.named_parameters(), groups, strategy, TRAIN.optimizer)
     losses, norms, gradients = [], [], {}
     for step in range(STEPS):
         result = engine.step(batch_for(strategy, groups.coordinates.dp, step))
         optimizer.reduce_gradients()
-        sums = torch.stack((result.loss, result.auxiliary, optimizer.owned_squared_norm()))
+        sums = torch.stack((result.loss, result.auxiliary, result.z_loss, optimizer.owned_squared_norm()))
         dist.all_reduce(sums)
-        losses.append(sums[:2].tolist())
-        norms.append(sums[2].sqrt().item())
+        losses.append(sums[:3].tolist())
+        norms.append(sums[3].sqrt().item())
         if step == 0 and not strategy.zero_dense:
             gradients = {name: gradient_of(parameter).clone() for name, parameter in engine.named_parameters()}
         optimizer.update(norms[-1], TRAIN.optimizer.learning_rate)
         optimizer.gather_weights()
+        engine.move_correction_biases()
         optimizer.zero_gradients()
     evaluation = engine.evaluate(batch_for(strategy, groups.coordinates.dp, STEPS)).loss
     dist.all_reduce(evaluation)
@@ -48,7 +49,7 @@ def train(rank: int, model_name: str, strategy: Strategy) -> dict:
         "norms": norms,
         "evaluation": evaluation.item(),
         "gradients": gradients,
-        "weights": dict(engine.named_parameters()),
+        "weights": dict(engine.named_state()),
         "ep": groups.coordinates.ep,
     }
 
@@ -76,6 +77,11 @@ CASES = {
     "ep2 edp2, tied embeddings, zero 1": ("tied", arrangement(dp=4, ep=2, zero_dense=1, zero_expert=1)),
     "dp4, everything replicated": ("plain", arrangement(dp=4, ep=1)),
     "pp2 dp2 ep2, uneven split": ("rich", arrangement(pp=2, dp=2, ep=2, micro_batch_size=2, layer_split=(1, 3))),
+    "pp2 ep2, latent attention, recompute": ("latent", arrangement(pp=2, dp=2, ep=2, recompute="full")),
+    "ep4, groups of experts": ("grouped", arrangement(dp=4, ep=4, micro_batch_size=2)),
+    "ep2 edp2, sinks and windows, zero 1": ("sinks", arrangement(dp=4, ep=2, zero_dense=1, zero_expert=1)),
+    "pp2 edp2, latent attention": ("latent", arrangement(pp=2, dp=2, ep=1, micro_batch_size=2)),
+    "pp4, chunks, layer norm, plain blocks": ("older", arrangement(pp=4, recompute="full")),
 }
 
 

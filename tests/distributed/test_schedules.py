@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.distributed.harness import run_ranks
-from tests.runtime.tiny import MODELS, batch_for, engine_for
+from tests.runtime.tiny import MODELS, batch_for, engine_for, job_of
 
 from pipermoe.runtime.gradients import gradient_of
 from pipermoe.runtime.groups import ProcessGroups
@@ -20,20 +20,20 @@ from pipermoe.specs.strategy import Strategy
 pytestmark = pytest.mark.distributed
 
 
-# Split backward, several stages on a rank, V shapes, pairs; name -> stages on a rank.
+# Split backward, several stages on a rank, V shapes, pairs; name -> (stages on a rank, model).
 SCHEDULES = {
-    "breadth-first": 2,
-    "interleaved-1f1b": 2,
-    "zb-h1": 1,
-    "zb-v": 2,
-    "v-min": 2,
-    "dualpipe-v": 2,
+    "breadth-first": (2, "rich"),
+    "interleaved-1f1b": (2, "rich"),
+    "zb-h1": (1, "sinks"),
+    "zb-v": (2, "latent"),
+    "v-min": (2, "rich"),
+    "dualpipe-v": (2, "grouped"),
 }
 
 
-def gradients(rank: int, strategy: Strategy) -> dict:
+def gradients(rank: int, model: str, strategy: Strategy) -> dict:
     groups = ProcessGroups.create(strategy)
-    engine = engine_for(MODELS["rich"], strategy, groups)
+    engine = engine_for(MODELS[model], strategy, groups, job_of(model))
     result = engine.step(batch_for(strategy, groups.coordinates.dp, 0))
     for parameter_name, parameter in engine.named_parameters():
         dist.all_reduce(gradient_of(parameter), group=groups.edp if is_expert(parameter_name) else groups.dp)
@@ -45,30 +45,31 @@ def gradients(rank: int, strategy: Strategy) -> dict:
     }
 
 
-def gradients_of_one_process(rank: int, micro_batch_size: int) -> dict:
-    strategy = Strategy(micro_batch_size=micro_batch_size)
-    engine = engine_for(MODELS["rich"], strategy, ProcessGroups.create(strategy))
+def gradients_of_one_process(rank: int, model: str) -> dict:
+    strategy = Strategy()
+    engine = engine_for(MODELS[model], strategy, ProcessGroups.create(strategy), job_of(model))
     loss = engine.step(batch_for(strategy, 0, 0)).loss
     return {"loss": loss, "gradients": {name: gradient_of(each) for name, each in engine.named_parameters()}}
 
 
 @cache
-def expected(micro_batch_size: int) -> dict:
-    return run_ranks(gradients_of_one_process, 1, micro_batch_size)[0]
+def expected(model: str) -> dict:
+    return run_ranks(gradients_of_one_process, 1, model)[0]
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_gradients_equal_one_process(name: str):
+    virtual_stages, model = SCHEDULES[name]
     strategy = Strategy(
         pipeline_parallel=2,
         data_parallel=2,
         expert_parallel=2,
         schedule=name,
-        virtual_stages=SCHEDULES[name],
+        virtual_stages=virtual_stages,
         recompute="full" if name == "zb-v" else "none",
     )
-    reference = expected(1)
-    for rank in run_ranks(gradients, 4, strategy):
+    reference = expected(model)
+    for rank in run_ranks(gradients, 4, model, strategy):
         np.testing.assert_allclose(rank["loss"], reference["loss"], rtol=1e-5)
         for parameter, value in rank["gradients"].items():
             wanted = reference["gradients"][parameter]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
-from tests.runtime.tiny import MODELS, TRAIN, batch_for, engine_for
+from tests.runtime.tiny import MODELS, TRAIN, batch_for, engine_for, job_of
 from tests.runtime.written_out import loss_of_step, losses
 from torch._C._distributed_c10d import HashStore
 
@@ -17,7 +17,6 @@ from pipermoe.runtime.engine import Engine
 from pipermoe.runtime.gradients import gradient_of
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.specs.strategy import Strategy
-from pipermoe.specs.train import TrainConfig
 
 
 @pytest.fixture
@@ -25,16 +24,6 @@ def alone() -> Iterator[ProcessGroups]:
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     yield ProcessGroups.create(Strategy())
     dist.destroy_process_group()
-
-
-# The balancing losses that each model is trained with; the correction biases are drawn, as at first they are zero.
-LEVELS = {"latent": "sequence", "grouped": "global_batch", "sinks": "sequence", "older": "global_batch"}
-
-
-def job_of(name: str) -> TrainConfig:
-    if name not in LEVELS:
-        return TRAIN
-    return TRAIN.model_copy(update={"auxiliary_loss_level": LEVELS[name], "z_loss": 0.3})
 
 
 def draw(engine: Engine) -> None:

@@ -18,7 +18,7 @@ from pipermoe.specs.model import (
     Yarn,
 )
 from pipermoe.specs.strategy import Strategy
-from pipermoe.specs.train import Optimizer, TrainConfig
+from pipermoe.specs.train import AuxiliaryLossLevel, Optimizer, TrainConfig
 
 PLAIN = ModelSpec(
     name="plain",
@@ -145,6 +145,16 @@ TRAIN = TrainConfig(
     # becomes a step of full length.
     optimizer=Optimizer(learning_rate=1e-2, gradient_clip=0.5, epsilon=1e-4),
 )
+# With what balancing losses each model is trained; a load over the global batch depends on how it is divided.
+LEVELS: dict[str, AuxiliaryLossLevel] = {"latent": "sequence", "sinks": "sequence", "older": "global_batch"}
+
+
+def job_of(name: str) -> TrainConfig:
+    """How the model of this name is trained: the newer ones with z-loss, and biases that move by much."""
+    if name in ("plain", "rich", "sigmoid", "tied"):
+        return TRAIN
+    level = LEVELS.get(name, "micro_batch")
+    return TRAIN.model_copy(update={"auxiliary_loss_level": level, "z_loss": 0.3, "balance_rate": 0.02})
 
 
 def microbatches(strategy: Strategy, train: TrainConfig = TRAIN) -> int:

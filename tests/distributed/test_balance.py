@@ -1,0 +1,46 @@
+"""The load of the global batch is that of all data-parallel ranks together, and of the micro-batches so far."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from tests.distributed.harness import run_ranks
+from tests.runtime.tiny import MODELS, TRAIN, batch_for, engine_for
+
+from pipermoe.runtime.gradients import gradient_of
+from pipermoe.runtime.groups import ProcessGroups
+from pipermoe.specs.strategy import Strategy
+
+pytestmark = pytest.mark.distributed
+
+GLOBALLY = TRAIN.model_copy(update={"auxiliary_loss_level": "global_batch"})
+SPREAD = Strategy(data_parallel=2, expert_parallel=2)
+
+
+def router_gradients(rank: int, strategy: Strategy, recompute: str) -> dict:
+    """The auxiliary loss of a step and the routers' gradients; a single process takes the two halves side by side."""
+    strategy = strategy.model_copy(update={"recompute": recompute})
+    groups = ProcessGroups.create(strategy)
+    engine = engine_for(MODELS["latent"], strategy, groups, GLOBALLY)
+    if groups.world.size() == 1:
+        batch = torch.cat([batch_for(SPREAD, dp, 0) for dp in range(2)], dim=1)
+    else:
+        batch = batch_for(strategy, groups.coordinates.dp, 0)
+    auxiliary = engine.step(batch).auxiliary
+    routers = {name: gradient_of(each) for name, each in engine.named_parameters() if name.endswith("router.weight")}
+    for summed in (auxiliary, *routers.values()):
+        dist.all_reduce(summed)
+    engine.move_correction_biases()
+    biases = {name: each for name, each in engine.named_state() if name.endswith("correction_bias")}
+    return {"auxiliary": auxiliary, **routers, **biases}
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_two_ranks_see_the_load_that_one_process_sees(recompute: str):
+    (expected,) = run_ranks(router_gradients, 1, Strategy(micro_batch_size=2), recompute)
+    for rank in run_ranks(router_gradients, 2, SPREAD, recompute):
+        assert rank.keys() == expected.keys()
+        for name, value in expected.items():
+            np.testing.assert_allclose(rank[name], value, rtol=1e-4, atol=1e-7, err_msg=name)
