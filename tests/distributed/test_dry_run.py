@@ -1,29 +1,63 @@
-"""One rank of the same program, under fake tensors and the fake process group, counts what the real run counts."""
+"""A dry run of any rank, in one process, reports what that rank measures in a real run under the same routing."""
 
 from __future__ import annotations
 
 import pytest
-import torch.distributed as dist
+import torch
 from tests.distributed.harness import run_ranks
-from tests.distributed.test_counters import CASES, count
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
+from tests.runtime.tiny import MODELS, TRAIN, batch_for
 
-NAMES = ["pp2 ep2", "ep4, recompute"]
+from pipermoe.runtime.counting import counted
+from pipermoe.runtime.dryrun import dry_run, schedule_of
+from pipermoe.runtime.engine import Engine
+from pipermoe.runtime.groups import ProcessGroups
+from pipermoe.runtime.optimizer import Optimizer
+from pipermoe.runtime.planned_routing import planned_counts
+from pipermoe.runtime.step import training_step
+from pipermoe.specs.strategy import Strategy
 
 pytestmark = pytest.mark.distributed
 
+slow = pytest.mark.slow
+CASES = [
+    pytest.param("plain", "pp2 dp2 ep2 z1 1f1b", "lognormal:max=1.8"),
+    pytest.param("rich", "pp2 vpp2 dp2 ep2 z0/1 interleaved-1f1b full", "balanced"),
+    pytest.param("sigmoid", "pp4 dp1 ep1 zb-h1 split:1,1,1,1", "balanced", marks=slow),
+    pytest.param("rich", "pp2 dp2 ep1 z1 mbs2 gpipe split:1,3", "lognormal:sigma=1", marks=slow),
+    pytest.param("sigmoid", "pp1 dp4 ep4 z1/0 mbs2 full", "lognormal:max=2", marks=slow),
+    pytest.param("plain", "pp2 vpp2 dp2 ep2 zb-v z1", "lognormal:max=1.5", marks=slow),
+    pytest.param("rich", "pp1 dp4 ep2 z1", "lognormal:sigma=0.5", marks=slow),
+    pytest.param("plain", "pp4 vpp1 dp1 ep1 zb-h2", "balanced", marks=slow),
+]
 
-@pytest.mark.parametrize(("model_name", "strategy"), [CASES[name] for name in NAMES], ids=NAMES)
-def test_a_dry_run_counts_the_bytes_and_flops_of_the_real_run(model_name: str, strategy):
-    real = run_ranks(count, strategy.world_size, model_name, strategy, True)
-    for rank in (0, strategy.world_size - 1):
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=strategy.world_size)
-        try:
-            with FakeTensorMode():
-                fake = count(rank, model_name, strategy, True)
-        finally:
-            dist.destroy_process_group()
-        assert fake["flops"] == real[rank]["flops"]
-        assert fake["traffic"] == real[rank]["traffic"]
-        assert fake["memory"] == real[rank]["memory"]
+
+def measure(rank: int, model_name: str, strategy: Strategy, routing: str) -> dict:
+    """What one rank of a real run counts in its second step."""
+    model, moe = MODELS[model_name], MODELS[model_name].moe
+    tokens = strategy.micro_batch_size * TRAIN.seq_len
+    counts = planned_counts(
+        routing, tokens=tokens, top_k=moe.top_k, experts=moe.num_experts, sources=strategy.expert_parallel
+    )
+    groups = ProcessGroups.create(strategy)
+    schedule = schedule_of(TRAIN, strategy)
+    engine = Engine(model, TRAIN, strategy, schedule, groups, planned_counts=counts.tolist())
+    optimizer = Optimizer(engine.named_parameters(), groups, strategy, TRAIN.optimizer)
+    batch = batch_for(strategy, groups.coordinates.dp, 0)
+
+    def agree(totals: torch.Tensor) -> float:
+        return totals.tolist()[0] ** 0.5
+
+    def step() -> None:
+        training_step(engine, optimizer, batch, agree, 1e-3)
+
+    step()
+    return counted(rank, engine.meter, optimizer, step)[1].model_dump()
+
+
+@pytest.mark.parametrize(("model_name", "text", "routing"), CASES)
+def test_a_dry_run_of_every_rank_equals_the_real_run(model_name: str, text: str, routing: str):
+    strategy = Strategy.parse(text)
+    real = run_ranks(measure, strategy.world_size, model_name, strategy, routing)
+    for rank, measured in enumerate(real):
+        footprint = dry_run(MODELS[model_name], TRAIN, strategy, rank=rank, routing=routing)
+        assert footprint.report.model_dump() == measured

@@ -9,16 +9,14 @@ from __future__ import annotations
 import math
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-from torch.utils.weak import WeakIdKeyDictionary
 
 from pipermoe.runtime.groups import axis_of
 from pipermoe.runtime.meter import Meter
@@ -30,6 +28,10 @@ aten = torch.ops.aten
 
 class Counter(TorchDispatchMode):
     """Observes every operation of a block, after it has run."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing here is compiled; torch's guard against it costs as much as an operation
 
     def observe(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         raise NotImplementedError
@@ -51,7 +53,8 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        self.observe(func, args, kwargs, result)
+        if func.namespace != "prim":  # a question about a tensor, of which fake tensors get many
+            self.observe(func, args, kwargs, result)
         return result
 
 
@@ -89,7 +92,7 @@ class MemoryCounter(Counter):
         self._meter = meter
         self._live: dict[MemoryCategory, int] = dict.fromkeys(MEMORY_CATEGORIES, 0)
         self._total = 0
-        self._free = WeakIdKeyDictionary()
+        self._free: dict[int, Any] = {}  # by id of a storage that lives, what subtracts it
         self.peak_bytes, self.bytes_at_peak = 0, dict(self._live)
         self.action_at_peak: Action | str = ""
         self.peak_by_action: dict[Action | str, int] = {}
@@ -104,17 +107,17 @@ class MemoryCounter(Counter):
         self._meter.on_release = None
 
     def observe(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        born = {id(storage): storage for storage in _storages(result)}
+        born = {id(storage): storage for storage in _storages(result) if id(storage) not in self._free}
         for storage in _storages((args, kwargs)) if born else ():
             born.pop(id(storage), None)  # a view of, or written into, something older than the block
         for storage in born.values():
             self._add(storage, self._meter.phase)
 
     def _add(self, storage: torch.UntypedStorage, category: MemoryCategory) -> None:
-        if storage in self._free:
+        key, size = id(storage), storage.nbytes()
+        if key in self._free:
             return
-        size = storage.nbytes()
-        self._free[storage] = weakref.finalize(storage, self._subtract, category, size)
+        self._free[key] = weakref.finalize(storage, self._subtract, key, category, size)
         self._live[category] += size
         self._total += size
         action = self._meter.action
@@ -123,18 +126,26 @@ class MemoryCounter(Counter):
         if self._total > self.peak_bytes:
             self.peak_bytes, self.bytes_at_peak, self.action_at_peak = self._total, dict(self._live), action
 
-    def _subtract(self, category: MemoryCategory, size: int) -> None:
+    def _subtract(self, key: int, category: MemoryCategory, size: int) -> None:
+        del self._free[key]
         self._live[category] -= size
         self._total -= size
 
     def _release(self, tensor: Tensor) -> None:
-        finalizer = self._free.get(tensor.untyped_storage())
+        finalizer = self._free.get(id(tensor.untyped_storage()))
         if finalizer is not None:
             finalizer()  # at most once, now or when the storage dies
 
 
-def _storages(tree: Any) -> Iterable[torch.UntypedStorage]:
-    return (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
+    """The storages of all tensors in nested arguments (torch's pytree takes longer than most operations)."""
+    if isinstance(tree, Tensor):
+        yield tree.untyped_storage()
+    elif isinstance(tree, (tuple, list)):
+        for each in tree:
+            yield from _storages(each)
+    elif isinstance(tree, dict):
+        yield from _storages(list(tree.values()))
 
 
 class FlopCounter(Counter):

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from pipermoe.runtime.attribution import AttributedFlops, AttributedTraffic
@@ -23,6 +22,7 @@ from pipermoe.runtime.engine import Engine
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.optimizer import Optimizer
 from pipermoe.runtime.planned_routing import planned_counts
+from pipermoe.runtime.shapes import ShapeMode
 from pipermoe.runtime.step import AFTER_PIPELINE, training_step
 from pipermoe.runtime.support import check_model
 from pipermoe.schedule.action import Action, Schedule
@@ -63,7 +63,7 @@ def dry_run(
         seed=seed,
     )
     schedule = schedule_of(train, strategy)
-    with fake_world(rank, strategy.world_size), FakeTensorMode():
+    with fake_world(rank, strategy.world_size), ShapeMode():
         groups = ProcessGroups.create(strategy)
         engine = Engine(model, train, strategy, schedule, groups, planned_counts=counts_PE.tolist())
         optimizer = Optimizer(engine.named_parameters(), groups, strategy, train.optimizer)

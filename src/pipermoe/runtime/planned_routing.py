@@ -76,8 +76,8 @@ def lognormal_of_maximum(normal_E: NDArray, maximum: float) -> NDArray:
 def apportion(shares_E: NDArray, rows: int, tokens: int) -> NDArray:
     """Whole rows in proportion to `shares_E` by largest remainders; what exceeds `tokens` goes to the other experts."""
     open_E = np.ones(len(shares_E), dtype=bool)
-    exact_E = np.zeros(len(shares_E))
-    while True:
+    exact_E = np.full(len(shares_E), float(tokens))
+    while open_E.any():
         left = rows - tokens * np.count_nonzero(~open_E)
         weights_E = np.where(open_E, np.maximum(shares_E, np.finfo(float).tiny), 0.0)
         exact_E = np.where(open_E, left * weights_E / weights_E.sum(), tokens)
