@@ -27,7 +27,7 @@ class Transfer:
     waits: tuple[int, ...] = ()
     slot: int = -1
     copied_to: tuple[Range, ...] = ()
-    small: bool = False  # crosses the network among few bytes of its pair
+    by_socket: bool = False  # crosses the network over a socket of our own, not the process group
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +50,14 @@ class Program:
         return sum(send.length for send in self.sends if send.slot < 0 and not send.copied_to)
 
 
-def lower(plan: ExchangePlan, rank: int, topology: Topology | None = None, small_pair_bytes: int = 0) -> Program:
+def lower(plan: ExchangePlan, rank: int, topology: Topology | None = None, socket_bytes: int = 0) -> Program:
     """The program of `rank`. With a topology, messages inside a node pass through shared memory slots.
 
-    Those of a pair of ranks that exchanges at most `small_pair_bytes` in all over the network are marked small.
+    Those of a pair of ranks that exchanges at most `socket_bytes` in all over the network go by socket.
     """
     slots, shared_bytes = _slots(plan, rank, topology)
     pair = plan.source * plan.num_ranks + plan.destination
-    small = np.bincount(pair, plan.message_bytes, plan.num_ranks**2)[pair] <= small_pair_bytes
+    by_socket = np.bincount(pair, plan.message_bytes, plan.num_ranks**2)[pair] <= socket_bytes
     receives, sends = [], []
     length = plan.message_bytes
     for m in np.flatnonzero((plan.source == rank) | (plan.destination == rank)).tolist():
@@ -73,12 +73,13 @@ def lower(plan: ExchangePlan, rank: int, topology: Topology | None = None, small
                 tuple(plan.dependencies_of(m).tolist()),
                 slot,
                 _written(plan, here) if destination == rank else (),
-                small=bool(small[m]) and slot < 0 and destination != rank,
+                by_socket=bool(by_socket[m]) and slot < 0 and destination != rank,
             )
             sends.append(transfer)
         else:
+            place = _written(plan, here)
             receives.append(
-                Transfer(m, source, int(length[m]), _written(plan, here), (), slot, small=bool(small[m]) and slot < 0)
+                Transfer(m, source, int(length[m]), place, slot=slot, by_socket=bool(by_socket[m]) and slot < 0)
             )
     return Program(
         rank,

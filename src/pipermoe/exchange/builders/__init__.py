@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipermoe.exchange.builders.direct import direct, group_aware, pairwise
 from pipermoe.exchange.builders.logstep import log_step
-from pipermoe.exchange.builders.node import hierarchical, mirrored, nic_balanced
+from pipermoe.exchange.builders.node import hierarchical, mirrored, nic_balanced, one_leader
 from pipermoe.exchange.builders.rounds import balanced_rounds
 
 BUILDERS = {
@@ -12,6 +12,7 @@ BUILDERS = {
     "pairwise": pairwise,
     "group_aware": group_aware,
     "hierarchical": hierarchical,
+    "one_leader": one_leader,
     "nic_balanced": nic_balanced,
     "mirrored": mirrored,
     "balanced_rounds": balanced_rounds,

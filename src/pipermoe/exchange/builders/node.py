@@ -31,6 +31,22 @@ def hierarchical(
     )
 
 
+def one_leader(counts: ArrayLike, topology: Topology) -> ExchangePlan:
+    """All that a node sends and receives, inside it as well, passes its first rank: the fewest messages of all.
+
+    For a few bytes on ranks that share processor cores, where every message wakes someone up: 2 (R - 1) messages inside
+    a node and N - 1 that leave it. HetuMoE's hierarchical all-to-all.
+    """
+    counts = byte_matrix(counts)
+    once = np.ones((topology.num_nodes,) * 2, dtype=np.int64)
+    pieces = cut_node_pairs(counts, topology, once, with_inside=True)
+    i, j = topology.node_of[pieces.source], topology.node_of[pieces.destination]
+    first = np.array([ranks[0] for ranks in topology.ranks_of_node])
+    step = _chunked_step(topology, pieces, i, j, chunk=np.zeros_like(i))
+    carrier = (first[i], first[j])
+    return relay("one_leader", counts, topology, pieces, carrier, step, separate_inside=False, inside="carried")
+
+
 def nic_balanced(counts: ArrayLike, topology: Topology, *, chunk_bytes: int = 0) -> ExchangePlan:
     """Every pair of nodes cuts its bytes evenly over their NICs, whichever devices they belong to.
 

@@ -15,6 +15,7 @@ HALO: Piper, arXiv 2605.05049; phase I runs beside II -> III.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -32,6 +33,7 @@ from pipermoe.exchange.topology import Topology
 
 PHASES = ("gather", "cross", "inside", "scatter")
 GATHER, CROSS, INSIDE, SCATTER = range(4)
+Inside = Literal["straight", "carried"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,14 +47,17 @@ class Pieces:
     cut: Ints  # which cut of its node pair it belongs to
 
 
-def cut_node_pairs(counts: Ints, topology: Topology, cuts: Ints, chunk_bytes: int = 0) -> Pieces:
+def cut_node_pairs(
+    counts: Ints, topology: Topology, cuts: Ints, chunk_bytes: int = 0, *, with_inside: bool = False
+) -> Pieces:
     """The segments between nodes, each node pair's bytes cut into `cuts[i, j]` equal parts, these into chunks.
 
+    With `with_inside` the segments inside nodes, too.
     The bytes of a node pair are one stream, ordered by source and then destination rank; cuts ignore whose they are.
     A part longer than `chunk_bytes` (if positive) becomes several, numbered part * chunks + chunk.
     """
     node = topology.node_of
-    source, destination = np.nonzero(counts * (node[:, None] != node[None, :]))
+    source, destination = np.nonzero(counts if with_inside else counts * (node[:, None] != node[None, :]))
     order = np.lexsort((destination, source, node[destination], node[source]))
     source, destination = source[order], destination[order]
     length = counts[source, destination]
@@ -87,11 +92,12 @@ def relay(
     step: Ints,
     *,
     separate_inside: bool = True,
+    inside: Inside = "straight",
 ) -> ExchangePlan:
     """The plan in which piece i crosses from carrier[0][i] to carrier[1][i], packets in the order of `step`.
 
     Without `separate_inside` what stays on the node travels with the gather: fewer messages, but the crossing waits
-    for more bytes.
+    for more bytes. With `inside` = "carried" the pieces hold the segments inside nodes, too.
     """
     a, b = carrier
     before, above = segment_offsets(counts)
@@ -113,13 +119,13 @@ def relay(
         pieces.length,
     )
     scatter = Fragments(place + STAGING, arrives, place + OUTPUT, write_at, pieces.length)
-    s, d, inside = _inside(counts, topology, before, above)
+    s, d, straight = _inside(counts if inside == "straight" else np.zeros_like(counts), topology, before, above)
     crosses = np.lexsort((leaves, packet))  # so that a packet is one range of the staging at both ends
     parts = [
         (pieces.source[gathered], a[gathered], GATHER, step[gathered], gather[gathered]),
         (a[crosses], b[crosses], CROSS, step[crosses], cross[crosses]),
         (b[scattered], pieces.destination[scattered], SCATTER, step[scattered], scatter[scattered]),
-        (s, d, INSIDE if separate_inside else GATHER, np.zeros(len(s), dtype=np.int64), inside),
+        (s, d, INSIDE if separate_inside else GATHER, np.zeros(len(s), dtype=np.int64), straight),
     ]
     return assemble(
         name,
@@ -128,14 +134,15 @@ def relay(
         source=np.concatenate([part[0] for part in parts]),
         destination=np.concatenate([part[1] for part in parts]),
         phase=np.concatenate([np.full(len(part[0]), part[2], dtype=np.int64) for part in parts]),
-        step=np.concatenate([_step_of(part[2], part[3], separate_inside) for part in parts]),
+        step=np.concatenate([_step_of(part[2], part[3], separate_inside, inside) for part in parts]),
         fragments=Fragments.join([part[4] for part in parts]),
     )
 
 
-def _step_of(phase: int, step: Ints, separate_inside: bool) -> Ints:
-    """One gather for all packets of a rank when it travels with the inside; else one per step."""
-    return step if separate_inside or phase in (CROSS, SCATTER) else np.zeros_like(step)
+def _step_of(phase: int, step: Ints, separate_inside: bool, inside: Inside) -> Ints:
+    """One gather for all packets of a rank when it travels with the inside; one scatter, too, if that is carried."""
+    together = (phase == GATHER and not separate_inside) or (phase == SCATTER and inside == "carried")
+    return np.zeros_like(step) if together else step
 
 
 def _all_in(packet: Ints, holds) -> np.ndarray:
