@@ -11,8 +11,8 @@ from pipermoe.schedule.action import Schedule
 from pipermoe.schedule.builders.dualpipe import dualpipe, dualpipe_v
 from pipermoe.schedule.builders.flush import gpipe, one_f_one_b
 from pipermoe.schedule.builders.looped import breadth_first, interleaved_1f1b
-from pipermoe.schedule.builders.overlapped import overlapped
-from pipermoe.schedule.builders.vshape import v_half, v_min, zb_v
+from pipermoe.schedule.builders.overlapped import overlapped, zb_h2_overlap, zb_v_overlap
+from pipermoe.schedule.builders.vshape import v_half, v_half_overlap, v_min, zb_v
 from pipermoe.schedule.builders.zero_bubble import zb_h1, zb_h2
 from pipermoe.schedule.torch_csv import read_csv
 from pipermoe.specs.errors import UserError, describe_value
@@ -39,8 +39,8 @@ def _beside(builder: Builder) -> Builder:
 
 _LOOP, _V = (2, None), (2, 2)
 
-# GPipe and breadth-first finish all forwards before the first backward: nothing could run beside another. Pairs fix the
-# order of forwards and backwards, so zb-h2 overlapped is zb-h1 overlapped, and the overlapped V is dualpipe-v.
+# GPipe and breadth-first finish all forwards before the first backward: nothing could run beside another. V-Min slowed
+# down to the pace of one pair per micro-batch is V-Half: v-half-overlap is its overlapped variant, too.
 RECIPES: dict[str, Recipe] = {
     "gpipe": Recipe(gpipe),
     "1f1b": Recipe(one_f_one_b),
@@ -51,8 +51,11 @@ RECIPES: dict[str, Recipe] = {
     "zb-h1": Recipe(zb_h1),
     "zb-h2": Recipe(zb_h2),
     "zb-h1-overlap": Recipe(_beside(zb_h1)),
+    "zb-h2-overlap": Recipe(zb_h2_overlap),
     "zb-v": Recipe(zb_v, _V),
+    "zb-v-overlap": Recipe(zb_v_overlap, _V, microbatches_per_rank=2),
     "v-half": Recipe(v_half, _V),
+    "v-half-overlap": Recipe(v_half_overlap, _V),
     "v-min": Recipe(v_min, _V),
     "dualpipe": Recipe(dualpipe, ranks_step=2, microbatches_step=2, microbatches_per_rank=2),
     "dualpipe-v": Recipe(dualpipe_v, _V, microbatches_per_rank=2),

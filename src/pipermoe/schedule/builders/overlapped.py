@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from pipermoe.schedule.action import Action, Kind, Schedule, overlap
-from pipermoe.schedule.builders.squeeze import Limits, squeeze
+from pipermoe.schedule.builders.dualpipe import dualpipe_v
+from pipermoe.schedule.builders.squeeze import LONG_EXCHANGES, Limits, squeeze
+from pipermoe.schedule.builders.zero_bubble import zb_h2
+from pipermoe.schedule.memory import in_flight
 
 
 def overlapped(schedule: Schedule) -> Schedule:
@@ -30,7 +34,36 @@ def overlapped(schedule: Schedule) -> Schedule:
     paired = replace(schedule, name=f"{schedule.name}-overlap", ranks=tuple(tuple(rank.done) for rank in ranks))
     if not schedule.splits_backward:
         return paired
-    return squeeze(paired, Limits((1.0,) * schedule.num_stages, (math.inf,) * schedule.num_ranks))
+    return squeeze(paired, Limits.equal(paired, math.inf))
+
+
+def overlapped_and_split(paired: Schedule, name: str) -> Schedule:
+    """A schedule of pairs with the backwards in them split as well, within the memory that it has.
+
+    A pair of F and I ends after two thirds of the time of one of F and B, so micro-batches come round sooner; weight
+    gradients wait for idle time. Laid out for all-to-alls of half the computation.
+    """
+
+    def split(part: Action) -> Action:
+        return replace(part, kind=Kind.INPUT_GRAD) if part.kind is Kind.BACKWARD else part
+
+    def order(actions: Sequence[Action]) -> Iterator[Action]:
+        for action in actions:
+            if action.kind is not Kind.WEIGHT_GRAD:
+                yield overlap(*map(split, action.pair)) if action.pair else split(action)
+
+    spines = replace(paired, name=name, ranks=tuple(tuple(order(actions)) for actions in paired.ranks))
+    return squeeze(spines, Limits.equal(paired, max(in_flight(paired).rank)), LONG_EXCHANGES, patience=0.5)
+
+
+def zb_h2_overlap(pipeline_parallel: int, microbatches: int, virtual_stages: int = 1) -> Schedule:
+    """ZB-H2 in pairs: 2 p activations, one more than ZB-H2, since the last stage too needs two for a pair."""
+    return overlapped_and_split(overlapped(zb_h2(pipeline_parallel, microbatches)), "zb-h2-overlap")
+
+
+def zb_v_overlap(pipeline_parallel: int, microbatches: int, virtual_stages: int = 2) -> Schedule:
+    """ZB-V in pairs: DualPipe-V's order and memory (half an activation more than ZB-V), with every backward split."""
+    return overlapped_and_split(dualpipe_v(pipeline_parallel, microbatches), "zb-v-overlap")
 
 
 class _Rank:

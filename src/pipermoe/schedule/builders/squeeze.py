@@ -13,6 +13,9 @@ from pipermoe.schedule.durations import Durations
 from pipermoe.schedule.program import Step, compile_program
 from pipermoe.schedule.timeline import Mail
 
+# What overlapped variants are laid out for: F = I = W = 1 and all-to-alls of half of F and of I.
+LONG_EXCHANGES = Durations(forward_exchange=0.5, backward_exchange=0.5)
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -22,10 +25,9 @@ class Limits:
     rank: tuple[float, ...]
 
     @classmethod
-    def of_spines(cls, schedule: Schedule, spare: float) -> Limits:
-        """One unit per stage and micro-batch; every rank may hold the largest peak of the given orders plus `spare`."""
-        stage = (1.0,) * schedule.num_stages
-        return cls(stage, (max(spine_peaks(schedule, stage)) + spare,) * schedule.num_ranks)
+    def equal(cls, schedule: Schedule, activations: float) -> Limits:
+        """One unit per stage and micro-batch; every rank may hold `activations` of them."""
+        return cls((1.0,) * schedule.num_stages, (float(activations),) * schedule.num_ranks)
 
 
 def spine_peaks(spines: Schedule, stage: Sequence[float]) -> list[float]:
