@@ -241,6 +241,7 @@ def train(
     output: Annotated[Path, Output] = Path("run"),
     steps: int | None = None,
     resume: Annotated[bool, Switch] = False,
+    weights: Path | None = None,
     json: Json = False,
 ) -> None:
     """Train with exactly the strategy of a plan, and measure what the plan predicted.
@@ -257,6 +258,9 @@ def train(
         Train this many steps instead of the plan's.
     resume
         Go on from the newest checkpoint in the output folder.
+    weights
+        Start from the published weights in this folder (config.json and safetensors files of a Hugging Face model), and
+        write the trained ones the same way, into the output folder.
     json
         Print the measurement as JSON.
     """
@@ -264,7 +268,7 @@ def train(
     from pipermoe.specs.documents import load
     from pipermoe.specs.plan import Plan
 
-    measurement = launch(load(plan, Plan), output, steps=steps, resume=resume, quiet=json)
+    measurement = launch(load(plan, Plan), output, steps=steps, resume=resume, weights=weights, quiet=json)
     if measurement is not None and json:
         print(measurement.model_dump_json(indent=2, exclude_none=True))
 

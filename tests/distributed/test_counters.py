@@ -21,6 +21,8 @@ CASES = {
     "pp4": ("plain", Strategy(pipeline_parallel=4)),
     "pp2 ep2": ("rich", Strategy(pipeline_parallel=2, data_parallel=2, expert_parallel=2)),
     "ep4, recompute": ("sigmoid", Strategy(data_parallel=4, expert_parallel=4, recompute="full", micro_batch_size=2)),
+    "pp2 ep2, latent attention": ("latent", Strategy(pipeline_parallel=2, data_parallel=2, expert_parallel=2)),
+    "pp4, sinks and windows, recompute": ("sinks", Strategy(pipeline_parallel=4, recompute="full")),
     "ep2 edp2": ("rich", Strategy(data_parallel=4, expert_parallel=2, expert_data_parallel=2)),
 }
 

@@ -79,7 +79,7 @@ def test_logits_loss_and_gradients_are_those_of_transformers(family: str, tmp_pa
 def test_what_is_written_is_what_was_read(family: str, tmp_path: Path, alone: ProcessGroups):
     engine = engine_of(published(tmp_path, family), alone)
     load_weights(tmp_path, engine.model, engine.named_state())
-    save_weights(tmp_path / "out", engine.model, family, engine.named_state(), alone)
+    save_weights(tmp_path / "out", engine.model, tmp_path, engine.named_state(), alone)
     table = json.loads((tmp_path / "out" / INDEX).read_text())
     read, written = load_file(tmp_path / SINGLE), {}
     for file in set(table["weight_map"].values()):
@@ -140,6 +140,10 @@ def test_what_others_save_beside_the_weights_is_passed_over(tmp_path: Path, alon
             "weight_map names '../b'; ",
         ),
         ({"config.json": json.dumps(CONFIGS["olmoe"] | {"rope_theta": 7.0})}, "config.json: attention is "),
+        (
+            {"config.json": json.dumps(CONFIGS["olmoe"] | {"rope_scaling": {"type": "linear", "factor": 2.0}})},
+            "rope_scaling.rope_type = 'linear': ",
+        ),
     ],
 )
 def test_a_folder_that_is_no_checkpoint_is_refused(

@@ -93,6 +93,7 @@ class Engine:
         self.validation = Program.of(_forward_only(schedule), here.pp)
         exchange = Exchange(groups.ep, model.moe.num_experts, self.meter, planned_counts)
         self.balance = Balance(train.auxiliary_loss_level, train.seq_len, groups.dp, self.meter)
+        self.local_experts = exchange.local_experts
         split = split_layers(model.num_layers, schedule.num_stages, strategy.layer_split)
         self.stages = {
             stage: Stage(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,8 +52,7 @@ def load_weights(folder: Path, model: ModelSpec, state: State, first_expert: int
     The first local expert is the logical expert `first_expert`. Raises `UserError` if the weights are of another model:
     a tensor is missing, superfluous or of another shape.
     """
-    rules = rules_of(folder)
-    check_same_model(folder / "config.json", ModelSpec.from_hf_config(folder), model)
+    rules = _rules_of_same(folder, model)
     with Files(folder) as files:
         _check(files, model, rules)
         for name, tensor in state:
@@ -61,22 +61,36 @@ def load_weights(folder: Path, model: ModelSpec, state: State, first_expert: int
                 tensor.copy_(_read(files, place, tensor, first_expert) if is_expert(name) else _joined(files, place))
 
 
+def check_weights(folder: Path, model: ModelSpec) -> None:
+    """Raise `UserError` unless `folder` holds all weights of `model`; no tensor is read."""
+    with Files(folder) as files:
+        _check(files, model, _rules_of_same(folder, model))
+
+
+def _rules_of_same(folder: Path, model: ModelSpec) -> Rules:
+    rules = rules_of(folder)
+    check_same_model(folder / "config.json", ModelSpec.from_hf_config(folder), model)
+    return rules
+
+
 def rules_of(folder: Path) -> Rules:
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
-    family = config.get("model_type") if isinstance(config, dict) else None
-    return family_rules(family, str(path))
-
-
-def family_rules(family: object, where: str = "") -> Rules:
-    """The names of a `model_type`. Raises `UserError`."""
+    config = config if isinstance(config, dict) else {}
+    family = config.get("model_type")
     if family not in FAMILIES:
         rule = f"its weights' names are not known; known: {', '.join(FAMILIES)}"
-        raise UserError(describe_value(where, "model_type", family, rule))
-    return FAMILIES[str(family)]
+        raise UserError(describe_value(str(path), "model_type", family, rule))
+    for key in ("rope_scaling", "rope_parameters"):
+        stretch = config.get(key) or {}
+        kind = stretch.get("rope_type") or stretch.get("type") or "default"
+        if kind not in ("default", "yarn"):
+            rule = "this runtime does not turn positions like that; default and yarn are accepted"
+            raise UserError(describe_value(str(path), f"{key}.rope_type", kind, rule))
+    return FAMILIES[family]
 
 
 def _read(files: Files, place: Place, like: Tensor, first: int) -> Tensor:
@@ -110,13 +124,13 @@ def named_parts(name: str, tensor: Tensor, model: ModelSpec, rules: Rules, first
     return parts
 
 
-def save_weights(folder: Path, model: ModelSpec, family: str, state: State, groups: ProcessGroups) -> None:
-    """Write the weights into `folder` under the names of `family`. Collective: every rank calls it.
+def save_weights(folder: Path, model: ModelSpec, like: Path, state: State, groups: ProcessGroups) -> None:
+    """Write the weights into `folder` as those in the folder `like` are named, with its config.json. Collective.
 
     Each pipeline and expert-parallel rank writes one file; rank 0 the index, last, so that a folder with an index is
     whole.
     """
-    rules, here = family_rules(family), groups.coordinates
+    rules, here = rules_of(like), groups.coordinates
     held: dict[str, Tensor] = {}
     for name, tensor in state:
         value, writes = tensor.detach(), here.edp == 0 if is_expert(name) else here.dp == 0
@@ -137,6 +151,7 @@ def save_weights(folder: Path, model: ModelSpec, family: str, state: State, grou
     if groups.rank == 0:
         total = sum(size for written in writers for size in written.values())
         table = {name: files[rank] for rank in ranks for name in writers[rank]}
+        shutil.copyfile(like / "config.json", folder / "config.json")
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(table.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     dist.barrier(groups.world)

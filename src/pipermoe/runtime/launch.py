@@ -21,6 +21,7 @@ def launch(
     *,
     steps: int | None = None,
     resume: bool = False,
+    weights: Path | None = None,
     quiet: bool = False,
     timeout_seconds: float = TIMEOUT_SECONDS,
 ) -> Measurement | None:
@@ -28,12 +29,15 @@ def launch(
 
     `steps` stops there instead of after the plan's steps; the learning rate follows the plan all the same, so that a
     run stopped early and resumed equals one that was not. `resume` goes on from the newest checkpoint in `output`.
+    `weights` is a folder of published weights (config.json and safetensors) to start from; the trained ones are then
+    written the same way, into `output`/weights.
     `quiet` keeps stdout free. Raises `UserError` for wrong input and `MachineError` when a rank fails, dies or stalls;
     then every other rank has been stopped, and nothing half-written is left.
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # gloo prints a C++ stack for every closed connection
     from pipermoe.runtime.checkpoint import check_resumable, checkpoints, find_newest, partial_folder
     from pipermoe.runtime.data.batches import load_text
+    from pipermoe.runtime.hf_weights import check_weights
     from pipermoe.runtime.local_ranks import run_local_ranks
     from pipermoe.runtime.rank import device_for, run_rank
     from pipermoe.runtime.support import check_supported
@@ -52,12 +56,14 @@ def launch(
         check_resumable(newest, plan)
     elif world is None and checkpoints(output):
         raise UserError(f"{output}: holds checkpoints of another run; add --resume or choose another --output")
+    if weights is not None:
+        check_weights(weights, plan.model)
     _make_folder(output)
     if world is None or world.rank == 0:
         for stale in (output / MEASUREMENT_FILE, *output.glob("rank-*.error.txt")):
             stale.unlink(missing_ok=True)  # should this run fail, nobody shall take the last one's results for its own
     data = load_text(plan.train, plan.model.vocab_size)
-    run = Run(output, steps, newest, quiet, timedelta(seconds=timeout_seconds))
+    run = Run(output, steps, newest, weights, quiet, timedelta(seconds=timeout_seconds))
 
     if world is not None:
         return run_rank(plan, data, run, world)

@@ -23,6 +23,7 @@ from pipermoe.runtime.counting import counted
 from pipermoe.runtime.data.batches import TextData, micro_batches
 from pipermoe.runtime.engine import Engine
 from pipermoe.runtime.groups import ProcessGroups
+from pipermoe.runtime.hf_weights import load_weights, save_weights
 from pipermoe.runtime.learning_rate import learning_rate
 from pipermoe.runtime.log import CONVENTION, StepLine, StepLog, progress_bar
 from pipermoe.runtime.measurement import StepSeconds, counted_step, measured_steps, step_report
@@ -37,15 +38,20 @@ from pipermoe.specs.report import RankReport
 from pipermoe.specs.units import format_bytes, format_seconds
 
 MEASUREMENT_FILE = "measurement.json"
+WEIGHTS_FOLDER = "weights"
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """How a plan is run, beside what it says. `steps`: where to stop, if not where the plan does."""
+    """How a plan is run, beside what it says. `steps`: where to stop, if not where the plan does.
+
+    `weights`: a folder of published weights to start from; the trained ones are written the same way.
+    """
 
     output: Path
     steps: int | None = None
     resume: Path | None = None
+    weights: Path | None = None
     quiet: bool = False
     timeout: timedelta = timedelta(seconds=180)
     device: str = "cpu"
@@ -89,6 +95,9 @@ class Trainer:
 
     def _resume(self) -> int:
         if self.run.resume is None:
+            if self.run.weights is not None:
+                first_expert = self.groups.coordinates.ep * self.engine.local_experts
+                load_weights(self.run.weights, self.plan.model, self.engine.named_state(), first_expert)
             return 0
         first = load_checkpoint(self.run.resume, self.plan, self.engine.named_state(), self.optimizer, self.groups)
         if first >= self.steps:
@@ -105,6 +114,10 @@ class Trainer:
         results = self._all_steps()
         after = self.validation_loss()
         self._say(f"validation loss after: {after:.5f}")
+        if self.run.weights is not None:
+            written = self.run.output / WEIGHTS_FOLDER
+            save_weights(written, self.plan.model, self.run.weights, self.engine.named_state(), self.groups)
+            self._say(f"weights: {written}")
         measurement = self._measurement(results, before, after)
         if measurement is not None and self.log is not None:
             save(self.run.output / MEASUREMENT_FILE, measurement)
