@@ -1,5 +1,8 @@
 """Plans on real gloo processes: bitwise equal to torch's all_to_all_single, differentiable, and never hanging."""
 
+import glob
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -190,17 +193,18 @@ def missing_rank(rank, way):
     assert isinstance(group, dist.ProcessGroup)
     exchange = Exchange(group, Topology.even(2, 2), timeout=1.0, shared_memory=way)
     if rank == 3:
-        return "absent"
+        return "absent", os.getpid()
     try:
         api.all_to_all_single(torch.empty(4), torch.zeros(4), exchange=exchange)
     except MachineError as error:
-        return str(error)
+        return str(error), os.getpid()
 
 
 @pytest.mark.parametrize("way", [True, False])
 def test_a_missing_rank_is_an_error_on_all_others_not_a_hang(way):
     answers = run_ranks(missing_rank, 4, way)
-    assert all(answer for answer in answers), answers
+    assert all(answers), answers
+    assert not [path for _, pid in answers for path in glob.glob(f"/dev/shm/pipermoe-{pid}-*")]
 
 
 def test_importing_the_package_does_not_load_torch():

@@ -158,14 +158,14 @@ class SharedNode:
         self.generation += 1
         self.capacity = max(1 << 16, 1 << (needed - 1).bit_length())
         name = f"{self.name}.{self.generation}"
-        segment = None
-        if self.index == 0:
-            segment = Segment(name, 2 * self.capacity, create=True)
-        self.barrier()
-        segment = segment or Segment(name, 2 * self.capacity, create=False)
-        self.barrier()
-        if self.index == 0:
-            segment.unlink()
+        created = Segment(name, 2 * self.capacity, create=True) if self.index == 0 else None
+        try:
+            self.barrier()
+            segment = created or Segment(name, 2 * self.capacity, create=False)
+            self.barrier()
+        finally:
+            if created is not None:
+                created.unlink()  # also when a rank did not come: nothing stays behind
         self.arena = np.frombuffer(segment.memory, dtype=np.uint8)
         self._half_is_free_at = [[0] * self.size, [0] * self.size]
         for half in self._half_is_free_at:  # the new arena is free: nothing in it is waiting to be read
