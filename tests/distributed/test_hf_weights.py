@@ -98,7 +98,7 @@ def test_a_run_starts_from_published_weights_resumes_exactly_and_writes_them_aga
         )
         is not None
     )
+    (start / SINGLE).unlink()
     with pytest.raises(UserError, match="holds neither"):
-        (start / SINGLE).unlink()
         launch(plan, tmp_path / "never", weights=start)
     assert not (tmp_path / "never").exists()

@@ -66,7 +66,7 @@ def test_a_correction_bias_moves_towards_the_experts_that_had_less_than_their_sh
         losses(model, TRAIN, w, tokens, seen)
     for _ in range(2):  # the load of one step, not of all
         engine.step(batch)
-    engine.evaluate(batch)  # which does not count
+    engine.evaluate(batch_for(Strategy(), 0, 1))  # which does not count
     engine.move_correction_biases()
     mean = TRAIN.tokens_per_step * model.moe.top_k / model.moe.num_experts
     moved = {name: tensor for name, tensor in engine.named_state() if name.endswith("correction_bias")}
