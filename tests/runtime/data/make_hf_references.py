@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import transformers
+import transformers  # pyright: ignore[reportMissingImports]  # lives in an environment of its own
 from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).parent
