@@ -12,7 +12,7 @@ help:
 	@echo "make demo       measure this machine, plan, train on 4 ranks, compare (under 4 minutes)"
 	@echo "make test       the fast tests, real multi-process ones included"
 	@echo "make test-slow  the tests that take long"
-	@echo "make test-counts  recount every model family with transformers (own environment, 1.3 GB)"
+	@echo "make test-counts  hold models against transformers (own environment, 1.3 GB)"
 	@echo "make lint       ruff and pyright"
 	@echo "make format     ruff, in place"
 	@echo "make setup      only the virtual environment"
@@ -38,7 +38,7 @@ test: $(READY)
 test-slow: $(READY)
 	$(BIN)/pytest -n 2 -m slow
 
-# transformers is the oracle of the parameter counts; it lives in an environment of its own.
+# transformers is the oracle of parameter counts, logits and gradients; it lives in an environment of its own.
 COUNTS := .venv-counts
 $(COUNTS)/.ready: constraints.txt
 	$(PYTHON) -m venv $(COUNTS)
@@ -48,7 +48,7 @@ $(COUNTS)/.ready: constraints.txt
 	@touch $@
 
 test-counts: $(COUNTS)/.ready
-	$(COUNTS)/bin/pytest -m slow tests/specs/hf/test_hf_against_transformers.py
+	$(COUNTS)/bin/pytest -m slow tests/specs/hf/test_hf_against_transformers.py tests/runtime/test_hf_weights.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
