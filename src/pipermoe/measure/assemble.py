@@ -131,7 +131,11 @@ class Assembly:
         slots = min(float(ranks), sum(point.rate for point in crowd) * alone.seconds)
         walls = [point.seconds for points in self.per_rank for point in points.get("noise", ())]
         low, median, high = np.percentile(walls, [10, 50, 90])
-        self._record("host.compute_slots", "measured", f"a fixed kernel on {int(alone.size)} and on all {ranks} ranks")
+        self._record(
+            "host.compute_slots",
+            "measured",
+            f"a fixed kernel on {int(alone.size)} and on all {ranks} ranks, which meet every 5 ms",
+        )
         self._record("host.noise", "measured", f"{len(walls)} runs of a fixed kernel between the measurements")
         return Host(ranks=ranks, compute_slots=round(slots, 3), noise=round(float((high - low) / median), 3))
 

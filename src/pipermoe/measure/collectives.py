@@ -39,6 +39,12 @@ class Network:
         assert isinstance(group, dist.ProcessGroup)
         return group
 
+    def meet(self) -> None:
+        """The smallest all-to-all, with the nearest neighbours."""
+        group = self.groups[min(self.groups)]
+        x = self._tensor(group.size())
+        dist.all_to_all_single(torch.empty_like(x), x, group=group)
+
     def point(self, collective: Collective, group_size: int, message_bytes: int) -> Point | None:
         """Seconds of one call that hands about `message_bytes` to the network, as `LinkCost` counts bytes.
 

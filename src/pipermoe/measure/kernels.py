@@ -18,8 +18,8 @@ from torch import Tensor
 from pipermoe.measure.clock import Call
 from pipermoe.measure.sizes import Widths
 
-COLD_BYTES = 16 * 2**20  # operands and results rotate over this much memory
-MOST_SETS = 8
+COLD_BYTES = 64 * 2**20  # operands and results rotate over this much memory
+MOST_SETS = 32
 POOL = 2**20  # random numbers
 
 

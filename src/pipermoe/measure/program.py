@@ -28,6 +28,7 @@ from pipermoe.specs.platform import COLLECTIVES
 NOISE_SAMPLES = 8  # of the reference kernel between any two measurements
 NETWORK_TIMEOUT = timedelta(seconds=120)
 WARM_UP_CALLS = 10
+PIECE_SECONDS = 5e-3  # of computing between two collectives: a layer of a small model
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +68,9 @@ def measure_rank(rank: int, report: Callable[[str], None], job: Job) -> dict[str
         yardstick.sample()
     points = bench.points
     report("all ranks at once")
-    points |= _crowd(bench, yardstick.call, job)
-    points |= _network(Network(device, job.effort.message_seconds), report, job.effort, yardstick)
+    network = Network(device, job.effort.message_seconds)
+    points |= _crowd(bench, yardstick.call, job, network)
+    points |= _network(network, report, job.effort, yardstick)
     if yardstick.walls:
         points["noise"] = [Point(1, 1, seconds) for seconds in yardstick.walls]
     dist.barrier()
@@ -110,24 +112,31 @@ class Yardstick:
         dist.barrier()
 
 
-def _crowd(bench: Bench, yardstick: Call, job: Job) -> Points:
+def _crowd(bench: Bench, yardstick: Call, job: Job, network: Network) -> Points:
     """`alone`: seconds of the yardstick on a core of its own. `crowd`: the calls that one of all ranks made in seconds.
 
-    `alone` is computing time, so that load from outside shows in the crowd's rate and not in what it is compared with.
+    Neighbours meet in a small all-to-all every few milliseconds, as in a training step: where ranks share cores, the
+    wait for a neighbour whose turn has not come is part of the price. `alone` is computing time, so that load from
+    outside shows in the crowd's rate and not in what it is compared with.
     """
     points: Points = {}
+    calls_per_piece = torch.ones(1, dtype=torch.int64, device=bench.kernels.device)
     if dist.get_rank() < job.alone:
         wall_seconds(yardstick, WARM_UP_CALLS)
         bench.point("alone", job.alone, 1, [yardstick])
         points["alone"] = bench.points["alone"]
+        calls_per_piece.fill_(max(1, round(PIECE_SECONDS / points["alone"][-1].seconds)))
+    dist.broadcast(calls_per_piece, 0)
+    calls, pieces = int(calls_per_piece.item()), max(1, round(job.effort.crowd_seconds / PIECE_SECONDS))
     dist.barrier()
-    start, calls = time.perf_counter(), 0
-    while time.perf_counter() - start < job.effort.crowd_seconds:
-        yardstick()
-        calls += 1
+    start = time.perf_counter()
+    for _ in range(pieces):
+        for _ in range(calls):
+            yardstick()
+        network.meet()
     if job.use_gpu:
         torch.cuda.synchronize()
-    points["crowd"] = [Point(job.ranks, calls, time.perf_counter() - start)]
+    points["crowd"] = [Point(job.ranks, calls * pieces, time.perf_counter() - start)]
     dist.barrier()
     return points
 
