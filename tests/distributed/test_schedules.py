@@ -25,7 +25,9 @@ SCHEDULES = {
     "breadth-first": (2, "rich"),
     "interleaved-1f1b": (2, "rich"),
     "zb-h1": (1, "sinks"),
+    "zb-h2-overlap": (1, "rich"),
     "zb-v": (2, "latent"),
+    "zb-v-overlap": (2, "rich"),
     "v-min": (2, "rich"),
     "dualpipe-v": (2, "grouped"),
 }

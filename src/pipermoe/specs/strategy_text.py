@@ -26,7 +26,8 @@ DEGREES = {
 # The names of schedule.builders, which this package stands below.
 SCHEDULES = (
     *("gpipe", "1f1b", "1f1b-overlap", "breadth-first", "interleaved-1f1b", "interleaved-1f1b-overlap"),
-    *("zb-h1", "zb-h2", "zb-h1-overlap", "zb-v", "v-half", "v-min", "dualpipe", "dualpipe-v"),
+    *("zb-h1", "zb-h1-overlap", "zb-h2", "zb-h2-overlap", "zb-v", "zb-v-overlap"),
+    *("v-half", "v-half-overlap", "v-min", "dualpipe", "dualpipe-v"),
 )
 ACCEPTED = (
     f"a degree ({', '.join(f'{short}N' for short in DEGREES)}), z0 to z3 or z1/0 (dense/expert), full, "
