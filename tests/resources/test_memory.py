@@ -6,17 +6,19 @@ from pipermoe.resources.memory import microbatches_in_flight, stage_memory
 from pipermoe.resources.parameters import total_parameters
 from pipermoe.resources.states import state_elements
 from pipermoe.resources.step import predict, shapes_of
+from pipermoe.runtime.dryrun import dry_run
 from pipermoe.schedule.builders import build
 from pipermoe.schedule.memory import in_flight
+from pipermoe.specs.model import LatentAttention, ModelSpec
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.strategy_table import StrategyTable
 from pipermoe.specs.train import TrainConfig
 
 
-def memory_of(strategy: Strategy, train: TrainConfig = TRAIN) -> dict[str, list[int]]:
+def memory_of(strategy: Strategy, train: TrainConfig = TRAIN, model: ModelSpec = MODEL) -> dict[str, list[int]]:
     table = StrategyTable.of([strategy])
-    shapes = shapes_of(MODEL, table)
-    found = stage_memory(MODEL, train, shapes, table, state_elements(shapes, table))
+    shapes = shapes_of(model, table)
+    found = stage_memory(model, train, shapes, table, state_elements(shapes, table))
     return {name: np.asarray(value)[0].tolist() for name, value in found.items()}
 
 
@@ -91,3 +93,18 @@ def test_the_report_carries_the_peak_of_each_rank_by_category():
         stage = rank.rank // 2
         assert rank.memory_bytes == {name: values[stage] for name, values in held.items()}
         assert rank.peak_bytes == sum(rank.memory_bytes.values())
+
+
+@pytest.mark.parametrize("query_rank", [0, 24])
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_latent_attention_keeps_what_the_runtime_keeps(query_rank, recompute):
+    """With value heads as long as query heads the runtime's core is fused, as the listing assumes."""
+    latent = LatentAttention(
+        num_heads=4, q_lora_rank=query_rank, kv_lora_rank=20, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=16
+    )
+    model = MODEL.model_copy(update={"attention": latent})
+    train = TRAIN.model_copy(update={"seq_len": 256})
+    strategy = Strategy(micro_batch_size=4, recompute=recompute)
+    counted = dry_run(model, train, strategy, rank=0).report
+    predicted = sum(sum(category) for category in memory_of(strategy, train, model).values())
+    assert predicted == pytest.approx(counted.peak_bytes, rel=0.01)

@@ -137,7 +137,7 @@ def _layer_table(description: Description) -> Table:
         "saved",
     )
     for kind in description.layers:
-        saved = "not priced" if kind.saved_bytes_per_token is None else format_bytes(kind.saved_bytes_per_token)
+        saved = format_bytes(kind.saved_bytes_per_token)
         table.add_row(
             _layer_name(kind),
             f"{kind.parameters:,}",

@@ -12,8 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pipermoe.resources.compute import grouped_query
-from pipermoe.specs.model import ModelSpec
+from pipermoe.specs.model import GroupedQueryAttention, LatentAttention, ModelSpec
 
 STATISTIC_BYTES = 4
 INDEX_BYTES = 8
@@ -66,19 +65,36 @@ class Sizes:
 
 
 def attention_kept(sizes: Sizes) -> Any:
-    """From x to the norm before the feed-forward block.
+    """From x to the norm before the feed-forward block, the core fused: x and its norm, the residual h and its norm."""
+    attention = sizes.model.attention
+    inside = (
+        _latent_kept(sizes, attention) if isinstance(attention, LatentAttention) else _grouped_kept(sizes, attention)
+    )
+    return 4 * sizes.hidden + 2 * sizes.tokens * STATISTIC_BYTES + inside
 
-    x and its norm; queries and keys before their norm (if there is one) and after rotation; values; the core's output
-    and log-sum-exp; the residual h and its norm.
-    """
-    attention = grouped_query(sizes.model)
+
+def _grouped_kept(sizes: Sizes, attention: GroupedQueryAttention) -> Any:
+    """Queries and keys before their norm (if there is one) and after rotation; values; output and log-sum-exp."""
     query, key_value = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
     copies = 1 if attention.qk_norm == "none" else 2
     norms = {"none": 0, "head": attention.num_heads + attention.num_kv_heads, "full": 2, "l2": 2}[attention.qk_norm]
-    statistics = 2 + attention.num_heads + norms
+    statistics = attention.num_heads + norms
     return (
-        4 * sizes.hidden
-        + sizes.tokens_by((copies + 1) * query + (copies + 1) * key_value)
+        sizes.tokens_by((copies + 1) * query + (copies + 1) * key_value) + sizes.tokens * statistics * STATISTIC_BYTES
+    )
+
+
+def _latent_kept(sizes: Sizes, attention: LatentAttention) -> Any:
+    """The query's and the key-value's short vectors before and after their norm; the expanded keys and values, of which
+    the value part is used; rotated queries and keys of all heads; the output, once by heads as the core writes it and
+    once by tokens as the projection reads it; log-sum-exp.
+    """
+    heads, short_query = attention.num_heads, attention.q_lora_rank
+    expanded = heads * (attention.qk_nope_head_dim + attention.v_head_dim)
+    short = 2 * short_query + 2 * attention.kv_lora_rank + attention.qk_rope_head_dim
+    statistics = heads + 1 + (short_query > 0)
+    return (
+        sizes.tokens_by(short + expanded + 2 * heads * (attention.query_key_dim + attention.v_head_dim))
         + sizes.tokens * statistics * STATISTIC_BYTES
     )
 

@@ -24,7 +24,7 @@ from pipermoe.resources.parameters import (
 )
 from pipermoe.specs.base import Frozen
 from pipermoe.specs.errors import UserError
-from pipermoe.specs.model import GroupedQueryAttention, ModelSpec
+from pipermoe.specs.model import ModelSpec
 
 Component = Literal[
     "embedding",
@@ -53,7 +53,7 @@ class ComponentSize(Frozen):
 class LayerKind(Frozen):
     """Layers that are alike. `attention` is "full", "sliding 128" or "chunked 8192"; FLOPs are forward, per token.
 
-    `saved_bytes_per_token` is what a layer keeps for its backward pass without recompute; null when not priced yet.
+    `saved_bytes_per_token` is what a layer keeps for its backward pass with fused attention and no recompute.
     """
 
     layers: tuple[int, ...]
@@ -63,7 +63,7 @@ class LayerKind(Frozen):
     active_parameters: int
     forward_flops_causal: float
     forward_flops_full: int
-    saved_bytes_per_token: int | None = None
+    saved_bytes_per_token: int
 
 
 class FlopsPerToken(Frozen):
@@ -218,10 +218,8 @@ def _layer_kind(model: ModelSpec, layers: list[int], seq_len: int) -> LayerKind:
     )
 
 
-def _saved_bytes(model: ModelSpec, layer: int) -> int | None:
-    """What the memory model prices, which it does for grouped-query attention."""
-    if not isinstance(model.attention, GroupedQueryAttention):
-        return None
+def _saved_bytes(model: ModelSpec, layer: int) -> int:
+    """What a layer keeps from its forward to its backward, for one token, with fused attention and no recomputation."""
     sizes = Sizes(model, 1, ELEMENT_BYTES)
     block = moe_layer(sizes, model.moe.num_experts) if model.is_moe(layer) else dense_layer(sizes)
     return int(block.kept)
