@@ -104,9 +104,11 @@ def test_ranks_that_succeed_return_to_the_parent(tmp_path, monkeypatch):
     assert [(tmp_path / str(rank)).read_text() for rank in range(3)] == ["[0, 1, 2]"] * 3
 
 
+# A shell that starts the tests in the background makes them ignore Ctrl-C; this parent listens again.
 PARENT = """
-import sys
+import signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, {root!r})
 from tests.distributed.test_launch import report_and_step
 from pipermoe.runtime.local_ranks import run_local_ranks
@@ -132,5 +134,8 @@ def test_no_rank_outlives_an_interrupted_or_killed_parent(tmp_path, number):
         for _ in range(2):
             assert parent.stdout.readline().startswith("joined")
         parent.send_signal(number)
-        rest = parent.stdout.read()  # ends when the last process that could write has ended
+        try:
+            rest = parent.stdout.read()  # ends when the last process that could write has ended
+        finally:
+            parent.kill()
     assert rest == ("interrupted\n" if number == signal.SIGINT else "")
