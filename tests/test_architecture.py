@@ -13,7 +13,6 @@ ROOT = Path(pipermoe.__file__).parent
 FLOORS = [
     {"__main__"},
     {"cli"},
-    {"demo"},
     {"report"},
     {"planner", "export", "runtime"},
     {"resources"},

@@ -9,7 +9,7 @@ from tests.plans import tiny_plan
 from tests.resources.cases import MODEL, machine
 
 from pipermoe.cli import main
-from pipermoe.demo import loop
+from pipermoe.cli.demo import loop
 from pipermoe.specs.documents import load, save
 from pipermoe.specs.plan import Plan
 from pipermoe.specs.strategy import Strategy
@@ -58,7 +58,8 @@ def test_a_plan_is_written_where_train_reads_it(folder, capsys):
 def test_json_on_stdout_is_json_alone(folder, capsys):
     assert plan("--json") == 0
     result = json.loads(capsys.readouterr().out)
-    assert result["plan"]["schema_version"] == 1
+    assert next(iter(result)) == "schema_version"
+    assert Plan.model_validate(result["plan"]) == load("plan.toml", Plan)
 
 
 def test_options_win_over_the_job_file(folder):
@@ -79,6 +80,10 @@ def test_options_win_over_the_job_file(folder):
         (["plan", "model.toml", "--platform", "job.toml", "--job", "job.toml"], "job.toml"),
         (["plan", "model.toml", "--platform", "machine.toml", "--job", "job.toml", "--memory", "much"], "= 'much'"),
         (["plan", "model.toml", "--platform", "machine.toml", "--job", "job.toml", "--memory=-1GiB"], "positive"),
+        (["plan", "model.toml", "--platform", "machine.toml", "--job", "job.toml", "--ranks", "0"], "0"),
+        (["plan", "model.toml", "--platform", "machine.toml", "--job", "job.toml", "--top", "0"], "top = 0"),
+        (["plan", "model.toml", "--platform", "machine.toml", "--job", "job.toml", "--seq-len", "0"], "seq_len = 0"),
+        (["dryrun", "--model", "model.toml", "--rank", "0"], "--plan, or --model and --strategy"),
         (["train", "--plan", "job.toml"], "job.toml: "),
         (["train", "--plan", "none.toml"], "none.toml: no such file"),
         (["compare", "--plan", "job.toml", "--run", "."], "measurement.json: no such file"),

@@ -23,6 +23,30 @@ def test_a_document_survives_being_written_and_read(tmp_path):
         assert load(path, Strategy) == strategy
 
 
+@pytest.mark.parametrize("suffix", ["toml", "json"])
+def test_a_file_begins_with_its_schema_version_and_need_not(tmp_path, suffix):
+    path = save(tmp_path / f"strategy.{suffix}", Strategy())
+    assert "schema_version" in next(line for line in path.read_text().splitlines() if len(line) > 1)
+    bare = tmp_path / "bare.toml"
+    bare.write_text("data_parallel = 2\nexpert_parallel = 2\n")
+    assert load(bare, Strategy).data_parallel == 2
+
+
+@pytest.mark.parametrize("version", ["2", "true", '"1"'])
+def test_another_schema_version_is_refused(tmp_path, version):
+    path = tmp_path / "job.toml"
+    path.write_text(f"schema_version = {version}\n{TRAIN}")
+    assert "this version of pipermoe reads schema_version = 1" in error_of(path, TrainConfig)
+
+
+def test_overrides_win_over_the_file_and_are_validated_with_it(tmp_path):
+    path = tmp_path / "job.toml"
+    path.write_text("seq_len = 128\n")
+    assert load(path, TrainConfig, {"global_batch_size": 4, "seq_len": 64}).tokens_per_step == 256
+    with pytest.raises(UserError, match="seq_len = 0"):
+        load(path, TrainConfig, {"global_batch_size": 4, "seq_len": 0})
+
+
 def test_an_unknown_key_names_file_key_value_and_what_is_accepted(tmp_path):
     path = tmp_path / "job.toml"
     path.write_text(TRAIN + "[optimizer]\nlearning_rat = 0.1\n")

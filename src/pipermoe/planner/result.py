@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pipermoe.specs.base import Frozen
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.plan import Plan
@@ -60,7 +58,6 @@ class SearchCounts(Frozen):
 class PlanningResult(Frozen):
     """The answer to `pipermoe plan`, complete enough to be rendered or written as JSON."""
 
-    schema_version: Literal[1] = 1
     model: ModelSpec
     platform: str
     train: TrainConfig

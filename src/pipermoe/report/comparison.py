@@ -35,7 +35,6 @@ class Row(Frozen):
 class Comparison(Frozen):
     """All quantities that a step report holds, and the losses of the run."""
 
-    schema_version: Literal[1] = 1
     plan: str
     strategy: str
     rows: tuple[Row, ...]

@@ -14,7 +14,6 @@ import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -45,7 +44,6 @@ _FOLDER = re.compile(r"step-(\d{6,})")
 class CheckpointRecord(Frozen):
     """What a checkpoint holds; `files` maps the name of every other file in the folder to its size in bytes."""
 
-    schema_version: Literal[1] = 1
     step: int = Field(ge=1)
     model: ModelSpec
     train: TrainConfig

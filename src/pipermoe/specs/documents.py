@@ -12,6 +12,7 @@ import os
 import tempfile
 import tomllib
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,9 +27,17 @@ SCHEMA_VERSION = 1
 Document = TypeVar("Document", bound=BaseModel)
 
 
-def load(path: str | Path, kind: type[Document]) -> Document:
-    """The document of type `kind` in `path` (TOML or JSON by suffix). Raises `UserError`, never anything else."""
-    return validate(read_mapping(path), kind, where=str(path))
+def load(path: str | Path, kind: type[Document], overrides: Mapping[str, Any] | None = None) -> Document:
+    """The document of type `kind` in `path` (TOML or JSON by suffix), with the top-level `overrides` on top.
+
+    Raises `UserError`, never anything else.
+    """
+    data = read_mapping(path)
+    version = data.pop("schema_version", SCHEMA_VERSION)
+    if version != SCHEMA_VERSION or isinstance(version, bool):
+        rule = f"this version of pipermoe reads schema_version = {SCHEMA_VERSION}"
+        raise UserError(describe_value(str(path), "schema_version", version, rule))
+    return validate(data | dict(overrides or {}), kind, where=str(path))
 
 
 def read_mapping(path: str | Path, limit_bytes: int = MAX_DOCUMENT_BYTES) -> dict[str, Any]:
@@ -71,12 +80,21 @@ def save(path: str | Path, document: BaseModel, header: str = "") -> Path:
     """Write `document` atomically as TOML or JSON by suffix; `header` becomes comment lines on top of a TOML file."""
     path = Path(path)
     if path.suffix == ".json":
-        text = document.model_dump_json(indent=2, exclude_none=True) + "\n"
+        text = to_json(document) + "\n"
     else:
         comment = "".join(f"# {line}\n" for line in header.splitlines()) + ("\n" if header else "")
-        text = comment + tomli_w.dumps(document.model_dump(mode="json", exclude_none=True))
+        text = comment + tomli_w.dumps(_with_version(document))
     write_atomically(path, text)
     return path
+
+
+def to_json(document: BaseModel) -> str:
+    """The document as it stands in a JSON file, `schema_version` first; what `--json` prints."""
+    return json.dumps(_with_version(document), indent=2, ensure_ascii=False)
+
+
+def _with_version(document: BaseModel) -> dict[str, Any]:
+    return {"schema_version": SCHEMA_VERSION} | document.model_dump(mode="json", exclude_none=True)
 
 
 def require_writable(path: str | Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field
 
 from pipermoe.specs.base import Frozen
@@ -23,7 +21,6 @@ class PlanInput(Frozen):
 class Plan(Frozen):
     """A strategy for a job on a machine, with what it is predicted to cost and every input's source."""
 
-    schema_version: Literal[1] = 1
     name: str
     platform: str
     memory_budget_bytes: int = Field(gt=0)
@@ -37,7 +34,6 @@ class Plan(Frozen):
 class Measurement(Frozen):
     """What a run of a plan measured, in the plan's own terms."""
 
-    schema_version: Literal[1] = 1
     plan: str
     strategy: Strategy
     steps: int

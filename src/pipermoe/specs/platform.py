@@ -170,7 +170,6 @@ class Platform(Frozen):
     `evidence` maps a dotted key ("device.gemm", "levels.node.cost.all_to_all") to where everything below it comes from.
     """
 
-    schema_version: Literal[1] = 1
     name: str
     source: str = ""
     device: Device

@@ -1,4 +1,4 @@
-"""The whole loop on one machine without a GPU, as the very commands that a user would type."""
+"""`pipermoe demo`: the whole loop on one machine without a GPU, as the very commands that a user would type."""
 
 from __future__ import annotations
 
@@ -10,11 +10,26 @@ from pathlib import Path
 
 from rich.console import Console
 
+from pipermoe.cli.options import Output, Switch
 from pipermoe.specs.documents import write_atomically
 
 MODEL = "tiny-moe"
 RANKS = 4
 MEMORY_BUDGET = "130MiB"  # a small accelerator: the model with its optimizer does not fit on one rank
+
+
+def demo(*, output: Output = Path("demo"), json: Switch = False) -> None:
+    """Walk the whole loop on this machine without a GPU: measure, plan, train on 4 ranks, compare.
+
+    Parameters
+    ----------
+    output
+        Folder for all files that the loop writes.
+    json
+        Print the comparison as JSON.
+    """
+    if code := run_loop(output, as_json=json):
+        sys.exit(code)
 
 
 def loop(folder: Path) -> list[list[str]]:
@@ -28,7 +43,7 @@ def loop(folder: Path) -> list[list[str]]:
     ]
 
 
-def run_demo(folder: Path, *, as_json: bool = False) -> int:
+def run_loop(folder: Path, *, as_json: bool) -> int:
     """Run the loop; returns the exit code of the first command that fails, 0 when all succeed.
 
     With `as_json` stdout carries only the comparison as JSON; everything else goes to stderr.

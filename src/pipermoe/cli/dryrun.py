@@ -1,0 +1,79 @@
+"""`pipermoe dryrun`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from pipermoe.cli.options import Switch, training_job
+from pipermoe.cli.output import show
+from pipermoe.specs.errors import UserError
+
+
+def dryrun(
+    *,
+    rank: int,
+    plan: Path | None = None,
+    model: str | None = None,
+    strategy: str | None = None,
+    world_size: Annotated[int | None, Parameter(name=["--world-size", "--ranks", "--gpus"])] = None,
+    job: Path | None = None,
+    seq_len: int | None = None,
+    global_batch: int | None = None,
+    routing: str = "balanced",
+    seed: int = 0,
+    json: Switch = False,
+) -> None:
+    """Execute one rank of a job of any size without memory or network: exact bytes, FLOPs and traffic.
+
+    Parameters
+    ----------
+    rank
+        Which rank of the job.
+    plan
+        The plan file (see `pipermoe plan`); or give --model and --strategy.
+    model
+        A catalogue name, a model file (TOML), a Hugging Face config.json or its folder.
+    strategy
+        A strategy file (TOML), or a line such as "pp8 dp32 ep32 mbs1 1f1b z1".
+    world_size
+        Ranks of the job, to check the strategy against.
+    job
+        The training job (TOML). Without it: bf16, and what the next two options say.
+    seq_len
+        Tokens in a sequence. Default: 4096.
+    global_batch
+        Sequences in a step. Default: two micro-batches for every pipeline stage.
+    routing
+        Rows by expert: balanced, lognormal:max=1.5, lognormal:sigma=0.5, or a JSON file of counts or shares.
+    seed
+        Draws the log-normal loads.
+    json
+        Print as JSON, action by action.
+    """
+    from pipermoe.report.footprint import render_footprint
+    from pipermoe.specs.catalogue import load_model, looks_like_a_path
+    from pipermoe.specs.documents import load
+    from pipermoe.specs.plan import Plan
+    from pipermoe.specs.strategy import Strategy
+
+    if plan is not None:
+        if any(option is not None for option in (model, strategy, job, seq_len, global_batch)):
+            raise UserError("--plan brings model, strategy and job; leave their options out")
+        document = load(plan, Plan)
+        spec, arrangement, task = document.model, document.strategy, document.train
+    elif model is not None and strategy is not None:
+        spec = load_model(model)
+        arrangement = load(strategy, Strategy) if looks_like_a_path(strategy) else Strategy.parse(strategy)
+        batch = 2 * arrangement.num_stages * arrangement.data_parallel * arrangement.micro_batch_size
+        defaults = {} if job else {"seq_len": 4096, "global_batch_size": batch, "precision": "bf16"}
+        task = training_job(job, seq_len, global_batch, defaults)
+    else:
+        raise UserError("give --plan, or --model and --strategy")
+
+    from pipermoe.runtime.dryrun import dry_run
+
+    footprint = dry_run(spec, task, arrangement, rank=rank, world_size=world_size, routing=routing, seed=seed)
+    show(footprint, lambda console: render_footprint(footprint, console), as_json=json)

@@ -1,0 +1,47 @@
+"""What several commands take: the annotations of common options, and the values behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from pipermoe.specs.documents import load, validate
+from pipermoe.specs.errors import UserError
+from pipermoe.specs.train import TrainConfig
+from pipermoe.specs.units import parse_bytes
+
+Output = Annotated[Path, Parameter(name=["--output", "-o"])]
+Switch = Annotated[bool, Parameter(negative="")]
+
+JOB_OPTIONS = {"seq_len": "--seq-len", "global_batch_size": "--global-batch"}
+
+
+def memory_bytes(text: str | None) -> int | None:
+    """The value of `--memory`, such as "80GiB" or a number of bytes. Raises `UserError`."""
+    if text is None:
+        return None
+    try:
+        value = int(parse_bytes(text) if not text.isdigit() else text)  # type: ignore[call-overload]
+    except ValueError as error:
+        raise UserError(f"--memory = {text!r}: {error}") from None
+    if value <= 0:
+        raise UserError(f"--memory = {text!r}: must be positive")
+    return value
+
+
+def training_job(
+    path: Path | None, seq_len: int | None, global_batch: int | None, defaults: Mapping[str, Any] | None = None
+) -> TrainConfig:
+    """The job file with the command line's values on top, or without a file these over `defaults`."""
+    given = {"seq_len": seq_len, "global_batch_size": global_batch}
+    overrides = {key: value for key, value in given.items() if value is not None}
+    if path is not None:
+        return load(path, TrainConfig, overrides)
+    data = {**(defaults or {}), **overrides}
+    missing = [option for key, option in JOB_OPTIONS.items() if key not in data]
+    if missing:
+        raise UserError(f"{' and '.join(missing)} must be given, or a --job file that holds them")
+    return validate(data, TrainConfig, where="command line")
