@@ -23,6 +23,7 @@ from torch import Tensor
 from pipermoe.runtime.gradients import WeightGradients
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.hf_names import FAMILIES, Rule, Rules
+from pipermoe.runtime.messages import all_gather_json
 from pipermoe.runtime.model import StageModel
 from pipermoe.runtime.weights import is_expert
 from pipermoe.specs.errors import UserError, describe_value
@@ -139,9 +140,8 @@ def save_weights(folder: Path, model: ModelSpec, like: Path, state: State, group
         if writes:
             held |= named_parts(name, value, model, rules, here.ep * value.shape[0] if is_expert(name) else 0)
     folder.mkdir(parents=True, exist_ok=True)
-    writers: list[Any] = [None] * groups.world.size()
     sizes = {name: value.numel() * value.element_size() for name, value in held.items()}
-    dist.all_gather_object(writers, sizes, group=groups.world)
+    writers: list[dict[str, int]] = all_gather_json(sizes, groups.world)
     ranks = [rank for rank, written in enumerate(writers) if written]
     files = {rank: f"model-{i + 1:05d}-of-{len(ranks):05d}.safetensors" for i, rank in enumerate(ranks)}
     if held:
