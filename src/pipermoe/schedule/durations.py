@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pipermoe.schedule.action import Action, Kind
 
@@ -72,16 +76,38 @@ class Durations:
 
 @dataclass(frozen=True, slots=True)
 class WorkTable:
-    """Seconds per kind and stage, as the simulations read them."""
+    """Seconds per kind and stage, as the simulations read them: numbers, or arrays of one number per candidate."""
 
-    compute: dict[Kind, tuple[float, ...]]
-    exchange: dict[Kind, tuple[float, ...]]
-    lane: dict[Kind, tuple[float, ...]]
-    transfer: tuple[float, ...]
-    transfer_backward: tuple[float, ...]
+    compute: dict[Kind, Sequence[Any]]
+    exchange: dict[Kind, Sequence[Any]]
+    lane: dict[Kind, Sequence[Any]]
+    transfer: Sequence[Any]
+    transfer_backward: Sequence[Any]
     overlap_efficiency: float
+    longest: Callable[[list[Any]], Any] = max
 
-    def work(self, action: Action) -> tuple[float, float]:
+    @classmethod
+    def stacked(cls, tables: Sequence[WorkTable]) -> WorkTable:
+        """The tables of many candidates as one, every entry an array (candidates,)."""
+
+        def stack(entries: Sequence[Sequence[float]]) -> NDArray:
+            return np.ascontiguousarray(np.transpose(entries))
+
+        def stack_kinds(entries: Sequence[dict[Kind, Sequence[float]]]) -> dict[Kind, Sequence[Any]]:
+            return {kind: list(stack([entry[kind] for entry in entries])) for kind in entries[0]}
+
+        (efficiency,) = {table.overlap_efficiency for table in tables}
+        return cls(
+            compute=stack_kinds([table.compute for table in tables]),
+            exchange=stack_kinds([table.exchange for table in tables]),
+            lane=stack_kinds([table.lane for table in tables]),
+            transfer=list(stack([table.transfer for table in tables])),
+            transfer_backward=list(stack([table.transfer_backward for table in tables])),
+            overlap_efficiency=efficiency,
+            longest=np.maximum.reduce,
+        )
+
+    def work(self, action: Action) -> tuple[Any, Any]:
         """Seconds of computation and of exposed all-to-all of a compute action.
 
         A pair at best takes the longest of: all its computation, all its all-to-alls, either part alone.
@@ -90,5 +116,5 @@ class WorkTable:
             return self.compute[action.kind][action.stage], self.exchange[action.kind][action.stage]
         forward, backward = map(self.work, action.pair)
         compute, exchange = forward[0] + backward[0], forward[1] + backward[1]
-        hidden = compute + exchange - max(compute, exchange, sum(forward), sum(backward))
+        hidden = compute + exchange - self.longest([compute, exchange, sum(forward), sum(backward)])
         return compute, exchange - self.overlap_efficiency * hidden

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pipermoe.schedule.action import RECEIVES, SENDS, SHARDING, Action, Kind, Schedule
-from pipermoe.schedule.durations import Durations, WorkTable
+from pipermoe.schedule.durations import WorkTable
 
-Give = tuple[int, int, float]  # data delivered: to a mailbox slot, of a rank, so many seconds after the action's end
+Give = tuple[int, int, Any]  # data delivered: to a mailbox slot, of a rank, so many seconds after the action's end
 
 
 class Step(NamedTuple):
-    """An action as the simulations see it. A mailbox slot holds one input: of a stage, micro-batch and direction."""
+    """An action as the simulations see it. A mailbox slot holds one input: of a stage, micro-batch and direction.
+
+    Seconds are numbers, or arrays with one number per candidate (schedule/batch.py).
+    """
 
     needs: tuple[int, ...]
-    compute: float
-    exchange: float
+    compute: Any
+    exchange: Any
     gives: tuple[Give, ...]
-    lane: float | None = None  # seconds on the collective lane, beside computation
+    lane: Any = None  # seconds on the collective lane, beside computation
 
 
 class Program(NamedTuple):
@@ -38,16 +41,15 @@ class Program(NamedTuple):
 class _Route(NamedTuple):
     """What all micro-batches of one kind of action on one stage (of one copy) share; slots count from micro-batch 0."""
 
-    compute: float
-    exchange: float
+    compute: Any
+    exchange: Any
     needs: tuple[int, ...]
     weights: tuple[int, ...]
     gives: tuple[Give, ...]
 
 
-def compile_program(schedule: Schedule, durations: Durations) -> Program:
+def compile_program(schedule: Schedule, work: WorkTable) -> Program:
     """Resolve every action's inputs, work and outputs once, so that simulating is a short loop."""
-    work = durations.per_stage(schedule.num_stages)
     kinds = {action.kind for actions in schedule.ranks for action in actions}
     slots = 2 * schedule.num_stages * schedule.microbatches + schedule.num_ranks * schedule.num_stages
     compiler = _Compiler(schedule, work, lowered=bool(kinds & SENDS), sharded=Kind.UNSHARD in kinds)
@@ -58,13 +60,15 @@ def compile_program(schedule: Schedule, durations: Durations) -> Program:
 class _Compiler:
     def __init__(self, schedule: Schedule, work: WorkTable, lowered: bool, sharded: bool) -> None:
         self.schedule, self.work, self.lowered, self.sharded = schedule, work, lowered, sharded
-        self.routes: dict[tuple[Kind, int, int], _Route] = {}  # a handful: the loop over micro-batches only adds
+        # A handful of each: the loop over micro-batches only adds.
+        self.routes: dict[tuple[Kind, int, int], _Route] = {}
+        self.pairs: dict[tuple[tuple[Kind, int], ...], tuple[Any, Any]] = {}
 
     def step(self, action: Action, rank: int) -> Step:
         if action.pair:
             parts = [self.step(part, rank) for part in action.pair]
             needs, gives = parts[0].needs + parts[1].needs, parts[0].gives + parts[1].gives
-            return Step(needs, *self.work.work(action), gives)
+            return Step(needs, *self._pair_work(action), gives)
         route = self.routes.get((action.kind, action.stage, rank))
         if route is None:
             route = self.routes[action.kind, action.stage, rank] = self._route(action, rank)
@@ -78,6 +82,12 @@ class _Compiler:
             slot, peer, seconds = gives[0]
             gives = ((slot + m, peer, seconds),)
         return Step(needs + weights, compute, exchange, gives)
+
+    def _pair_work(self, action: Action) -> tuple[Any, Any]:
+        stages = tuple((part.kind, part.stage) for part in action.pair)
+        if stages not in self.pairs:
+            self.pairs[stages] = self.work.work(action)
+        return self.pairs[stages]
 
     def _route(self, action: Action, rank: int) -> _Route:
         kind, stage = action.kind, action.stage

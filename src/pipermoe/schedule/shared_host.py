@@ -57,7 +57,7 @@ class _SharedHost:
     """Events in the order of time: a rank may start, its computation ends, its all-to-all ends."""
 
     def __init__(self, schedule: Schedule, durations: Durations, compute_slots: float, ranks_per_stage: int) -> None:
-        self.program = compile_program(schedule, durations)
+        self.program = compile_program(schedule, durations.per_stage(schedule.num_stages))
         ranks = range(schedule.num_ranks)
         self.mail = Mail(self.program)
         self.clock = _SharedClock(compute_slots, ranks_per_stage)

@@ -72,7 +72,7 @@ def simulate(schedule: Schedule, durations: Durations | None = None) -> Timeline
     schedule with sends and receives every receive blocks its rank until the message is there.
     Raises ValueError when the schedule cannot run to its end.
     """
-    program = compile_program(schedule, durations or Durations())
+    program = compile_program(schedule, (durations or Durations()).per_stage(schedule.num_stages))
     run = _Run(program)
     woken = list(range(schedule.num_ranks))
     while woken:
@@ -123,7 +123,7 @@ class Mail:
     def deliver(self, sender: int, give: Give, end: float) -> int | None:
         """Data is produced at `end`; the rank that waited for it, if any."""
         slot, receiver, seconds = give
-        if seconds:
+        if receiver != sender:
             link = (sender, receiver)
             self.sent[slot] = end
             end = max(end, self.link_free.get(link, 0.0)) + seconds

@@ -79,7 +79,7 @@ class _Queue:
 
 class _ListScheduler:
     def __init__(self, spines: Schedule, limits: Limits, durations: Durations, patience: float) -> None:
-        program = compile_program(spines, durations)
+        program = compile_program(spines, durations.per_stage(spines.num_stages))
         self.limits, self.patience = limits, patience
         self.mail = Mail(program)
         self.weight_grad = durations.per_stage(spines.num_stages).compute[Kind.WEIGHT_GRAD]
