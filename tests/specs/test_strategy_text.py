@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from pipermoe.schedule.builders import RECIPES
 from pipermoe.specs.errors import UserError
 from pipermoe.specs.strategy import Strategy
+from pipermoe.specs.strategy_table import DISPATCHER_NAMES
 from pipermoe.specs.strategy_text import SCHEDULES, strategy_text
 
 degree = st.integers(1, 64)
@@ -27,6 +28,7 @@ def strategies(draw) -> Strategy:
         expert_tensor_parallel=etp,
         micro_batch_size=draw(degree),
         schedule=draw(st.sampled_from(SCHEDULES)),
+        dispatcher=draw(st.sampled_from(DISPATCHER_NAMES)),
         layer_split=tuple(draw(st.lists(degree, max_size=4))),
         recompute=recompute,
         recompute_modules=tuple(draw(st.lists(st.sampled_from(["norm", "swiglu"]), max_size=2)))

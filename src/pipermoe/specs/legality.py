@@ -157,6 +157,11 @@ ENGINE: tuple[Rule, ...] = (
     _must_be("recompute", ("none", "full"), (RECOMPUTE_NAMES.index("none"), RECOMPUTE_NAMES.index("full"))),
     _must_be("zero_dense", (0, 1), (0, 1)),
     _must_be("zero_expert", (0, 1), (0, 1)),
+    _must_be("dispatcher", ("all_to_all",), (0,)),
+    Rule(
+        lambda table, job: np.full(len(table), job.train.capacity_factor == 0),
+        lambda strategy, job: ("capacity_factor", job.train.capacity_factor, "this runtime executes 0 only"),
+    ),
     Rule(
         lambda table, job: (table.pipeline_parallel == 1) | (not job.model.tie_word_embeddings),
         lambda strategy, job: (

@@ -9,6 +9,8 @@ from pydantic import Field, PositiveInt, model_validator
 from pipermoe.specs.base import Frozen
 
 Recompute = Literal["none", "selective", "full"]
+# How tokens travel to their experts: every choice as a row of its own, or one row per token and rank that holds any.
+Dispatcher = Literal["all_to_all", "deduplicated"]
 
 
 class Strategy(Frozen):
@@ -31,6 +33,7 @@ class Strategy(Frozen):
     expert_tensor_parallel: PositiveInt = 1
     micro_batch_size: PositiveInt = 1
     schedule: str = "1f1b"
+    dispatcher: Dispatcher = "all_to_all"
     layer_split: tuple[PositiveInt, ...] = ()
     recompute: Recompute = "none"
     recompute_modules: tuple[str, ...] = ()

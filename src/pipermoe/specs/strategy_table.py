@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from pipermoe.specs.strategy import Strategy
 
 SCHEDULE_NAMES: tuple[str, ...] = ("gpipe", "1f1b")
+DISPATCHER_NAMES: tuple[str, ...] = ("all_to_all", "deduplicated")
 RECOMPUTE_NAMES: tuple[str, ...] = ("none", "selective", "full")
 UNKNOWN = -1  # the code of a name that is not in the tuples above
 
@@ -21,7 +22,7 @@ Column = NDArray[np.int64]
 class StrategyTable:
     """One row per strategy, one int64 array per field of `Strategy`.
 
-    `schedule` and `recompute` are indices into `SCHEDULE_NAMES` and `RECOMPUTE_NAMES`; `layer_split` is an index into
+    `schedule`, `dispatcher` and `recompute` are indices into `SCHEDULE_NAMES` and so on; `layer_split` is an index into
     `splits`, whose first entry is the even split `()`.
     """
 
@@ -35,6 +36,7 @@ class StrategyTable:
     expert_tensor_parallel: Column
     micro_batch_size: Column
     schedule: Column
+    dispatcher: Column
     recompute: Column
     zero_dense: Column
     zero_expert: Column
@@ -79,6 +81,7 @@ class StrategyTable:
             values
             | {
                 "schedule": SCHEDULE_NAMES[values["schedule"]],
+                "dispatcher": DISPATCHER_NAMES[values["dispatcher"]],
                 "recompute": RECOMPUTE_NAMES[values["recompute"]],
                 "layer_split": self.splits[values["layer_split"]],
             }
@@ -106,14 +109,14 @@ class StrategyTable:
 
 
 COLUMNS: tuple[str, ...] = tuple(field.name for field in fields(StrategyTable) if field.name != "splits")
-ZERO_BY_DEFAULT = {"schedule", "recompute", "zero_dense", "zero_expert", "layer_split"}
+ZERO_BY_DEFAULT = {"schedule", "dispatcher", "recompute", "zero_dense", "zero_expert", "layer_split"}
 
 
 def _encode(strategy: Strategy, name: str, splits: tuple[tuple[int, ...], ...]) -> int:
     value = getattr(strategy, name)
     if name == "layer_split":
         return splits.index(value)
-    names = {"schedule": SCHEDULE_NAMES, "recompute": RECOMPUTE_NAMES}.get(name)
+    names = {"schedule": SCHEDULE_NAMES, "dispatcher": DISPATCHER_NAMES, "recompute": RECOMPUTE_NAMES}.get(name)
     if names is None:
         return value
     return names.index(value) if value in names else UNKNOWN

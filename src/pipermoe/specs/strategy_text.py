@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from pipermoe.specs.errors import UserError
 from pipermoe.specs.strategy import Strategy
+from pipermoe.specs.strategy_table import DISPATCHER_NAMES
 
 DEGREES = {
     "pp": "pipeline_parallel",
@@ -30,7 +31,7 @@ SCHEDULES = (
     *("v-half", "v-half-overlap", "v-min", "dualpipe", "dualpipe-v"),
 )
 ACCEPTED = (
-    f"a degree ({', '.join(f'{short}N' for short in DEGREES)}), z0 to z3 or z1/0 (dense/expert), full, "
+    f"a degree ({', '.join(f'{short}N' for short in DEGREES)}), z0 to z3 or z1/0 (dense/expert), deduplicated, full, "
     f"selective:MODULE,..., split:N,N,... or a schedule ({', '.join(SCHEDULES)})"
 )
 _DEGREE, _ZERO = re.compile(r"([a-z]+)(\d+)"), re.compile(r"z([0-3])(?:/([0-3]))?")
@@ -45,6 +46,8 @@ def strategy_text(strategy: Strategy) -> str:
     ]
     dense, expert = strategy.zero_dense, strategy.zero_expert
     words += [strategy.schedule, f"z{dense}" if dense == expert else f"z{dense}/{expert}"]
+    if strategy.dispatcher != "all_to_all":
+        words.append(strategy.dispatcher)
     if strategy.recompute != "none":
         words.append(":".join((strategy.recompute, *filter(None, [",".join(strategy.recompute_modules)]))))
     if strategy.layer_split:
@@ -83,6 +86,8 @@ def _meaning(word: str) -> Iterator[tuple[str, Any]]:
         yield "zero_expert", int(match[2] or match[1])
     elif word in SCHEDULES:
         yield "schedule", word
+    elif word in DISPATCHER_NAMES:
+        yield "dispatcher", word
     elif (match := _DEGREE.fullmatch(word)) and match[1] in DEGREES and 0 < int(match[2]) < 2**31:
         yield DEGREES[match[1]], int(match[2])
     elif word in ("full", "selective") or (name == "selective" and values):

@@ -36,6 +36,8 @@ class Data(Frozen):
 class TrainConfig(Frozen):
     """One training job: `global_batch_size` sequences of `seq_len` tokens a step.
 
+    With a `capacity_factor` an expert takes at most so many times its even share of each rank's micro-batch, and the
+    choices with the lowest weights beyond that are dropped; 0, the default, drops none.
     `auxiliary_loss` weighs the load-balancing loss, whose load is that of each sequence, of a rank's micro-batch or of
     the global batch (`auxiliary_loss_level`); `z_loss` weighs the router z-loss. A router's correction bias, if it has
     one, moves by `balance_rate` after every step (DeepSeek-V3: 0.001).
@@ -45,6 +47,7 @@ class TrainConfig(Frozen):
     global_batch_size: PositiveInt
     steps: PositiveInt = 100
     precision: Precision = "fp32"
+    capacity_factor: NonNegativeFloat = 0.0
     auxiliary_loss: NonNegativeFloat = 0.01
     auxiliary_loss_level: AuxiliaryLossLevel = "micro_batch"
     z_loss: NonNegativeFloat = 0.0
