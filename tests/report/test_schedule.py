@@ -109,6 +109,6 @@ def test_the_trace_holds_every_action_in_microseconds(tmp_path):
     actions = [event for event in events if event["ph"] == "X"]
     assert len(actions) == sum(len(list(timeline.schedule.parts(rank))) for rank in range(2))
     assert max(event["ts"] + event["dur"] for event in actions) == timeline.step_seconds * 1e6
-    counters = [event["args"]["in flight"] for event in events if event["ph"] == "C" and event["pid"] == 0]
+    counters = [event["args"]["activations in flight"] for event in events if event["ph"] == "C" and event["pid"] == 0]
     assert (max(counters), counters[-1]) == (5, 0)
     assert {event["tid"] for event in actions} == {0, 1}  # the backward of a pair has its own lane

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from pipermoe.schedule.communication import without_communication
 from pipermoe.schedule.memory import in_flight
 from pipermoe.schedule.timeline import Timeline, simulate
 from pipermoe.specs.base import Frozen
-from pipermoe.specs.documents import write_atomically
+from pipermoe.specs.chrome_trace import Sample, Span, write_chrome_trace
 
 # Distinct in grey and for colour-blind readers. One shade per model chunk of a rank, the last for all further ones.
 _BACKWARDS = ("#2e8b57", "#9fd4b5", "#d5ecde")
@@ -218,26 +217,19 @@ def _round_tick(least: float) -> float:
 
 def write_trace(timeline: Timeline, path: Path) -> None:
     """Write the timeline as a Chrome trace (chrome://tracing, ui.perfetto.dev), times in seconds of the timeline."""
-    write_atomically(path, json.dumps({"traceEvents": list(_trace_events(timeline)), "displayTimeUnit": "ms"}))
+    write_chrome_trace(path, _spans(timeline), _activations_held(timeline))
 
 
-def _trace_events(timeline: Timeline) -> Iterator[dict]:
-    """One process per rank; thread 0 holds the actions, thread 1 the backwards of pairs; a counter of activations."""
-    micro = 1e6
+def _spans(timeline: Timeline) -> Iterator[Span]:
     for rank in range(timeline.schedule.num_ranks):
-        yield {"ph": "M", "name": "process_name", "pid": rank, "tid": 0, "args": {"name": f"rank {rank}"}}
         rows = zip(timeline.schedule.ranks[rank], timeline.start[rank], timeline.end[rank], strict=True)
         for action, start, end in rows:
-            for thread, part in enumerate(action.parts):
-                yield {
-                    "ph": "X",
-                    "name": str(part),
-                    "cat": NAMES.get(part.kind, "communication"),
-                    "pid": rank,
-                    "tid": thread,
-                    "ts": start * micro,
-                    "dur": (end - start) * micro,
-                    "args": {"stage": part.stage, "microbatch": part.microbatch},
-                }
+            for part in action.parts:
+                details = {"stage": part.stage, "microbatch": part.microbatch}
+                yield Span(rank, "compute", str(part), start, end, NAMES.get(part.kind, "communication"), details)
+
+
+def _activations_held(timeline: Timeline) -> Iterator[Sample]:
+    for rank in range(timeline.schedule.num_ranks):
         for time, held in timeline.memory(rank, [1.0] * timeline.schedule.num_stages):
-            yield {"ph": "C", "name": "activations", "pid": rank, "ts": time * micro, "args": {"in flight": held}}
+            yield Sample(rank, "activations in flight", time, held)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pipermoe.runtime.meter import Meter
 from pipermoe.runtime.router import count_choices
+from pipermoe.runtime.trace import ALL_TO_ALL
 
 
 class Flying:
@@ -30,10 +31,12 @@ class Flying:
     ):
         assert work is not None
         self._work, self._buffers, self._finish, self._meter = work, (sent, received), finish, meter
+        self._landed = meter.launched(ALL_TO_ALL)
 
     def wait(self) -> Tensor:
         with self._meter.term("all_to_all"):
             self._work.wait()
+        self._landed()
         sent, received = self._buffers
         del self._buffers, self._work
         self._meter.release(sent)

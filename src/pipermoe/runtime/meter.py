@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from pipermoe.runtime.trace import Trace
 from pipermoe.schedule.action import Action
 from pipermoe.specs.report import TERMS, MemoryCategory, Term
 
@@ -17,30 +18,59 @@ class Meter:
 
     Nested terms are exclusive: waiting for an all-to-all inside a forward action counts as `all_to_all` alone, so the
     terms of a step add up to at most its duration. `action` is what the rank is doing: an action of the schedule or,
-    after the pipeline, the name of a part of the step.
+    after the pipeline, the name of a part of the step; `on_action` is told of every change, `trace` of every stretch of
+    time.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[Term, float] = dict.fromkeys(TERMS, 0.0)
         self.phase: MemoryCategory = "temporary"
-        self.action: Action | str = ""
         self.on_release: Callable[[Tensor], None] | None = None
-        self._inner = 0.0  # seconds already counted by terms nested in the current one
+        self.on_action: Callable[[Action | str], None] | None = None
+        self.trace: Trace | None = None
+        self._action: Action | str = ""
+        self._term: Term | None = None
+        self._since = 0.0  # when the current stretch of `_term` began
 
     def reset(self) -> None:
         self.seconds = dict.fromkeys(TERMS, 0.0)
 
+    @property
+    def action(self) -> Action | str:
+        return self._action
+
+    @action.setter
+    def action(self, action: Action | str) -> None:
+        self._end_stretch()
+        self._action = action
+        if self.on_action is not None:
+            self.on_action(action)
+
     @contextmanager
     def term(self, name: Term) -> Iterator[None]:
         """Count the time of the block as `name`, less what nested blocks count."""
-        outer, self._inner = self._inner, 0.0
-        start = time.perf_counter()
+        self._end_stretch()
+        outer, self._term = self._term, name
         try:
             yield
         finally:
-            elapsed = time.perf_counter() - start
-            self.seconds[name] += elapsed - self._inner
-            self._inner = outer + elapsed
+            self._end_stretch()
+            self._term = outer
+
+    def _end_stretch(self) -> None:
+        now = time.perf_counter()
+        if self._term is not None:
+            self.seconds[self._term] += now - self._since
+            if self.trace is not None:
+                self.trace.add_stretch(self._term, str(self._action), self._since, now)
+        self._since = now
+
+    def launched(self, lane: str) -> Callable[[], None]:
+        """A transfer of the current action begins in `lane` of the trace; the result is to be called when it ended."""
+        trace, action, start = self.trace, self._action, time.perf_counter()
+        if trace is None:
+            return _ignore
+        return lambda: trace.add(lane, str(action), start, time.perf_counter())
 
     @contextmanager
     def born(self, phase: MemoryCategory) -> Iterator[None]:
@@ -58,3 +88,7 @@ class Meter:
         """
         if self.on_release is not None:
             self.on_release(tensor)
+
+
+def _ignore() -> None:
+    pass

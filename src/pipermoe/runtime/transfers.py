@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.meter import Meter
+from pipermoe.runtime.trace import POINT_TO_POINT
 from pipermoe.schedule.action import RECEIVES, SENDS, Action, Kind, Schedule
 from pipermoe.schedule.communication import matching_receive
 
@@ -19,7 +21,7 @@ class Transfers:
 
     def __init__(self, schedule: Schedule, groups: ProcessGroups, meter: Meter):
         self._schedule, self._groups, self._meter = schedule, groups, meter
-        self._sends: dict[Action, tuple[dist.Work, Tensor]] = {}
+        self._sends: dict[Action, tuple[dist.Work, Tensor, Callable[[], None]]] = {}
 
     def send(self, action: Action, tensor: Tensor) -> None:
         """Launch the send; the tensor is kept until `settle`."""
@@ -27,7 +29,7 @@ class Transfers:
         peer = self._groups.pp[self._schedule.rank_of(receive.stage, receive.microbatch)]
         work = dist.isend(tensor, peer, group=self._groups.pipeline, tag=self._tag(receive))
         assert work is not None
-        self._sends[action] = (work, tensor)
+        self._sends[action] = (work, tensor, self._meter.launched(POINT_TO_POINT))
 
     def receive(self, action: Action, like: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The tensor that the matching send carries."""
@@ -37,16 +39,20 @@ class Transfers:
         with self._meter.born("communication"):
             tensor = torch.empty(like, dtype=dtype, device=device)
         with self._meter.term("pipeline_wait"):
+            landed = self._meter.launched(POINT_TO_POINT)
             work = dist.irecv(tensor, peer, group=self._groups.pipeline, tag=self._tag(action))
             assert work is not None
             work.wait()
+            landed()
         return tensor
 
     def settle(self, sends: tuple[Action, ...]) -> None:
         """Wait for these sends and let their tensors go."""
         with self._meter.term("pipeline_wait"):
             for action in sends:
-                self._sends.pop(action)[0].wait()
+                work, _, landed = self._sends.pop(action)
+                work.wait()
+                landed()
 
     def settle_all(self) -> None:
         self.settle(tuple(self._sends))
