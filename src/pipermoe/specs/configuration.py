@@ -1,0 +1,19 @@
+"""Configuration: what the arguments of another training system say, in this project's terms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipermoe.specs.model import ModelSpec
+from pipermoe.specs.strategy import Strategy
+from pipermoe.specs.train import TrainConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """A model, a job and a strategy. `remarks` are lines about what was read but has no counterpart here."""
+
+    model: ModelSpec
+    train: TrainConfig
+    strategy: Strategy
+    remarks: tuple[str, ...] = ()

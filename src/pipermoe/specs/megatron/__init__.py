@@ -1,0 +1,28 @@
+"""Megatron-LM's arguments as a dialect: read into a model, a job and a strategy, and written from them."""
+
+from __future__ import annotations
+
+from pipermoe.specs.configuration import Configuration
+from pipermoe.specs.megatron.arguments import Arguments
+from pipermoe.specs.megatron.model import read_model, unsupported_parts, write_model
+from pipermoe.specs.megatron.options import VERSION
+from pipermoe.specs.megatron.strategy import read_strategy, write_strategy
+from pipermoe.specs.megatron.train import read_train, write_train
+from pipermoe.specs.model import ModelSpec
+from pipermoe.specs.strategy import Strategy
+from pipermoe.specs.train import TrainConfig
+
+__all__ = ["VERSION", "Arguments", "read_configuration", "unsupported_parts", "write_arguments"]
+
+
+def write_arguments(model: ModelSpec, train: TrainConfig, strategy: Strategy) -> Arguments:
+    """The arguments of a run. Nothing that Megatron cannot express may be asked (export/megatron.py)."""
+    given = write_model(model) | write_train(train) | write_strategy(strategy, model.num_layers)
+    return Arguments({name: value for name, value in given.items() if value is not None})
+
+
+def read_configuration(arguments: Arguments, world_size: int, name: str = "megatron") -> Configuration:
+    """What a run with `arguments` on `world_size` ranks does. UserError where the arguments say nothing legal."""
+    model = read_model(arguments, name)
+    strategy, remarks = read_strategy(arguments, world_size, model.num_layers)
+    return Configuration(model, read_train(arguments), strategy, tuple(remarks))
