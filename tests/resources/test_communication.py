@@ -15,7 +15,7 @@ def calls_of(strategy: Strategy) -> dict:
     """{key: [(calls, bytes) of every stage]}, for what a strategy calls at all."""
     table = StrategyTable.of([strategy])
     shapes = shapes_of(MODEL, table)
-    found = traffic(MODEL, TRAIN, shapes, table, state_elements(shapes, table))
+    found = traffic(MODEL, TRAIN, shapes, table, state_elements(MODEL, shapes, table))
     pairs = {key: list(zip(call.calls[0].tolist(), call.bytes[0].tolist(), strict=True)) for key, call in found.items()}
     return {key: value for key, value in pairs.items() if any(calls for calls, _ in value)}
 

@@ -18,7 +18,7 @@ from pipermoe.specs.train import TrainConfig
 def memory_of(strategy: Strategy, train: TrainConfig = TRAIN, model: ModelSpec = MODEL) -> dict[str, list[int]]:
     table = StrategyTable.of([strategy])
     shapes = shapes_of(model, table)
-    found = stage_memory(model, train, shapes, table, state_elements(shapes, table))
+    found = stage_memory(model, train, shapes, table, state_elements(model, shapes, table))
     return {name: np.asarray(value)[0].tolist() for name, value in found.items()}
 
 
@@ -81,7 +81,7 @@ def test_a_strategy_weighs_the_same_alone_as_among_others():
     ]
     table = StrategyTable.of(rows)
     shapes = shapes_of(MODEL, table)
-    together = stage_memory(MODEL, TRAIN, shapes, table, state_elements(shapes, table))
+    together = stage_memory(MODEL, TRAIN, shapes, table, state_elements(MODEL, shapes, table))
     for index, row in enumerate(rows):
         assert memory_of(row) == {name: np.asarray(value)[index].tolist() for name, value in together.items()}
 

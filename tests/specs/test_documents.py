@@ -61,7 +61,7 @@ def test_an_unknown_key_names_file_key_value_and_what_is_accepted(tmp_path):
         ("seq_len = -4\nglobal_batch_size = 8\n", "seq_len = -4: input should be greater than 0"),
         ('seq_len = "long"\nglobal_batch_size = 8\n', "seq_len = 'long': input should be a valid integer"),
         ("global_batch_size = 8\n", "seq_len: required key is missing"),
-        (TRAIN + 'precision = "fp12"\n', "precision = 'fp12': input should be 'fp32' or 'bf16'"),
+        (TRAIN + 'precision = "fp12"\n', "precision = 'fp12': input should be 'fp32', 'bf16', 'fp16' or 'fp8'"),
         ("seq_len = 128\nglobal_batch_size =\n", "is not valid TOML"),
     ],
 )

@@ -74,7 +74,11 @@ def test_a_legal_strategy_has_no_violations():
             "strategy.tensor_parallel = 2: this runtime executes 1 only",
         ),
         ({"schedule": "zb-v"}, 1, "strategy.schedule = 'zb-v': this runtime executes gpipe or 1f1b only"),
-        ({"recompute": "selective"}, 1, "strategy.recompute = 'selective': this runtime executes none or full only"),
+        (
+            {"recompute": "selective", "recompute_modules": ("norm",)},
+            1,
+            "strategy.recompute = 'selective': this runtime executes none or full only",
+        ),
         ({"zero_dense": 3}, 1, "strategy.zero_dense = 3: this runtime executes 0 or 1 only"),
     ],
 )
@@ -100,6 +104,7 @@ degrees = st.sampled_from([1, 2, 3, 4, 5, 6, 8])
 @st.composite
 def any_strategy(draw):
     edp, ep, etp = draw(degrees), draw(degrees), draw(st.sampled_from([1, 1, 2]))
+    recompute = draw(st.sampled_from(["none", "selective", "full"]))
     return Strategy(
         pipeline_parallel=draw(degrees),
         data_parallel=edp * ep * etp,
@@ -108,7 +113,8 @@ def any_strategy(draw):
         expert_tensor_parallel=etp,
         micro_batch_size=draw(degrees),
         schedule=draw(st.sampled_from(["gpipe", "1f1b", "other"])),
-        recompute=draw(st.sampled_from(["none", "selective", "full"])),
+        recompute=recompute,
+        recompute_modules=("experts", "norm") if recompute == "selective" else (),
         zero_dense=draw(st.integers(0, 3)),
         layer_split=draw(st.sampled_from([(), (3, 3), (2, 2, 2), (5, 1)])),
     )

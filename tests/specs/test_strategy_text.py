@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 
 from pipermoe.schedule.builders import RECIPES
 from pipermoe.specs.errors import UserError
-from pipermoe.specs.strategy import Strategy
-from pipermoe.specs.strategy_table import DISPATCHER_NAMES
-from pipermoe.specs.strategy_text import SCHEDULES, strategy_text
+from pipermoe.specs.strategy import RECOMPUTE_MODULES, Strategy
+from pipermoe.specs.strategy_table import DISPATCHER_NAMES, SCHEDULE_NAMES, StrategyTable
+from pipermoe.specs.strategy_text import strategy_text
 
 degree = st.integers(1, 64)
 
@@ -27,11 +27,11 @@ def strategies(draw) -> Strategy:
         expert_data_parallel=edp * tp,
         expert_tensor_parallel=etp,
         micro_batch_size=draw(degree),
-        schedule=draw(st.sampled_from(SCHEDULES)),
+        schedule=draw(st.sampled_from(SCHEDULE_NAMES)),
         dispatcher=draw(st.sampled_from(DISPATCHER_NAMES)),
         layer_split=tuple(draw(st.lists(degree, max_size=4))),
         recompute=recompute,
-        recompute_modules=tuple(draw(st.lists(st.sampled_from(["norm", "swiglu"]), max_size=2)))
+        recompute_modules=tuple(draw(st.lists(st.sampled_from(RECOMPUTE_MODULES), min_size=1, max_size=3)))
         if recompute == "selective"
         else (),
         zero_dense=draw(st.integers(0, 3)),
@@ -46,6 +46,7 @@ def test_a_strategy_in_words_is_read_back(strategy):
     kept = Strategy.parse(strategy.compact())
     assert kept.compact() == strategy.compact()
     assert kept.world_size == strategy.world_size
+    assert StrategyTable.of([strategy]).row(0) == strategy
 
 
 def test_words_come_in_any_order_and_edp_is_what_the_others_leave():
@@ -74,4 +75,4 @@ def test_an_error_names_the_word_and_what_is_accepted(text, message):
 
 
 def test_every_schedule_that_can_be_built_has_its_word():
-    assert set(SCHEDULES) == set(RECIPES)
+    assert set(SCHEDULE_NAMES) == set(RECIPES)

@@ -24,7 +24,7 @@ from pipermoe.specs.platform import (
     Platform,
     RateCurve,
 )
-from pipermoe.specs.train import Precision
+from pipermoe.specs.precision import Precision
 
 LEVEL = "host"
 

@@ -76,7 +76,7 @@ def peak_memory(model: ModelSpec, train: TrainConfig, table: StrategyTable) -> t
     peak, worst = np.zeros(len(table)), np.zeros(len(table), dtype=np.int64)
     for rows, group in uniform_groups(table):
         shapes = shapes_of(model, group)
-        total = sum(stage_memory(model, train, shapes, group, state_elements(shapes, group)).values())
+        total = sum(stage_memory(model, train, shapes, group, state_elements(model, shapes, group)).values())
         worst[rows] = np.argmax(total, axis=1)
         peak[rows] = np.max(total, axis=1)
     return peak, worst

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipermoe.specs.platform import COLLECTIVES, Collective, Level, LinkCost, Platform, RateCurve
-from pipermoe.specs.train import Precision
+from pipermoe.specs.precision import Precision
 from pipermoe.specs.units import format_bytes, format_count, format_seconds
 
 UNSTEADY = 0.2  # `Host.noise` above which predictions within 10 % are not to be expected

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipermoe.resources.rates import ELEMENT_BYTES, collective_seconds
+from pipermoe.resources.rates import collective_seconds
 from pipermoe.resources.stages import StageShapes
 from pipermoe.resources.states import StateElements
 from pipermoe.specs.model import ModelSpec
@@ -45,7 +45,7 @@ def all_to_all_calls(model: ModelSpec, train: TrainConfig, shapes: StageShapes, 
     """
     ep = table.expert_parallel[:, None]
     rows = (table.micro_batch_size * train.seq_len * model.moe.top_k)[:, None]
-    leaving = rows * (ep - 1) // ep * model.hidden_size * ELEMENT_BYTES[train.precision]
+    leaving = rows * (ep - 1) // ep * model.hidden_size * train.recipe.activation
     counts = (ep - 1) * (model.moe.num_experts // ep) * COUNT_BYTES
     layers = shapes.moe_layers * (ep > 1)
     return [
@@ -56,7 +56,7 @@ def all_to_all_calls(model: ModelSpec, train: TrainConfig, shapes: StageShapes, 
 
 def message_bytes(model: ModelSpec, train: TrainConfig, table: StrategyTable) -> Any:
     """Bytes of one micro-batch's activations, or of their gradient, between two stages: (rows,)."""
-    return table.micro_batch_size * train.seq_len * model.hidden_size * ELEMENT_BYTES[train.precision]
+    return table.micro_batch_size * train.seq_len * model.hidden_size * train.recipe.activation
 
 
 def all_to_all_seconds(platform: Platform, calls: list[Call], table: StrategyTable) -> tuple[Any, Any]:
@@ -95,17 +95,17 @@ def sync_calls(train: TrainConfig, table: StrategyTable, states: StateElements) 
 
     ZeRO-0: one all-reduce. ZeRO-1: one reduce-scatter, and one all-gather after the update. Nothing in a group of one.
     """
-    element = ELEMENT_BYTES[train.precision]
+    state = train.recipe.state
     reducing, gathering = [], []
     for axis, elements, group, zero in (
-        ("dp", states.dense, table.data_parallel, table.zero_dense),
+        ("dp", states.dense, table.data_parallel * table.context_parallel, table.zero_dense),
         ("edp", states.expert, table.expert_data_parallel, table.zero_expert),
     ):
         shared = ((group > 1)[:, None] & (elements > 0)).astype(np.int64)
         sharded, replicated = shared * (zero > 0)[:, None], shared * (zero == 0)[:, None]
-        reducing.append(Call("all_reduce", axis, replicated, replicated * elements * element))
-        reducing.append(Call("reduce_scatter", axis, sharded, sharded * elements * element))
-        gathering.append(Call("all_gather", axis, sharded, sharded * elements * element))
+        reducing.append(Call("all_reduce", axis, replicated, replicated * elements * state.gradient))
+        reducing.append(Call("reduce_scatter", axis, sharded, sharded * elements * state.gradient))
+        gathering.append(Call("all_gather", axis, sharded, sharded * elements * state.weight))
     return reducing, gathering
 
 

@@ -18,7 +18,7 @@ from pipermoe.resources.stages import StageShapes
 from pipermoe.specs.errors import UserError, describe_value
 from pipermoe.specs.model import GroupedQueryAttention, ModelSpec
 from pipermoe.specs.platform import Device, Pass
-from pipermoe.specs.train import Precision
+from pipermoe.specs.precision import Precision
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 
 from pipermoe.resources.activations import INDEX_BYTES, Sizes, dense_layer, head_kept, moe_layer
-from pipermoe.resources.rates import ELEMENT_BYTES
 from pipermoe.resources.stages import StageShapes
-from pipermoe.resources.states import MOMENT_BYTES, MOMENTS, StateElements
+from pipermoe.resources.states import StateElements, state_bytes
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.report import MemoryCategory
 from pipermoe.specs.strategy_table import RECOMPUTE_NAMES, SCHEDULE_NAMES, StrategyTable
@@ -50,15 +49,13 @@ def stage_memory(
     model: ModelSpec, train: TrainConfig, shapes: StageShapes, table: StrategyTable, states: StateElements
 ) -> dict[MemoryCategory, Any]:
     """Bytes by category at the peak; their sum is the peak. One pipeline depth and layer split for the whole table."""
-    element = ELEMENT_BYTES[train.precision]
+    element = train.recipe.activation
     best: Instant | None = None
     for instant in _instants(model, train, shapes, table, element):
         best = instant if best is None else _larger(best, instant)
     assert best is not None
     return {
-        "weights": states.held * element,
-        "gradients": states.held * element,
-        "optimizer": states.updated * MOMENTS * MOMENT_BYTES,
+        **state_bytes(states, train.recipe.state),
         "activations": best.activations,
         "communication": best.communication,
         "temporary": best.temporary,

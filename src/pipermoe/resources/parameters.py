@@ -66,6 +66,27 @@ def _(attention: LatentAttention, hidden_size: int) -> int:
     return weights + biases + q_rank + kv_rank + indexer_parameters(attention.indexer, hidden_size, q_rank)
 
 
+@singledispatch
+def replicated_attention_parameters(attention: Attention, hidden_size: int) -> int:
+    """The part of `attention_parameters` that every rank of a tensor-parallel group holds."""
+    raise TypeError(f"no parameter count for {type(attention).__name__}")
+
+
+@replicated_attention_parameters.register
+def _(attention: GroupedQueryAttention, hidden_size: int) -> int:
+    """Norms of one head, and the bias behind the row-parallel product."""
+    return 2 * attention.head_dim * (attention.qk_norm == "head") + attention.output_bias * hidden_size
+
+
+@replicated_attention_parameters.register
+def _(attention: LatentAttention, hidden_size: int) -> int:
+    """Heads are divided, so all that comes before the heads is not: both down-projections, their norms, the indexer."""
+    q_rank, kv_down = attention.q_lora_rank, attention.kv_lora_rank + attention.qk_rope_head_dim
+    down = hidden_size * (q_rank + kv_down) + q_rank + attention.kv_lora_rank
+    biases = attention.bias * (q_rank + kv_down + hidden_size)
+    return down + biases + indexer_parameters(attention.indexer, hidden_size, q_rank)
+
+
 def indexer_parameters(indexer: Indexer | None, hidden_size: int, q_lora_rank: int) -> int:
     """Query, key and head-weight projections of the sparse-attention indexer and the LayerNorm of its key."""
     if indexer is None:
@@ -113,6 +134,36 @@ def _layer(model: ModelSpec, is_moe: bool) -> LayerParameters:
         dense_mlp=dense * (not is_moe),
         norms=model.norms_per_layer * norm_parameters(model),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Trained parameters of one layer by how tensor parallelism spreads them (Shoeybi et al., arXiv 1909.08053).
+
+    `dense` are divided over tp; `dense_replicated` (norms, router, gates, biases of row-parallel products) are on every
+    tp rank. `expert` are the routed experts' divided over ep and etp; `expert_replicated` only over ep.
+    """
+
+    dense: int
+    dense_replicated: int
+    expert: int
+    expert_replicated: int
+
+
+def layer_spread(model: ModelSpec, *, is_moe: bool) -> Spread:
+    """How the parameters of one layer are spread. A counted correction bias is not trained, so not in it."""
+    moe, hidden, parameters = model.moe, model.hidden_size, _layer(model, is_moe)
+    replicated = replicated_attention_parameters(model.attention, hidden) + parameters.norms
+    if is_moe:
+        untrained = moe.num_experts * (moe.router.correction_bias == "parameter")
+        shared_replicated = (moe.shared_gate + (model.mlp_bias and moe.shared_width > 0)) * hidden
+        replicated += parameters.router - untrained + shared_replicated
+        dense = parameters.dense - untrained - replicated
+    else:
+        replicated += model.mlp_bias * hidden
+        dense = parameters.dense - replicated
+    expert_replicated = moe.num_experts * moe.expert_bias * hidden * is_moe
+    return Spread(dense, replicated, parameters.routed_experts - expert_replicated, expert_replicated)
 
 
 def embedding_parameters(model: ModelSpec) -> int:

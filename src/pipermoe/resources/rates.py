@@ -8,9 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from pipermoe.specs.platform import Collective, Device, Level, LinkCost, Pass, Platform, RateCurve
-from pipermoe.specs.train import Precision
-
-ELEMENT_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
+from pipermoe.specs.precision import RECIPES, Precision
 
 # Elements read and written per counted element, forward and backward: used only where a platform has no measured rate
 # for the pass (a datasheet). Each tensor is read or written once; the norms and the loss read their input twice.
@@ -55,7 +53,9 @@ def pass_seconds(device: Device, precision: Precision, name: Pass, elements):
     measured = device.passes.get(precision, {}).get(name)
     if measured is None:
         forward, backward = (
-            _streamed_seconds(device, ELEMENT_BYTES[precision] * accesses * elements) if accesses else 0.0 * elements
+            _streamed_seconds(device, RECIPES[precision].activation * accesses * elements)
+            if accesses
+            else 0.0 * elements
             for accesses in PASS_ACCESSES[name]
         )
         return forward, backward

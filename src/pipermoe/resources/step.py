@@ -95,7 +95,7 @@ def step_costs(model: ModelSpec, platform: Platform, train: TrainConfig, table: 
     )
     exchange = all_to_all_calls(model, train, shapes, table)
     forward_exchange, backward_exchange = all_to_all_seconds(platform, exchange, table)
-    states = state_elements(shapes, table)
+    states = state_elements(model, shapes, table)
     reduce, flags, gather = sync_seconds(platform, train, table, states)
     return StepCosts(
         forward=forward,
@@ -247,7 +247,7 @@ def report(
     """The report of a strategy whose costs (one row) are known."""
     table = StrategyTable.of([strategy])
     shapes = shapes_of(model, table)
-    states = state_elements(shapes, table)
+    states = state_elements(model, shapes, table)
     step, terms = step_seconds_by_term(platform, train, strategy, costs)
     memory = stage_memory(model, train, shapes, table, states)
     calls = traffic(model, train, shapes, table, states)

@@ -22,7 +22,7 @@ from pipermoe.runtime.norm import build_norm
 from pipermoe.runtime.rotary import Rotation
 from pipermoe.runtime.router import Router
 from pipermoe.specs.model import ModelSpec
-from pipermoe.specs.train import Precision
+from pipermoe.specs.precision import Precision
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from pipermoe.specs.errors import describe_value, nearest_divisors
 from pipermoe.specs.model import ModelSpec
+from pipermoe.specs.precision import Precision
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.strategy_table import RECOMPUTE_NAMES, SCHEDULE_NAMES, StrategyTable
 from pipermoe.specs.train import TrainConfig
@@ -151,6 +152,21 @@ LEGAL: tuple[Rule, ...] = (
     Rule(_enough_microbatches, _explain_microbatches),
 )
 
+EXECUTABLE_PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
+
+
+def _precision_runs(table: StrategyTable, job: Job) -> NDArray[np.bool_]:
+    return np.full(len(table), job.train.precision in EXECUTABLE_PRECISIONS and job.train.state_bytes is None)
+
+
+def _explain_precision(strategy: Strategy, job: Job) -> tuple[str, object, str]:
+    if job.train.state_bytes is not None:
+        rule = "this runtime keeps the bytes of the precision's own recipe; leave it out to run"
+        return "train.state_bytes", job.train.state_bytes.model_dump(), rule
+    words = " or ".join(EXECUTABLE_PRECISIONS)
+    return "train.precision", job.train.precision, f"this runtime executes {words} only"
+
+
 # What the engine executes, with any schedule of one copy of every stage; a dry run asks no more.
 ENGINE: tuple[Rule, ...] = (
     *(_must_be(key, (1,), (1,)) for key in ("context_parallel", "tensor_parallel", "expert_tensor_parallel")),
@@ -160,8 +176,9 @@ ENGINE: tuple[Rule, ...] = (
     _must_be("dispatcher", ("all_to_all",), (0,)),
     Rule(
         lambda table, job: np.full(len(table), job.train.capacity_factor == 0),
-        lambda strategy, job: ("capacity_factor", job.train.capacity_factor, "this runtime executes 0 only"),
+        lambda strategy, job: ("train.capacity_factor", job.train.capacity_factor, "this runtime executes 0 only"),
     ),
+    Rule(_precision_runs, _explain_precision),
     Rule(
         lambda table, job: (table.pipeline_parallel == 1) | (not job.model.tie_word_embeddings),
         lambda strategy, job: (
@@ -172,9 +189,11 @@ ENGINE: tuple[Rule, ...] = (
     ),
 )
 
+EXECUTABLE_SCHEDULES = ("gpipe", "1f1b")
+
 EXECUTABLE: tuple[Rule, ...] = (
     _must_be("virtual_stages", (1,), (1,)),
-    _must_be("schedule", SCHEDULE_NAMES, tuple(range(len(SCHEDULE_NAMES)))),
+    _must_be("schedule", EXECUTABLE_SCHEDULES, tuple(map(SCHEDULE_NAMES.index, EXECUTABLE_SCHEDULES))),
     *ENGINE,
 )
 
@@ -201,5 +220,5 @@ def violations(
     for rule in rules:
         if not rule.holds(table, job)[0]:
             key, value, sentence = rule.explain(strategy, job)
-            lines.append(describe_value("", f"strategy.{key}", value, sentence))
+            lines.append(describe_value("", key if key.startswith("train.") else f"strategy.{key}", value, sentence))
     return lines

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from pipermoe.specs.base import Frozen
-from pipermoe.specs.train import Precision
+from pipermoe.specs.precision import Precision
 from pipermoe.specs.units import Bytes, BytesPerSecond, FlopsPerSecond, Seconds
 
 Collective = Literal["send", "all_to_all", "all_reduce", "all_gather", "reduce_scatter"]

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from pipermoe.specs.base import Frozen
 
 Recompute = Literal["none", "selective", "full"]
 # How tokens travel to their experts: every choice as a row of its own, or one row per token and rank that holds any.
 Dispatcher = Literal["all_to_all", "deduplicated"]
+
+# What selective recomputation drops after the forward and rebuilds once in the backward. A module is rebuilt up to the
+# input of its last product: what backward does not read is not computed again. Collectives are never repeated.
+RecomputeModule = Literal["norm", "attention", "moe_act", "experts", "shared_experts", "dense_mlp"]
+RECOMPUTE_MODULES: tuple[RecomputeModule, ...] = (
+    "norm",  # both normalised inputs of a layer, from the residual stream
+    "attention",  # queries, keys, values and the core's output, from the normalised input
+    "moe_act",  # the routed experts' activation product, from their gate and up product
+    "experts",  # the routed experts' gate and up product and its activation, from the rows that arrived
+    "shared_experts",  # the same of the shared experts, from the normalised input
+    "dense_mlp",  # the same of a dense layer's MLP
+)
 
 
 class Strategy(Frozen):
@@ -20,7 +32,7 @@ class Strategy(Frozen):
     The paper's expert-data parallel mesh is `cp = tp = etp = edp = 1`, `ep = dp`.
     `layer_split` gives the layers of each of the `pipeline_parallel * virtual_stages` stages; empty: as even as can be.
     `zero_dense` and `zero_expert` are ZeRO levels over dp and edp: 1 shards optimizer state, 2 also gradients, 3 also
-    weights.
+    weights. `recompute_modules` are those of "selective" recomputation, in the order of `RECOMPUTE_MODULES`.
     """
 
     pipeline_parallel: PositiveInt = 1
@@ -36,7 +48,7 @@ class Strategy(Frozen):
     dispatcher: Dispatcher = "all_to_all"
     layer_split: tuple[PositiveInt, ...] = ()
     recompute: Recompute = "none"
-    recompute_modules: tuple[str, ...] = ()
+    recompute_modules: tuple[RecomputeModule, ...] = ()
     zero_dense: int = Field(default=0, ge=0, le=3)
     zero_expert: int = Field(default=0, ge=0, le=3)
 
@@ -49,7 +61,17 @@ class Strategy(Frozen):
                 f"data_parallel * context_parallel * tensor_parallel = {dense} must equal "
                 f"expert_data_parallel * expert_parallel * expert_tensor_parallel = {expert}"
             )
+        if (self.recompute == "selective") != bool(self.recompute_modules):
+            raise ValueError(
+                f"recompute = {self.recompute} with recompute_modules = {list(self.recompute_modules)}: selective "
+                f"names its modules ({', '.join(RECOMPUTE_MODULES)}), none and full have no modules"
+            )
         return self
+
+    @field_validator("recompute_modules")
+    @classmethod
+    def _in_order(cls, modules: tuple[RecomputeModule, ...]) -> tuple[RecomputeModule, ...]:
+        return tuple(module for module in RECOMPUTE_MODULES if module in modules)
 
     @property
     def world_size(self) -> int:

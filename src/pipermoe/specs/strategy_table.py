@@ -8,9 +8,14 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from pipermoe.specs.strategy import Strategy
+from pipermoe.specs.strategy import RECOMPUTE_MODULES, RecomputeModule, Strategy
 
-SCHEDULE_NAMES: tuple[str, ...] = ("gpipe", "1f1b")
+# The names of schedule.builders, which this package stands below.
+SCHEDULE_NAMES: tuple[str, ...] = (
+    *("gpipe", "1f1b", "1f1b-overlap", "breadth-first", "interleaved-1f1b", "interleaved-1f1b-overlap"),
+    *("zb-h1", "zb-h1-overlap", "zb-h2", "zb-h2-overlap", "zb-v", "zb-v-overlap"),
+    *("v-half", "v-half-overlap", "v-min", "dualpipe", "dualpipe-v"),
+)
 DISPATCHER_NAMES: tuple[str, ...] = ("all_to_all", "deduplicated")
 RECOMPUTE_NAMES: tuple[str, ...] = ("none", "selective", "full")
 UNKNOWN = -1  # the code of a name that is not in the tuples above
@@ -22,8 +27,8 @@ Column = NDArray[np.int64]
 class StrategyTable:
     """One row per strategy, one int64 array per field of `Strategy`.
 
-    `schedule`, `dispatcher` and `recompute` are indices into `SCHEDULE_NAMES` and so on; `layer_split` is an index into
-    `splits`, whose first entry is the even split `()`.
+    `schedule`, `dispatcher` and `recompute` are indices into `SCHEDULE_NAMES` etc.; bit i of `recompute_modules` is
+    `RECOMPUTE_MODULES[i]`; `layer_split` is an index into `splits`, whose first entry is the even split `()`.
     """
 
     pipeline_parallel: Column
@@ -38,6 +43,7 @@ class StrategyTable:
     schedule: Column
     dispatcher: Column
     recompute: Column
+    recompute_modules: Column
     zero_dense: Column
     zero_expert: Column
     layer_split: Column
@@ -83,6 +89,9 @@ class StrategyTable:
                 "schedule": SCHEDULE_NAMES[values["schedule"]],
                 "dispatcher": DISPATCHER_NAMES[values["dispatcher"]],
                 "recompute": RECOMPUTE_NAMES[values["recompute"]],
+                "recompute_modules": tuple(
+                    module for bit, module in enumerate(RECOMPUTE_MODULES) if values["recompute_modules"] >> bit & 1
+                ),
                 "layer_split": self.splits[values["layer_split"]],
             }
         )
@@ -103,19 +112,27 @@ class StrategyTable:
     def num_stages(self) -> Column:
         return self.pipeline_parallel * self.virtual_stages
 
+    def rebuilds(self, module: RecomputeModule) -> NDArray[np.bool_]:
+        """Which rows name `module` for selective recomputation."""
+        return (self.recompute_modules >> RECOMPUTE_MODULES.index(module)) & 1 > 0
+
     def microbatches(self, global_batch_size: int) -> Column:
         """Micro-batches that one data-parallel rank runs in a step (M); rounded down where they do not divide."""
         return global_batch_size // (self.data_parallel * self.micro_batch_size)
 
 
 COLUMNS: tuple[str, ...] = tuple(field.name for field in fields(StrategyTable) if field.name != "splits")
-ZERO_BY_DEFAULT = {"schedule", "dispatcher", "recompute", "zero_dense", "zero_expert", "layer_split"}
+ZERO_BY_DEFAULT = {
+    *("schedule", "dispatcher", "recompute", "recompute_modules", "zero_dense", "zero_expert", "layer_split")
+}
 
 
 def _encode(strategy: Strategy, name: str, splits: tuple[tuple[int, ...], ...]) -> int:
     value = getattr(strategy, name)
     if name == "layer_split":
         return splits.index(value)
+    if name == "recompute_modules":
+        return sum(1 << RECOMPUTE_MODULES.index(module) for module in value)
     names = {"schedule": SCHEDULE_NAMES, "dispatcher": DISPATCHER_NAMES, "recompute": RECOMPUTE_NAMES}.get(name)
     if names is None:
         return value

@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipermoe.specs.errors import UserError
-from pipermoe.specs.strategy import Strategy
-from pipermoe.specs.strategy_table import DISPATCHER_NAMES
+from pipermoe.specs.strategy import RECOMPUTE_MODULES, Strategy
+from pipermoe.specs.strategy_table import DISPATCHER_NAMES, SCHEDULE_NAMES
 
 DEGREES = {
     "pp": "pipeline_parallel",
@@ -24,15 +24,9 @@ DEGREES = {
     "etp": "expert_tensor_parallel",
     "mbs": "micro_batch_size",
 }
-# The names of schedule.builders, which this package stands below.
-SCHEDULES = (
-    *("gpipe", "1f1b", "1f1b-overlap", "breadth-first", "interleaved-1f1b", "interleaved-1f1b-overlap"),
-    *("zb-h1", "zb-h1-overlap", "zb-h2", "zb-h2-overlap", "zb-v", "zb-v-overlap"),
-    *("v-half", "v-half-overlap", "v-min", "dualpipe", "dualpipe-v"),
-)
 ACCEPTED = (
     f"a degree ({', '.join(f'{short}N' for short in DEGREES)}), z0 to z3 or z1/0 (dense/expert), deduplicated, full, "
-    f"selective:MODULE,..., split:N,N,... or a schedule ({', '.join(SCHEDULES)})"
+    f"selective:MODULE,... ({', '.join(RECOMPUTE_MODULES)}), split:N,N,... or a schedule ({', '.join(SCHEDULE_NAMES)})"
 )
 _DEGREE, _ZERO = re.compile(r"([a-z]+)(\d+)"), re.compile(r"z([0-3])(?:/([0-3]))?")
 
@@ -84,7 +78,7 @@ def _meaning(word: str) -> Iterator[tuple[str, Any]]:
     if match := _ZERO.fullmatch(word):
         yield "zero_dense", int(match[1])
         yield "zero_expert", int(match[2] or match[1])
-    elif word in SCHEDULES:
+    elif word in SCHEDULE_NAMES:
         yield "schedule", word
     elif word in DISPATCHER_NAMES:
         yield "dispatcher", word
@@ -96,7 +90,7 @@ def _meaning(word: str) -> Iterator[tuple[str, Any]]:
     elif name == "split" and re.fullmatch(r"[1-9]\d{0,5}(,[1-9]\d{0,5})*", values):
         yield "layer_split", tuple(map(int, values.split(",")))
     else:
-        close = difflib.get_close_matches(word, SCHEDULES, n=1)
+        close = difflib.get_close_matches(word, SCHEDULE_NAMES, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         raise UserError(f"strategy: {word!r} is no word of a strategy; {hint}accepted: {ACCEPTED}")
 

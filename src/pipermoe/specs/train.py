@@ -7,8 +7,8 @@ from typing import Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from pipermoe.specs.base import Frozen
+from pipermoe.specs.precision import RECIPES, Precision, Recipe, StateBytes
 
-Precision = Literal["fp32", "bf16"]
 AuxiliaryLossLevel = Literal["micro_batch", "sequence", "global_batch"]
 
 
@@ -40,13 +40,15 @@ class TrainConfig(Frozen):
     choices with the lowest weights beyond that are dropped; 0, the default, drops none.
     `auxiliary_loss` weighs the load-balancing loss, whose load is that of each sequence, of a rank's micro-batch or of
     the global batch (`auxiliary_loss_level`); `z_loss` weighs the router z-loss. A router's correction bias, if it has
-    one, moves by `balance_rate` after every step (DeepSeek-V3: 0.001).
+    one, moves by `balance_rate` after every step (DeepSeek-V3: 0.001). `state_bytes` replaces the bytes per parameter
+    that the precision's recipe has, for another optimizer or other storage.
     """
 
     seq_len: PositiveInt
     global_batch_size: PositiveInt
     steps: PositiveInt = 100
     precision: Precision = "fp32"
+    state_bytes: StateBytes | None = None
     capacity_factor: NonNegativeFloat = 0.0
     auxiliary_loss: NonNegativeFloat = 0.01
     auxiliary_loss_level: AuxiliaryLossLevel = "micro_batch"
@@ -61,3 +63,9 @@ class TrainConfig(Frozen):
     @property
     def tokens_per_step(self) -> int:
         return self.seq_len * self.global_batch_size
+
+    @property
+    def recipe(self) -> Recipe:
+        """Bytes of activations and of each parameter's state."""
+        recipe = RECIPES[self.precision]
+        return recipe if self.state_bytes is None else Recipe(activation=recipe.activation, state=self.state_bytes)
