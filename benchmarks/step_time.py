@@ -1,0 +1,149 @@
+"""Predicted against measured step time: strategies of the demo's model on ranks of this machine.
+
+python -m benchmarks.step_time [--platform machine.toml] [--steps 12] [--passes 1] [--only WORD] [--json FILE]
+
+Measures this machine (or reads a platform that `pipermoe measure` wrote), then trains every strategy for a few steps,
+all of them once per pass, and prints both times, the error by strategy, its median, and the rank correlation. Nothing
+is fitted to these runs. About 6 minutes a pass on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from importlib.resources import files
+from pathlib import Path
+from statistics import fmean, median
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from pipermoe.measure import measure_platform
+from pipermoe.resources.step import predict
+from pipermoe.runtime.launch import launch
+from pipermoe.specs.catalogue import load_model
+from pipermoe.specs.documents import load
+from pipermoe.specs.model import ModelSpec
+from pipermoe.specs.plan import Plan
+from pipermoe.specs.platform import Platform
+from pipermoe.specs.report import TERMS, StepReport
+from pipermoe.specs.strategy import Strategy
+from pipermoe.specs.train import TrainConfig
+from pipermoe.specs.units import GIB, format_seconds
+
+MODEL = "tiny-moe"
+RANKS = 4
+STRATEGIES = (
+    "pp1 dp4 ep1 edp4 mbs4 1f1b z0",
+    "pp1 dp4 ep4 mbs4 1f1b z0",
+    "pp1 dp4 ep4 mbs1 1f1b z1",
+    "pp1 dp4 ep2 edp2 mbs2 1f1b z1",
+    "pp1 dp4 ep4 mbs4 1f1b z1 full",
+    "pp2 dp2 ep2 mbs1 1f1b z0",
+    "pp2 dp2 ep2 mbs2 1f1b z1",
+    "pp2 dp2 ep2 mbs4 1f1b z1",
+    "pp2 dp2 ep2 mbs2 gpipe z1",
+    "pp2 dp2 ep1 edp2 mbs2 1f1b z1",
+    "pp2 dp2 ep2 mbs2 1f1b z1 full",
+    "pp4 dp1 ep1 mbs1 1f1b z0",
+    "pp4 dp1 ep1 mbs4 1f1b z0",
+    "pp4 dp1 ep1 mbs2 gpipe z0 full",
+)
+
+
+def spearman(one: list[float], other: list[float]) -> float:
+    """Correlation of ranks; these times have no ties."""
+    first, second = (np.argsort(np.argsort(values)) for values in (one, other))
+    return float(np.corrcoef(first, second)[0, 1])
+
+
+def run(plan: Plan, steps: int) -> StepReport:
+    """Train `plan` for `steps` steps and return what was measured."""
+    with tempfile.TemporaryDirectory(prefix="pipermoe-step-time-") as folder:
+        measurement = launch(plan, Path(folder), steps=steps, quiet=True)
+    assert measurement is not None
+    return measurement.report
+
+
+def plan_of(text: str, model: ModelSpec, platform: Platform, train: TrainConfig) -> Plan:
+    strategy = Strategy.parse(text)
+    return Plan(
+        name=text,
+        platform=platform.name,
+        memory_budget_bytes=GIB,
+        model=model,
+        train=train,
+        strategy=strategy,
+        prediction=predict(model, platform, train, strategy),
+    )
+
+
+def row_of(plan: Plan, measured: list[StepReport]) -> dict:
+    predicted, seconds = plan.prediction, [report.step_seconds for report in measured]
+    return {
+        "strategy": plan.name,
+        "predicted_seconds": predicted.step_seconds,
+        "measured_seconds": fmean(seconds),
+        "spread": max(seconds) / min(seconds) - 1,
+        "error": predicted.step_seconds / fmean(seconds) - 1,
+        "terms": {
+            term: (predicted.mean_seconds(term), fmean(report.mean_seconds(term) for report in measured))
+            for term in TERMS
+        },
+    }
+
+
+def summary_of(rows: list[dict]) -> dict:
+    errors = [abs(row["error"]) for row in rows]
+    times = [[row[key] for row in rows] for key in ("predicted_seconds", "measured_seconds")]
+    return {
+        "strategies": len(rows),
+        "median_absolute_error": median(errors),
+        "worst_absolute_error": max(errors),
+        "spearman": spearman(*times),
+    }
+
+
+def print_rows(rows: list[dict], summary: dict) -> None:
+    table = Table(title=f"Step time of {MODEL} on {RANKS} ranks", title_justify="left")
+    for name in ("strategy", "predicted", "measured", "error", "spread"):
+        table.add_column(name, justify="left" if name == "strategy" else "right", no_wrap=True)
+    for row in sorted(rows, key=lambda row: row["measured_seconds"]):
+        times = (format_seconds(row[key]) for key in ("predicted_seconds", "measured_seconds"))
+        table.add_row(row["strategy"], *times, f"{row['error']:+.1%}", f"{row['spread']:.1%}")
+    console = Console(width=100)
+    console.print(table)
+    console.print(
+        f"{summary['strategies']} strategies: median absolute error {summary['median_absolute_error']:.1%} (worst "
+        f"{summary['worst_absolute_error']:.1%}), Spearman {summary['spearman']:.3f}",
+        highlight=False,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--platform", type=Path)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--passes", type=int, default=1)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    model, job = load_model(MODEL), files("pipermoe.catalogue").joinpath("jobs/demo.toml")
+    train = load(str(job), TrainConfig).model_copy(update={"validation_batches": 1})
+    platform = load(options.platform, Platform) if options.platform else measure_platform(nproc=RANKS, model=model)
+    plans = [plan_of(text, model, platform, train) for text in STRATEGIES if options.only in text]
+    measured: dict[str, list[StepReport]] = {plan.name: [] for plan in plans}
+    for _ in range(options.passes):
+        for plan in plans:
+            measured[plan.name].append(run(plan, options.steps))
+    rows = [row_of(plan, measured[plan.name]) for plan in plans]
+    summary = summary_of(rows)
+    print_rows(rows, summary)
+    if options.json:
+        options.json.write_text(json.dumps({"summary": summary, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
