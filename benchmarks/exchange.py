@@ -106,7 +106,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--iterations", type=int, default=4)
     parser.add_argument("--limit", type=float, default=120.0, help="seconds before a run is given up")
-    parser.add_argument("--no-shared-memory", action="store_true")
+    parser.add_argument("--transport", choices=("auto", "python", "process_group"), default="auto")
     parser.add_argument("--openmpi", default=sys.executable)
     parser.add_argument("--mpich", default=sys.executable)
     parser.add_argument("--json", default="")
@@ -124,7 +124,7 @@ def run_torch(arguments: argparse.Namespace, trial: Trial, topology: Topology) -
             "iterations": arguments.iterations,
             "nics": trial.bed.nics,
             "limit": arguments.limit,
-            "shared_memory": not arguments.no_shared_memory,
+            "transport": arguments.transport,
         },
         topology,
     )

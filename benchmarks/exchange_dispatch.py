@@ -81,7 +81,7 @@ def main() -> None:
             "sizes": [arguments.hidden],
             "nics": 1,
             "limit": 120.0,
-            "shared_memory": True,
+            "transport": "auto",
         }
         results = torch_ranks.run(task, topology, measure)
     finally:

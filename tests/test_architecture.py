@@ -21,7 +21,7 @@ FLOORS = [
     {"specs", "catalogue"},
 ]
 HEIGHT = {name: len(FLOORS) - floor for floor, names in enumerate(FLOORS) for name in names}
-MAY_IMPORT_TORCH = ("runtime/", "measure/", "exchange/executor.py")
+MAY_IMPORT_TORCH = ("runtime/", "measure/", "exchange/executor/")
 
 
 def imports_of(path: Path) -> set[str]:

@@ -75,7 +75,7 @@ def _rank(rank: int, trial: dict, topology: Topology, measure: Callable[..., Non
     limit = timedelta(seconds=trial["limit"])
     place = f"file://{trial['folder']}/store"
     dist.init_process_group("gloo", init_method=place, rank=rank, world_size=topology.num_ranks, timeout=limit)
-    exchange = Exchange(topology=topology, timeout=trial["limit"], shared_memory=trial["shared_memory"])
+    exchange = Exchange(topology=topology, timeout=trial["limit"], transport=trial["transport"])
     clock = Clock(f"{trial['folder']}/clock", rank, topology.num_ranks)
     results: dict = {name: {} for name in trial["algorithms"]}
     for size in trial["sizes"]:

@@ -62,7 +62,7 @@ def layer(rank, way):
     """Dispatch, scale by expert, weight, combine: against the same computed on every rank for itself."""
     size, experts, width = dist.get_world_size(), 8, 4
     topology = Topology.even(2, 2, nics_per_node=2)
-    exchange = Exchange(topology=topology, shared_memory=way)
+    exchange = Exchange(topology=topology, transport=way)
     tables, expert_rank = routes(3, size, 6, experts, 3), np.arange(experts) // 2
     plan = plan_dispatch(tables, expert_rank, topology, rank)
     generator = torch.Generator().manual_seed(rank)
@@ -84,7 +84,7 @@ def layer(rank, way):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("way", [True, False])
+@pytest.mark.parametrize("way", ["auto", "process_group"])
 def test_dispatch_and_combine_are_a_layer_with_the_right_gradients(way):
     assert all(run_ranks(layer, 4, way))
 

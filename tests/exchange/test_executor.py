@@ -11,13 +11,14 @@ from tests.distributed.harness import run_ranks
 
 from pipermoe import exchange as api
 from pipermoe.exchange.builders import BUILDERS
-from pipermoe.exchange.executor import Exchange, run_levels
+from pipermoe.exchange.executor import Exchange
+from pipermoe.exchange.executor.process_group import DeviceTransport
 from pipermoe.exchange.plan import byte_matrix
-from pipermoe.exchange.program import lower
 from pipermoe.exchange.topology import Topology
 from pipermoe.specs.errors import MachineError, UserError
 
 pytestmark = pytest.mark.distributed
+TRANSPORTS = ("auto", "python", "process_group")
 DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float16)
 SHAPES = {  # ranks: topologies that pretend that they are several nodes; all share this machine's memory
     1: (Topology.even(1),),
@@ -57,7 +58,7 @@ def random_tensor(rows, width, dtype, seed):
 
 def every_builder_many_cases(rank, cases):
     size = dist.get_world_size()
-    exchanges = [Exchange(topology=topology, shared_memory=way) for topology in SHAPES[size] for way in (True, False)]
+    exchanges = [Exchange(topology=topology, transport=way) for topology in SHAPES[size] for way in TRANSPORTS]
     for case in range(cases):
         generator = np.random.default_rng(case)
         rows, dtype = random_rows(generator, size), DTYPES[case % len(DTYPES)]
@@ -74,12 +75,12 @@ def every_builder_many_cases(rank, cases):
 
 @pytest.mark.parametrize("size", SHAPES)
 def test_every_builder_is_bitwise_equal_to_the_vendor(size):
-    assert set(run_ranks(every_builder_many_cases, size, 5)) == {2 * len(SHAPES[size])}
+    assert set(run_ranks(every_builder_many_cases, size, 5)) == {len(TRANSPORTS) * len(SHAPES[size])}
 
 
 def gradients(rank, name, way):
     topology = Topology.even(2, 2, nics_per_node=2)
-    exchange = Exchange(topology=topology, shared_memory=way)
+    exchange = Exchange(topology=topology, transport=way)
     rows = np.array([[1, 2, 0, 3], [0, 0, 4, 1], [2, 2, 2, 2], [0, 5, 0, 1]])
     x = random_tensor(int(rows[rank].sum()), 3, torch.float64, rank).requires_grad_()
     y = api.all_to_all(x, rows, name, exchange)
@@ -90,7 +91,9 @@ def gradients(rank, name, way):
     return torch.equal(bits(x.grad), back)
 
 
-@pytest.mark.parametrize(("name", "way"), [("hierarchical", True), ("nic_balanced", False), ("log_step", False)])
+@pytest.mark.parametrize(
+    ("name", "way"), [("hierarchical", "auto"), ("nic_balanced", "python"), ("log_step", "process_group")]
+)
 def test_backward_sends_the_gradients_back_the_way_the_rows_came(name, way):
     assert all(run_ranks(gradients, 4, name, way))
 
@@ -128,6 +131,11 @@ def test_the_drop_in_divides_evenly_without_splits():
     assert all(run_ranks(even_drop_in, 3))
 
 
+def world():
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
+
+
 def levels_on_gloo(rank):
     topology, size = Topology.even(2, 2), 4
     rows = np.array([[1, 2, 0, 3], [0, 0, 4, 1], [2, 2, 2, 2], [0, 5, 0, 1]])
@@ -139,8 +147,8 @@ def levels_on_gloo(rank):
             torch.empty(int(rows[:, rank].sum()), 1, dtype=torch.int64),
             torch.empty(4096, dtype=torch.uint8),
         )
-        buffers = [bits(x).view(-1), bits(output).view(-1), staging]
-        run_levels(dist.group.WORLD, plan, lower(plan, rank), buffers)
+        transport = DeviceTransport(world())
+        transport.run(transport.prepare(plan), [bits(x).view(-1), bits(output).view(-1), staging])
         agreed.append(torch.equal(bits(output), vendor(x, rows, rank)) or name)
     return agreed, size
 
@@ -191,7 +199,7 @@ def test_wrong_arguments_on_one_rank_are_the_same_error_on_all(kind, problem):
 def missing_rank(rank, way):
     group = dist.new_group(range(4))  # of its own: gloo closes the connections of a group that has timed out
     assert isinstance(group, dist.ProcessGroup)
-    exchange = Exchange(group, Topology.even(2, 2), timeout=1.0, shared_memory=way)
+    exchange = Exchange(group, Topology.even(2, 2), timeout=1.0, transport=way)
     if rank == 3:
         return "absent", os.getpid()
     try:
@@ -200,11 +208,11 @@ def missing_rank(rank, way):
         return str(error), os.getpid()
 
 
-@pytest.mark.parametrize("way", [True, False])
+@pytest.mark.parametrize("way", TRANSPORTS)
 def test_a_missing_rank_is_an_error_on_all_others_not_a_hang(way):
     answers = run_ranks(missing_rank, 4, way)
     assert all(answers), answers
-    assert not [path for _, pid in answers for path in glob.glob(f"/dev/shm/pipermoe-{pid}-*")]
+    assert not glob.glob("/dev/shm/pipermoe-*")
 
 
 def test_importing_the_package_does_not_load_torch():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
 
@@ -13,28 +14,38 @@ Range = tuple[int, int, int]  # buffer, offset, length
 ALIGNMENT = 64  # bytes: a cache line, so that two ranks never write the same one
 
 
+class Way(IntEnum):
+    """How a message goes from its source to its destination."""
+
+    COPY = 0  # they are the same rank
+    MEMORY = 1  # through a slot in the shared memory of their node
+    SOCKET = 2
+    GROUP = 3  # by the process group's own send and receive
+
+
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """This rank's end of one message. `waits` are earlier messages of this rank; `slot` its place in shared memory.
+    """This rank's end of one message.
 
-    A copy inside the rank has the ranges of both ends. `slot` is -1 for a message that crosses the network.
+    `waits` are earlier messages of this rank: it starts when they have arrived, or left. `slot` is its place in shared
+    memory. `copied_to` are the ranges of the other end where that is this rank, too.
     """
 
     message: int
     peer: int
+    way: Way
     length: int
     ranges: tuple[Range, ...]
     waits: tuple[int, ...] = ()
     slot: int = -1
     copied_to: tuple[Range, ...] = ()
-    by_socket: bool = False  # crosses the network over a socket of our own, not the process group
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """Run it thus: post all receives; for each send in order complete what it waits for, then start it; complete all.
+    """Run it thus: expect all receives; start every send as soon as all that it waits for has arrived or left.
 
-    It cannot block for ever: it waits only for messages with smaller numbers than the ones it has not started.
+    It cannot block for ever: a message waits only for messages with smaller numbers.
     """
 
     rank: int
@@ -47,40 +58,38 @@ class Program:
 
     @property
     def network_bytes_sent(self) -> int:
-        return sum(send.length for send in self.sends if send.slot < 0 and not send.copied_to)
+        return sum(send.length for send in self.sends if send.way in (Way.SOCKET, Way.GROUP))
+
+    @property
+    def socket_peers(self) -> set[int]:
+        return {transfer.peer for transfer in (*self.sends, *self.receives) if transfer.way == Way.SOCKET}
 
 
-def lower(plan: ExchangePlan, rank: int, topology: Topology | None = None, socket_bytes: int = 0) -> Program:
-    """The program of `rank`. With a topology, messages inside a node pass through shared memory slots.
+def lower(plan: ExchangePlan, rank: int, topology: Topology, inside: Way, between: Way) -> Program:
+    """The program of `rank`: messages inside a node go one way, those between nodes another.
 
-    Those of a pair of ranks that exchanges at most `socket_bytes` in all over the network go by socket.
+    By memory and by socket, a message also waits until the one before it to the same peer has left.
     """
-    slots, shared_bytes = _slots(plan, rank, topology)
-    pair = plan.source * plan.num_ranks + plan.destination
-    by_socket = np.bincount(pair, plan.message_bytes, plan.num_ranks**2)[pair] <= socket_bytes
+    slots, shared_bytes = _slots(plan, rank, topology) if inside == Way.MEMORY else ({}, 0)
+    node = topology.node_of
     receives, sends = [], []
+    last_to: dict[int, int] = {}
     length = plan.message_bytes
     for m in np.flatnonzero((plan.source == rank) | (plan.destination == rank)).tolist():
         here = slice(plan.first_fragment[m], plan.first_fragment[m + 1])
         source, destination = int(plan.source[m]), int(plan.destination[m])
-        slot = slots.get(m, -1)
+        way = Way.COPY if source == destination else inside if node[source] == node[destination] else between
         if source == rank:
-            transfer = Transfer(
-                m,
-                destination,
-                int(length[m]),
-                _ranges(plan.fragments.source_buffer, plan.fragments.source_offset, plan.fragments.length, here),
-                tuple(plan.dependencies_of(m).tolist()),
-                slot,
-                _written(plan, here) if destination == rank else (),
-                by_socket=bool(by_socket[m]) and slot < 0 and destination != rank,
-            )
-            sends.append(transfer)
+            waits = plan.dependencies_of(m).tolist()
+            if way in (Way.MEMORY, Way.SOCKET):
+                if destination in last_to and last_to[destination] not in waits:
+                    waits.append(last_to[destination])
+                last_to[destination] = m
+            read = _ranges(plan.fragments.source_buffer, plan.fragments.source_offset, plan.fragments.length, here)
+            copied_to = _written(plan, here) if way == Way.COPY else ()
+            sends.append(Transfer(m, destination, way, int(length[m]), read, tuple(waits), slots.get(m, -1), copied_to))
         else:
-            place = _written(plan, here)
-            receives.append(
-                Transfer(m, source, int(length[m]), place, slot=slot, by_socket=bool(by_socket[m]) and slot < 0)
-            )
+            receives.append(Transfer(m, source, way, int(length[m]), _written(plan, here), slot=slots.get(m, -1)))
     return Program(
         rank,
         int(plan.counts[rank].sum()),
@@ -108,10 +117,8 @@ def _written(plan: ExchangePlan, here: slice) -> tuple[Range, ...]:
     return tuple(joined)
 
 
-def _slots(plan: ExchangePlan, rank: int, topology: Topology | None) -> tuple[dict[int, int], int]:
+def _slots(plan: ExchangePlan, rank: int, topology: Topology) -> tuple[dict[int, int], int]:
     """Offsets in the node's shared memory of the messages between its ranks: equal on all of them."""
-    if topology is None:
-        return {}, 0
     node = topology.node_of
     mine = node[rank]
     inside = (node[plan.source] == mine) & (node[plan.destination] == mine) & (plan.source != plan.destination)
