@@ -14,7 +14,7 @@ from pipermoe.specs.documents import load, save
 from pipermoe.specs.plan import Plan
 from pipermoe.specs.strategy import Strategy
 
-COMMANDS = ("measure", "describe", "plan", "train", "compare", "schedule", "dryrun", "demo")
+COMMANDS = ("measure", "describe", "plan", "tokenize", "train", "compare", "schedule", "dryrun", "demo")
 JOB = "seq_len = 32\nglobal_batch_size = 16\n"
 
 

@@ -76,8 +76,8 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(tmp_path):
 def test_a_culprit_is_preferred_to_witnesses_and_silence_to_their_words():
     witness = Failure(0, "witness", "rank 0: RuntimeError: Connection closed by peer")
     own = Failure(2, "own", "rank 2 was killed by SIGKILL")
-    assert str(culprit({0: witness, 2: own}, [1], 5.0)) == own.message
-    silent = culprit({0: witness}, [1, 3], 5.0)
+    assert str(culprit({0: witness, 2: own}, ["rank 1"], 5.0)) == own.message
+    silent = culprit({0: witness}, ["rank 1", "rank 3"], 5.0)
     assert isinstance(silent, MachineError)
-    assert str(silent).startswith("ranks 1, 3 stalled: no answer within 5 s")
+    assert str(silent).startswith("rank 1, rank 3 stalled: no answer within 5 s")
     assert str(culprit({0: witness}, [], 5.0)) == witness.message

@@ -19,10 +19,11 @@ from pipermoe.cli.dryrun import dryrun
 from pipermoe.cli.measure import measure
 from pipermoe.cli.plan import plan
 from pipermoe.cli.schedule import schedule
+from pipermoe.cli.tokenize import tokenize
 from pipermoe.cli.train import train
 from pipermoe.specs.errors import UserError
 
-COMMANDS = (measure, describe, plan, dryrun, train, compare, schedule, demo)
+COMMANDS = (measure, describe, plan, dryrun, tokenize, train, compare, schedule, demo)
 
 
 def build_app() -> App:

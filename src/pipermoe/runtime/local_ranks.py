@@ -1,4 +1,4 @@
-"""Forked ranks on this machine under one watching parent: they all finish, or they all stop and one line says why.
+"""Forked processes on this machine under one watching parent: they all finish, or all stop and one line says why.
 
 The parent blames the rank that failed by itself. Ranks that failed because another one vanished (a closed connection, a
 timeout in a collective) are only witnesses: their parent waits a moment for the culprit to show.
@@ -22,11 +22,12 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from pipermoe.runtime.progress import show_cursor
 from pipermoe.runtime.world import World
 from pipermoe.specs.errors import MachineError, UserError
 
 GRACE_SECONDS = 2.0  # how long witnesses wait for the culprit
-SHOW_CURSOR = "\33[?25h"
+LOOK_SECONDS = 0.2  # how often the parent looks after what it does meanwhile
 _WITNESS_WORDS = (
     "connection closed by peer",
     "connection reset",
@@ -46,44 +47,65 @@ class Failure:
     message: str
 
 
-def run_local_ranks(world_size: int, target: Callable[[World], object], output: Path, timeout_seconds: float) -> None:
-    """Run `target` in `world_size` forked processes until all have returned.
+@dataclass(frozen=True, slots=True)
+class Family:
+    """The processes of one call, and how they are spoken of. `doing` tells what one was doing last, "" if unknown."""
 
-    Raises `UserError` if a rank did, else `MachineError` with the culprit and its error in one line. On any exception,
-    KeyboardInterrupt included, every process is killed before it propagates; when the parent itself is killed, they
-    notice and end.
+    noun: str
+    processes: list[BaseProcess]
+    readers: list[Connection]
+    doing: Callable[[int], str]
+
+    def name(self, rank: int) -> str:
+        doing = self.doing(rank)
+        return f"{self.noun} {rank} ({doing})" if doing else f"{self.noun} {rank}"
+
+
+def run_local_ranks(
+    world_size: int,
+    target: Callable[[World], object],
+    output: Path,
+    timeout_seconds: float = 180.0,
+    *,
+    noun: str = "rank",
+    doing: Callable[[int], str] = lambda rank: "",
+    meanwhile: Callable[[], object] | None = None,
+) -> None:
+    """Run `target` in `world_size` forked processes until all have returned; call `meanwhile` now and then.
+
+    Raises `UserError` if a rank did, else `MachineError` with the culprit and its error in one line; the traceback of
+    an unexpected one goes into the folder `output`. On any exception, KeyboardInterrupt included, every process is
+    killed before it propagates; when the parent itself is killed, they notice and end.
     """
     context = multiprocessing.get_context("fork")
     alive_end, parent_end = os.pipe()  # its other end closes when this process ends, however it ends
-    processes: list[BaseProcess] = []
-    readers: list[Connection] = []
+    family = Family(noun, [], [], doing)
     with tempfile.TemporaryDirectory(prefix="pipermoe-") as folder:
         try:
             for rank in range(world_size):
                 world = World("pipermoe", rank, world_size, rank, f"file://{folder}/store")
                 reader, writer = context.Pipe(duplex=False)
-                arguments = (target, world, output, writer, alive_end, parent_end)
-                process = context.Process(target=_child, args=arguments, name=f"rank {rank}")
+                arguments = (target, world, noun, output, writer, alive_end, parent_end)
+                process = context.Process(target=_child, args=arguments, name=f"{noun} {rank}")
                 process.start()
                 writer.close()
-                processes.append(process)
-                readers.append(reader)
-            _watch(processes, readers, timeout_seconds)
+                family.processes.append(process)
+                family.readers.append(reader)
+            _watch(family, timeout_seconds, meanwhile)
         finally:
-            for process in processes:
+            for process in family.processes:
                 if process.is_alive():
                     process.kill()
-            for process in processes:
+            for process in family.processes:
                 process.join()
-            if sys.stderr.isatty():
-                sys.stderr.write(SHOW_CURSOR)  # which a killed rank's progress bar had hidden
-            for reader in readers:
+            show_cursor()
+            for reader in family.readers:
                 reader.close()
             os.close(alive_end)
             os.close(parent_end)
 
 
-def _child(target, world: World, output: Path, writer: Connection, alive_end: int, parent_end: int) -> None:
+def _child(target, world: World, noun: str, output: Path, writer: Connection, alive_end: int, parent_end: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which stops everyone at once
     os.close(parent_end)
     threading.Thread(target=_end_with_parent, args=(alive_end,), daemon=True).start()
@@ -93,7 +115,7 @@ def _child(target, world: World, output: Path, writer: Connection, alive_end: in
     try:
         target(world)
     except BaseException as error:
-        failure = _failure(world.rank, error, output)
+        failure = _failure(world.rank, noun, error, output)
         writer.send_bytes(json.dumps({"kind": failure.kind, "message": failure.message}).encode())
         code = 1
     sys.stdout.flush()
@@ -111,15 +133,15 @@ def _loopback() -> str | None:
     return next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
 
 
-def _failure(rank: int, error: BaseException, output: Path) -> Failure:
+def _failure(rank: int, noun: str, error: BaseException, output: Path) -> Failure:
     """One line about `error`; the traceback of an unexpected one goes to a file."""
     if isinstance(error, UserError) and not isinstance(error, MachineError):
         return Failure(rank, "user", str(error))
-    message = str(error) if isinstance(error, MachineError) else f"rank {rank}: {type(error).__name__}: {error}"
+    message = str(error) if isinstance(error, MachineError) else f"{noun} {rank}: {type(error).__name__}: {error}"
     message = next(iter(message.splitlines()), "")
     if any(word in message.lower() for word in _WITNESS_WORDS):
         return Failure(rank, "witness", message)
-    path = output / f"rank-{rank}.error.txt"
+    path = output / f"{noun}-{rank}.error.txt"
     try:
         path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
     except OSError:
@@ -127,48 +149,64 @@ def _failure(rank: int, error: BaseException, output: Path) -> Failure:
     return Failure(rank, "own", f"{message} (traceback in {path})")
 
 
-def _watch(processes: list[BaseProcess], readers: list[Connection], timeout_seconds: float) -> None:
+def _watch(family: Family, timeout_seconds: float, meanwhile: Callable[[], object] | None) -> None:
     """Return when every rank has ended well; raise for the culprit as soon as it is known."""
-    running = set(range(len(processes)))
+    running = set(range(len(family.processes)))
     failures: dict[int, Failure] = {}
     deadline: float | None = None
     while running:
-        remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
-        wait([processes[rank].sentinel for rank in running], remaining)
+        patience = None if meanwhile is None else LOOK_SECONDS
+        if deadline is not None:
+            patience = max(0.0, deadline - time.monotonic())
+        wait([family.processes[rank].sentinel for rank in running], patience)
+        if meanwhile is not None:
+            meanwhile()
         for rank in sorted(running):
-            if processes[rank].exitcode is not None:
+            if family.processes[rank].exitcode is not None:
                 running.remove(rank)
-                if processes[rank].exitcode != 0:
-                    failures[rank] = _last_words(rank, processes[rank], readers[rank])
+                if family.processes[rank].exitcode != 0:
+                    failures[rank] = _last_words(family, rank)
         if failures:
             now = time.monotonic()
             deadline = deadline or now + GRACE_SECONDS
             if any(failure.kind != "witness" for failure in failures.values()) or now >= deadline or not running:
-                raise culprit(failures, sorted(running), timeout_seconds)
+                raise culprit(failures, _silent(family, sorted(running)), timeout_seconds)
 
 
-def _last_words(rank: int, process: BaseProcess, reader: Connection) -> Failure:
+def _last_words(family: Family, rank: int) -> Failure:
     """What a rank reported before it ended, or how it died."""
     try:
-        if reader.poll():
-            words = json.loads(reader.recv_bytes())
+        if family.readers[rank].poll():
+            words = json.loads(family.readers[rank].recv_bytes())
             return Failure(rank, words["kind"], words["message"])
     except EOFError:
         pass
-    code = process.exitcode or 0
+    code = family.processes[rank].exitcode or 0
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     hint = "; the machine may be out of memory" if code == -signal.SIGKILL else ""
-    return Failure(rank, "own", f"rank {rank} {how} without a word{hint}")
+    return Failure(rank, "own", f"{family.name(rank)} {how} without a word{hint}")
 
 
-def culprit(failures: dict[int, Failure], running: list[int], timeout_seconds: float) -> UserError:
-    """The error to report: a user's mistake, else a rank's own failure, else the ranks that fell silent."""
+def _silent(family: Family, running: list[int]) -> list[str]:
+    """Who has not answered: the ranks that the system has stopped, if there are such, else all that still run."""
+    stopped = [rank for rank in running if _is_stopped(family.processes[rank].pid)]
+    return [family.name(rank) for rank in stopped or running]
+
+
+def _is_stopped(pid: int | None) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("T", "t")
+    except OSError:
+        return False
+
+
+def culprit(failures: dict[int, Failure], silent: list[str], timeout_seconds: float) -> UserError:
+    """The error to report: a user's mistake, else a rank's own failure, else the ranks that fell `silent`."""
     for kind, error in (("user", UserError), ("own", MachineError)):
         for failure in failures.values():
             if failure.kind == kind:
                 return error(failure.message)
     witness = next(iter(failures.values()))
-    if running:
-        names = f"rank {running[0]}" if len(running) == 1 else f"ranks {', '.join(map(str, running))}"
-        return MachineError(f"{names} stalled: no answer within {timeout_seconds:g} s ({witness.message})")
+    if silent:
+        return MachineError(f"{', '.join(silent)} stalled: no answer within {timeout_seconds:g} s ({witness.message})")
     return MachineError(witness.message)

@@ -21,6 +21,7 @@ from pipermoe.resources.flops import model_forward_flops
 from pipermoe.runtime.checkpoint import load_checkpoint, save_checkpoint
 from pipermoe.runtime.counting import counted
 from pipermoe.runtime.data.batches import TextData, micro_batches
+from pipermoe.runtime.data.stream import Sequences
 from pipermoe.runtime.engine import Engine
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.hf_weights import load_weights, save_weights
@@ -154,7 +155,8 @@ class Trainer:
             return norm
 
         rate = learning_rate(step, self.plan.train.optimizer, self.plan.train.steps)
-        training_step(self.engine, self.optimizer, self._share(self.data.batch(step)), agree, rate)
+        batch = self._share(self.data.train, self.data.training_numbers(step))
+        training_step(self.engine, self.optimizer, batch, agree, rate)
         loss, auxiliary, norm = agreed
         seconds = time.perf_counter() - start
         return StepResult(loss, auxiliary, norm, rate, StepSeconds(step, seconds, dict(self.meter.seconds)))
@@ -176,15 +178,16 @@ class Trainer:
         """Mean cross-entropy over the held-back batches, nats per token; the same on every rank and arrangement."""
         total = torch.zeros((), dtype=torch.float64, device=self.run.device)
         for index in range(self.data.validation_batches):
-            total += self.engine.evaluate(self._share(self.data.validation_batch(index))).loss.double()
+            batch = self._share(self.data.validation, self.data.validation_numbers(index))
+            total += self.engine.evaluate(batch).loss.double()
         dist.all_reduce(total, group=self.groups.world)
         return total.item() / self.data.validation_batches
 
-    def _share(self, batch_BC: NDArray[np.int64]) -> Tensor:
-        """This data-parallel rank's micro-batches."""
-        strategy = self.plan.strategy
-        share = micro_batches(batch_BC, strategy.data_parallel, self.groups.coordinates.dp, strategy.micro_batch_size)
-        return torch.from_numpy(np.ascontiguousarray(share)).to(self.run.device)
+    def _share(self, sequences: Sequences, numbers_B: NDArray[np.integer]) -> Tensor:
+        """This data-parallel rank's micro-batches of a global batch: (microbatches, micro_batch_size, seq_len + 1)."""
+        strategy, dp = self.plan.strategy, self.groups.coordinates.dp
+        own = micro_batches(numbers_B, strategy.data_parallel, dp, strategy.micro_batch_size)
+        return torch.from_numpy(sequences[own]).to(self.run.device)
 
     def _check_finite(self, step: int, loss: float, norm: float) -> None:
         for name, value in (("loss", loss), ("grad_norm", norm)):

@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from pipermoe.specs.base import Frozen
 from pipermoe.specs.precision import RECIPES, Precision, Recipe, StateBytes
 
+Packing = Literal["stream", "documents"]
 AuxiliaryLossLevel = Literal["micro_batch", "sequence", "global_batch"]
 
 
@@ -26,10 +27,16 @@ class Optimizer(Frozen):
 
 
 class Data(Frozen):
-    """Where the text comes from. No `paths`: the sources and docstrings of Python's standard library."""
+    """Where the text comes from. No `paths`: the sources and docstrings of Python's standard library.
+
+    Paths are text files and folders, or folders that `pipermoe tokenize` has prepared; these bring their tokenizer.
+    `packing` says where sequences begin: one after the other ("stream"), or so that none begins inside a document
+    that began in the one before ("documents").
+    """
 
     paths: tuple[str, ...] = ()
     tokenizer: str = "bytes"
+    packing: Packing = "stream"
     validation_fraction: float = Field(default=0.05, gt=0, lt=1)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def describe_source(paths: tuple[str, ...]) -> str:
 
 def _standard_library() -> Iterator[Document]:
     root = Path(sysconfig.get_path("stdlib"))
-    for path in _files(root):
+    for path in files_below(root, SKIPPED_FOLDERS):
         if path.suffix == ".py":
             yield from _read(path, root)
 
@@ -61,7 +61,7 @@ def _named(path: Path) -> list[Document]:
     except OSError as error:
         raise UserError(f"{key}: {error.strerror or error}; name an existing text file or folder") from None
     if path.is_dir():
-        documents = [document for file in _files(path) for document in _read(file, path)]
+        documents = [document for file in files_below(path) for document in _read(file, path)]
         if not documents:
             raise UserError(f"{key}: the folder holds no readable UTF-8 text")
         return documents
@@ -78,10 +78,10 @@ def _named(path: Path) -> list[Document]:
     return [Document(path.name, text)]
 
 
-def _files(root: Path) -> Iterator[Path]:
-    """All regular files below `root`, hidden and skipped folders left out."""
+def files_below(root: Path, skipped: Collection[str] = ()) -> Iterator[Path]:
+    """All regular files below `root` by name; hidden files, hidden folders and folders named in `skipped` left out."""
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = sorted(name for name in subfolders if name not in SKIPPED_FOLDERS and not name.startswith("."))
+        subfolders[:] = sorted(name for name in subfolders if name not in skipped and not name.startswith("."))
         yield from (
             path for name in sorted(names) if not name.startswith(".") and (path := Path(folder, name)).is_file()
         )
