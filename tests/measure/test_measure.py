@@ -9,9 +9,11 @@ from pipermoe.measure.assemble import Assembly, Circumstances
 from pipermoe.measure.samples import Point
 from pipermoe.measure.sizes import MOST_EXPERT_BYTES, QUICK, WIDEST, Effort, Widths
 from pipermoe.specs.catalogue import load_model
+from pipermoe.specs.device import PASSES
 from pipermoe.specs.documents import load, save
 from pipermoe.specs.errors import MachineError, UserError
-from pipermoe.specs.platform import COLLECTIVES, PASSES, Collective, Platform
+from pipermoe.specs.network import COLLECTIVES, Collective
+from pipermoe.specs.platform import Platform
 
 MIB = 2**20
 
@@ -67,8 +69,8 @@ def test_two_ranks_measure_everything_that_a_platform_holds(fastest, tmp_path, c
     platform = measure_platform(nproc=2, model=model, memory_bytes=96 * MIB, quick=True)
     device, host, (level,) = platform.device, platform.host, platform.levels
     assert device.memory_bytes == 96 * MIB
-    assert device.peak_flops_per_s["fp32"] >= max(device.grouped_gemm["fp32"].rate)
-    assert device.grouped_gemm["fp32"].size == (8.0, 64.0)
+    assert device.peak_flops_per_s["fp32"] >= max(device.grouped_gemm["fp32"][0].rate)
+    assert device.grouped_gemm["fp32"][0].size == (8.0, 64.0)
     assert device.attention["fp32"].size == device.attention_backward["fp32"].size == (64.0,)
     assert device.memory_bound.size == (12.0 * 2**10, 12.0 * 2**16)
     passes = device.passes["fp32"]
@@ -99,7 +101,7 @@ def test_one_rank_alone_has_a_network_to_itself_that_is_marked_as_assumed(fastes
     assert evidence.kind == "assumed"
 
 
-FACTS = Circumstances("host", "cpu", 2**30, "given", 0, 4, "2026-01-01", {"torch": "2.13"})
+FACTS = Circumstances("host", "cpu", 2**30, "given", 0, 4, 256, "2026-01-01", {"torch": "2.13"})
 
 
 def synthetic_rank(rank: int) -> dict[str, list[Point]]:

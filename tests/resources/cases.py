@@ -1,7 +1,9 @@
 """A model, a machine and a job of easy numbers, for the tests of resources and planner."""
 
+from pipermoe.specs.device import Device, GroupedCurve, PassRate, RateCurve
 from pipermoe.specs.model import GroupedQueryAttention, MixtureOfExperts, ModelSpec
-from pipermoe.specs.platform import COLLECTIVES, Device, Host, Level, LinkCost, PassRate, Platform, RateCurve
+from pipermoe.specs.network import COLLECTIVES, Level, LinkCost
+from pipermoe.specs.platform import Host, Platform
 from pipermoe.specs.train import TrainConfig
 
 MODEL = ModelSpec(
@@ -33,7 +35,7 @@ def machine(ranks: int = 4, compute_slots: float | None = None, memory_bytes: in
         memory_bytes=memory_bytes,
         peak_flops_per_s={"fp32": 50e9},
         gemm={"fp32": curve},
-        grouped_gemm={"fp32": RateCurve(size=(1.0, 64.0), rate=(5e9, 20e9))},
+        grouped_gemm={"fp32": (GroupedCurve(width=64, size=(1.0, 64.0), rate=(5e9, 20e9)),)},
         attention={"fp32": flat(10e9)},
         attention_backward={"fp32": flat(8e9)},
         memory_bound=flat(5e9),

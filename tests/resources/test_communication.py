@@ -6,7 +6,7 @@ from pipermoe.resources.communication import send_seconds, traffic
 from pipermoe.resources.rates import collective_seconds
 from pipermoe.resources.states import state_elements
 from pipermoe.resources.step import shapes_of
-from pipermoe.specs.platform import Level
+from pipermoe.specs.network import Level
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.strategy_table import StrategyTable
 

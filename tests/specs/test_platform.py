@@ -7,7 +7,8 @@ import pytest
 
 from pipermoe.specs.documents import validate
 from pipermoe.specs.errors import UserError
-from pipermoe.specs.platform import COLLECTIVES, Platform
+from pipermoe.specs.network import COLLECTIVES
+from pipermoe.specs.platform import Platform
 
 CURVE = {"size": [1.0], "rate": [1e12]}
 PLATFORM = {
@@ -16,7 +17,8 @@ PLATFORM = {
         "name": "chip",
         "memory_bytes": "80GiB",
         "peak_flops_per_s": {"fp32": "20TFLOP/s"},
-        **{key: {"fp32": CURVE} for key in ("gemm", "grouped_gemm", "attention", "attention_backward")},
+        **{key: {"fp32": CURVE} for key in ("gemm", "attention", "attention_backward")},
+        "grouped_gemm": {"fp32": [CURVE | {"width": 64}]},
         "memory_bound": CURVE,
         "kernel_seconds": "5us",
     },

@@ -9,21 +9,10 @@ import numpy as np
 
 from pipermoe.measure.fits import fit_link_cost, fit_rate_curve
 from pipermoe.measure.samples import Point, merge_ranks
+from pipermoe.specs.device import PASSES, Device, GroupedCurve, Pass, PassRate, RateCurve
 from pipermoe.specs.errors import MachineError
-from pipermoe.specs.platform import (
-    COLLECTIVES,
-    PASSES,
-    Collective,
-    Device,
-    Evidence,
-    Host,
-    Level,
-    LinkCost,
-    Pass,
-    PassRate,
-    Platform,
-    RateCurve,
-)
+from pipermoe.specs.network import COLLECTIVES, Collective, Level, LinkCost
+from pipermoe.specs.platform import Evidence, Host, Platform
 from pipermoe.specs.precision import Precision
 
 LEVEL = "host"
@@ -39,6 +28,7 @@ class Circumstances:
     memory_source: str
     reserved_bytes: int
     ranks: int
+    expert_width: int
     date: str
     software: Mapping[str, str]
     precision: Precision = "fp32"
@@ -86,7 +76,7 @@ class Assembly:
             memory_bytes=facts.memory_bytes,
             peak_flops_per_s={facts.precision: _round(best)},
             gemm={facts.precision: gemm},
-            grouped_gemm={facts.precision: grouped},
+            grouped_gemm={facts.precision: (GroupedCurve(width=facts.expert_width, **grouped.model_dump()),)},
             attention={facts.precision: self._curve("device.attention", "attention.forward", core)},
             attention_backward={facts.precision: self._curve("device.attention_backward", "attention.backward", core)},
             memory_bound=self._curve("device.memory_bound", "memory_bound", "c = a + b into new memory"),

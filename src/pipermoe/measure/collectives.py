@@ -10,7 +10,7 @@ import torch.distributed as dist
 from pipermoe.measure.clock import Call, wall_seconds
 from pipermoe.measure.samples import Point, summarize
 from pipermoe.measure.sizes import BYTES_PER_ELEMENT
-from pipermoe.specs.platform import Collective
+from pipermoe.specs.network import Collective
 
 FEWEST_CALLS, MOST_CALLS = 5, 40
 SKEW = 3  # in the uneven all-to-all one rank receives this many times what the others do

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipermoe.measure.samples import Point
-from pipermoe.specs.platform import LinkCost, RateCurve
+from pipermoe.specs.device import RateCurve
+from pipermoe.specs.network import LinkCost
 
 BINS_PER_OCTAVE = 1  # sizes closer than this share one point of a curve
 HUBER = 1.345  # residuals beyond this many robust deviations count linearly, not squared

@@ -72,6 +72,7 @@ def measure_platform(
         memory_source=source,
         reserved_bytes=reserved,
         ranks=nproc,
+        expert_width=widths.expert_width,
         date=datetime.date.today().isoformat(),
         software={
             "torch": torch.__version__,

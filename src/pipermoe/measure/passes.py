@@ -15,7 +15,7 @@ from torch import Tensor
 from pipermoe.measure.clock import Call
 from pipermoe.measure.kernels import Directions, Kernels, differentiable
 from pipermoe.measure.sizes import Widths
-from pipermoe.specs.platform import Pass
+from pipermoe.specs.device import Pass
 
 NORM_BLOCK = 2**14  # gradients are squared in blocks of this many, the blocks added in fp64
 

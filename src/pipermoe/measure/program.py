@@ -23,7 +23,7 @@ from pipermoe.measure.compute import Bench, Points
 from pipermoe.measure.kernels import Kernels
 from pipermoe.measure.samples import Point
 from pipermoe.measure.sizes import Effort, Widths
-from pipermoe.specs.platform import COLLECTIVES
+from pipermoe.specs.network import COLLECTIVES
 
 NOISE_SAMPLES = 8  # of the reference kernel between any two measurements
 NETWORK_TIMEOUT = timedelta(seconds=120)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pipermoe.resources.step import peak_flops_per_rank
+from pipermoe.specs.device import RateCurve
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.plan import PlanInput
-from pipermoe.specs.platform import Platform, RateCurve
+from pipermoe.specs.platform import Platform
 from pipermoe.specs.train import TrainConfig
 
 
@@ -41,8 +42,10 @@ def _platform_numbers(platform: Platform, train: TrainConfig) -> Iterator[tuple[
     device, precision = platform.device, train.precision
     yield "host.compute_slots", platform.host.compute_slots
     yield "device.kernel_seconds", device.kernel_seconds
-    for name in ("gemm", "grouped_gemm", "attention", "attention_backward"):
+    for name in ("gemm", "attention", "attention_backward"):
         yield f"device.{name}", _summary(getattr(device, name)[precision], "FLOP/s")
+    for curve in device.grouped_gemm[precision]:
+        yield f"device.grouped_gemm of width {curve.width}", _summary(curve, "FLOP/s")
     yield "device.memory_bound", _summary(device.memory_bound, "B/s")
     for name, rate in device.passes.get(precision, {}).items():
         yield f"device.passes.{precision}.{name}", _summary(rate.forward, "elements/s")
@@ -50,6 +53,9 @@ def _platform_numbers(platform: Platform, train: TrainConfig) -> Iterator[tuple[
         for name, cost in level.cost.items():
             latency, bandwidth = cost.latency_seconds * 1e6, cost.bandwidth_bytes_per_s / 1e9
             yield f"levels.{level.name}.cost.{name}", f"{latency:.4g} us + bytes / {bandwidth:.4g} GB/s"
+        if level.link is not None:
+            port = platform.port_bytes_per_s(platform.levels.index(level)) / 1e9
+            yield f"levels.{level.name}.link", f"{level.link.topology}, {port:.4g} GB/s a rank"
 
 
 def _summary(curve: RateCurve, unit: str) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 
 from rich.console import Console
 from rich.table import Table
 
-from pipermoe.specs.platform import COLLECTIVES, Collective, Level, LinkCost, Platform, RateCurve
+from pipermoe.specs.device import RateCurve
+from pipermoe.specs.network import COLLECTIVES, Collective, Level, LinkCost
+from pipermoe.specs.platform import Platform
 from pipermoe.specs.precision import Precision
 from pipermoe.specs.units import format_bytes, format_count, format_seconds
 
@@ -22,7 +24,10 @@ def render_platform(platform: Platform, console: Console) -> None:
     console.print(f"  peak {peaks}; {format_bytes(device.memory_bytes)} a rank; {_sharing(platform)}", highlight=False)
     console.print(_device_table(platform))
     for level in platform.levels:
-        console.print(_level_table(platform, level))
+        if level.link is None:
+            console.print(_level_table(platform, level))
+    if any(level.link for level in platform.levels):
+        console.print(_link_table(platform))
     if host.noise is not None and host.noise > UNSTEADY:
         console.print(
             f"[yellow]The machine was unsteady: a fixed kernel varied by {host.noise:.0%} (10th to 90th percentile). "
@@ -44,15 +49,17 @@ def _device_table(platform: Platform) -> Table:
     for name in ("small", "middle", "large"):
         table.add_column(name, justify="right")
     device = platform.device
-    flops: list[tuple[str, Mapping[Precision, RateCurve]]] = [
-        ("matrix product, by FLOPs", device.gemm),
-        ("experts, by rows each", device.grouped_gemm),
-        ("attention forward, by sequence", device.attention),
-        ("attention backward", device.attention_backward),
+    flops: list[tuple[str, Iterable[tuple[Precision, RateCurve]]]] = [
+        ("matrix product, by FLOPs", device.gemm.items()),
+        ("attention forward, by sequence", device.attention.items()),
+        ("attention backward", device.attention_backward.items()),
     ]
+    for precision, grouped in device.grouped_gemm.items():
+        for curve in grouped:
+            flops.append((f"experts of width {curve.width}, by rows each", [(precision, curve)]))
     table.add_row("[dim]FLOP/s[/dim]")
     for name, curves in flops:
-        for precision, curve in curves.items():
+        for precision, curve in curves:
             table.add_row(f"{name} [dim]{precision}[/dim]", *_cells(curve))
     table.add_row("[dim]bytes/s[/dim]")
     table.add_row("element-wise, by bytes", *_cells(device.memory_bound))
@@ -92,4 +99,18 @@ def _level_table(platform: Platform, level: Level) -> Table:
             ranks = "2" if collective == "send" else str(size)
             bandwidth = f"{format_count(cost.bandwidth_bytes_per_s, 'B/s')}"
             table.add_row(collective, ranks, format_seconds(cost.latency_seconds), bandwidth, error)
+    return table
+
+
+def _link_table(platform: Platform) -> Table:
+    """The described levels: what one rank can send through each while all of them do."""
+    table = Table(title="Network, from its description", title_justify="left", box=None, pad_edge=False)
+    table.add_column("level")
+    for name in ("ranks", "one rank sends", "latency", "topology", "library"):
+        table.add_column(name, justify="right" if name in ("ranks", "one rank sends", "latency") else "left")
+    for index, level in enumerate(platform.levels):
+        if level.link is not None:
+            port = format_count(platform.port_bytes_per_s(index), "B/s")
+            latency, kind = format_seconds(level.link.latency_seconds), level.link.topology.replace("_", " ")
+            table.add_row(level.name, f"{level.ranks:,}", port, latency, kind, level.link.library or "-")
     return table

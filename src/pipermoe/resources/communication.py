@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from pipermoe.resources.rates import collective_seconds
+from pipermoe.resources.rates import collective_seconds, level_send_seconds
 from pipermoe.resources.stages import StageShapes
 from pipermoe.resources.states import StateElements
 from pipermoe.specs.model import ModelSpec
-from pipermoe.specs.platform import Collective, Platform
+from pipermoe.specs.network import Collective
+from pipermoe.specs.platform import Platform
 from pipermoe.specs.strategy_table import StrategyTable
 from pipermoe.specs.train import TrainConfig
 
@@ -81,11 +82,10 @@ def send_seconds(platform: Platform, table: StrategyTable, sent_bytes) -> Any:
     per_stage = table.ranks_per_stage[:, None]
     seconds = np.zeros((len(table), len(boundaries)))
     pending = np.ones(seconds.shape, dtype=bool)
-    for level in platform.levels:
+    for index, level in enumerate(platform.levels):
         first, last = boundaries * per_stage, (boundaries + 2) * per_stage - 1
         here = pending & ((first // level.ranks == last // level.ranks) | (level is platform.levels[-1]))
-        cost = level.cost["send"]
-        seconds[here] = (cost.latency_seconds + sent_bytes[:, None] / cost.bandwidth_bytes_per_s + 0 * boundaries)[here]
+        seconds[here] = (level_send_seconds(platform, index, sent_bytes[:, None]) + 0 * boundaries)[here]
         pending &= ~here
     return seconds
 

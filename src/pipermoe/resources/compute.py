@@ -15,9 +15,9 @@ import numpy as np
 from pipermoe.resources.flops import head_forward_flops, layer_forward_flops
 from pipermoe.resources.rates import attention_seconds, gemm_seconds, grouped_gemm_seconds, pass_seconds
 from pipermoe.resources.stages import StageShapes
+from pipermoe.specs.device import Device, Pass
 from pipermoe.specs.errors import UserError, describe_value
 from pipermoe.specs.model import GroupedQueryAttention, ModelSpec
-from pipermoe.specs.platform import Device, Pass
 from pipermoe.specs.precision import Precision
 
 
@@ -31,10 +31,11 @@ class Gemm:
 
 @dataclass(frozen=True, slots=True)
 class GroupedGemm:
-    """A product per expert, `flops` in all, every expert with `rows_per_expert` rows."""
+    """A product per expert, `flops` in all, every expert with `rows_per_expert` rows and of `width`."""
 
     flops: Any
     rows_per_expert: Any
+    width: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +64,8 @@ def seconds(work: Work, device: Device, precision: Precision) -> tuple[Any, Any]
         case Gemm(flops, count):
             forward = count * gemm_seconds(device, precision, flops)
             return forward, 2 * forward
-        case GroupedGemm(flops, rows):
-            forward = grouped_gemm_seconds(device, precision, flops, rows)
+        case GroupedGemm(flops, rows, width):
+            forward = grouped_gemm_seconds(device, precision, flops, rows, width)
             return forward, 2 * forward
         case AttentionCore(flops, seq_len):
             return attention_seconds(device, precision, flops, seq_len)
@@ -115,9 +116,9 @@ def moe_work(model: ModelSpec, tokens, experts_per_rank) -> list[Work]:
         Gemm(2 * tokens * hidden * moe.num_experts),
         Stream("router", tokens * moe.top_k),
         Stream("permute", rows * hidden, count=2 + 2 * sorted_here),
-        GroupedGemm(2 * rows * into * hidden * moe.expert_width, rows_per_expert),
+        GroupedGemm(2 * rows * into * hidden * moe.expert_width, rows_per_expert, moe.expert_width),
         Stream("swiglu", rows * moe.expert_width),
-        GroupedGemm(2 * rows * out * hidden * moe.expert_width, rows_per_expert),
+        GroupedGemm(2 * rows * out * hidden * moe.expert_width, rows_per_expert, moe.expert_width),
         Stream("combine", rows * hidden),
         Stream("residual", tokens * hidden),
     ]
