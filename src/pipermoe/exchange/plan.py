@@ -15,7 +15,6 @@ of the unfinished messages the first one always can go on.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -96,15 +95,6 @@ class ExchangePlan:
     @cached_property
     def message_of_fragment(self) -> Ints:
         return np.repeat(np.arange(len(self)), np.diff(self.first_fragment))
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Equal for equal plans on all ranks and machines: what a handshake compares."""
-        digest = hashlib.sha256(self.name.encode())
-        columns = (self.counts, self.source, self.destination, self.first_fragment, *self.fragments.columns)
-        for column in (*columns, self.first_dependency, self.dependency):
-            digest.update(np.ascontiguousarray(column, dtype=np.int64).tobytes())
-        return digest.hexdigest()
 
     def dependencies_of(self, message: int) -> Ints:
         return self.dependency[self.first_dependency[message] : self.first_dependency[message + 1]]

@@ -20,10 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pipermoe.exchange.executor.gather_json import all_gather_json
 from pipermoe.runtime.gradients import WeightGradients
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.hf_names import FAMILIES, Rule, Rules
-from pipermoe.runtime.messages import all_gather_json
 from pipermoe.runtime.model import StageModel
 from pipermoe.runtime.weights import is_expert
 from pipermoe.specs.errors import UserError, describe_value

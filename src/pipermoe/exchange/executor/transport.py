@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.distributed as dist
 
-from pipermoe.exchange.executor.agreement import gather_values
+from pipermoe.exchange.executor.gather_json import all_gather_json
 from pipermoe.exchange.executor.process_group import DeviceTransport, ProcessGroupTransport
 from pipermoe.exchange.host import native, shared_memory, sockets
 from pipermoe.exchange.host.loop import PythonLoop
@@ -21,7 +21,6 @@ from pipermoe.exchange.host.shared_memory import SharedNode
 from pipermoe.exchange.host.sockets import Sockets
 from pipermoe.exchange.plan import ExchangePlan
 from pipermoe.exchange.topology import Topology
-from pipermoe.specs.errors import MachineError
 
 Wanted = Literal["auto", "python", "process_group"]
 
@@ -64,10 +63,10 @@ class HostTransport:
             PythonLoop(prepared, arrays, self.node, self.local_index, self.sockets).complete()
 
 
-def own_place() -> list[str]:
-    """Two ranks with equal places share a machine: host names alone may be equal on several."""
+def gather_places(group: dist.ProcessGroup) -> list[Any]:
+    """Where every rank runs, [host name, boot]: host names alone may be equal on several machines. Collective."""
     boot = Path("/proc/sys/kernel/random/boot_id")
-    return [socket.gethostname(), boot.read_text().strip() if boot.exists() else ""]
+    return all_gather_json([socket.gethostname(), boot.read_text().strip() if boot.exists() else ""], group)
 
 
 def open_transport(
@@ -91,39 +90,43 @@ def _open_host_transport(
     rank, size = group.rank(), group.size()
     first_here = places.index(places[rank]) == rank  # of this machine: it compiles
     compiles = wanted == "auto" and (not first_here or native.build())
-    mine = [sockets.available(), shared_memory.available(), compiles, secrets.token_hex(16)]
-    has_sockets, has_memory, compiled, tokens = zip(*gather_values(group, mine), strict=True)
-    if not all(has_sockets):
+    mine = [sockets.available(), shared_memory.available(), compiles, secrets.token_hex(8), secrets.token_hex(16)]
+    with_sockets, with_memory, compiled, names, keys = zip(*all_gather_json(mine, group), strict=True)
+    if not all(with_sockets):
         return None
+    one_machine = [len({tuple(places[r]) for r in ranks}) == 1 for ranks in topology.ranks_of_node]
     node = None
-    true_nodes = all(len({tuple(places[r]) for r in ranks}) == 1 for ranks in topology.ranks_of_node)
-    if true_nodes and all(has_memory) and topology.num_nodes < size:
-        mates = topology.ranks_of_node[topology.node[rank]]
-        node = SharedNode(f"pipermoe-{tokens[mates[0]]}", mates.index(rank), len(mates))
-        for step in (node.create, node.attach, node.unlink):
-            if not all(gather_values(group, _succeeds(step))):
-                node.unlink()
-                return None
-    wires = Sockets(rank, bytes.fromhex(tokens[0]), timeout)
-    if topology.num_nodes > 1 or node is None:
-        listening = _succeeds(wires.listen)
-        addresses = gather_values(group, wires.address if listening else None)
-        if not all(addresses):
-            return None
-        wires.addresses = [(host, port) for host, port in addresses]
-        if not all(gather_values(group, size == 1 or wires.reaches((rank + 1) % size))):
-            return None
+    if all(one_machine) and all(with_memory) and topology.num_nodes < size:
+        node = _open_memory(group, topology, names)
+    wires = Sockets(rank, bytes.fromhex(keys[0]), timeout)
+    if (topology.num_nodes > 1 or node is None) and not _open_sockets(group, wires):
+        return None
     return HostTransport(rank, topology, node, wires, all(compiled))
+
+
+def _open_memory(group: dist.ProcessGroup, topology: Topology, names: Sequence[str]) -> SharedNode | None:
+    """The shared memory of this rank's node, called after the node's first rank; None where any rank has none."""
+    mates = topology.ranks_of_node[topology.node[group.rank()]]
+    node = SharedNode(f"pipermoe-{names[mates[0]]}", mates.index(group.rank()), len(mates))
+    for step in (node.create, node.attach, node.unlink):
+        if not all(all_gather_json(_succeeds(step), group)):
+            node.unlink()
+            return None
+    return node
+
+
+def _open_sockets(group: dist.ProcessGroup, wires: Sockets) -> bool:
+    """Whether all ranks listen, and each can reach the next."""
+    addresses = all_gather_json(wires.address if _succeeds(wires.listen) else None, group)
+    if not all(addresses):
+        return False
+    wires.addresses = [(host, port) for host, port in addresses]
+    return all(all_gather_json(len(addresses) == 1 or wires.reaches((wires.rank + 1) % len(addresses)), group))
 
 
 def _succeeds(act: Callable[[], Any]) -> bool:
     try:
         act()
-    except (OSError, MachineError):
+    except OSError:
         return False
     return True
-
-
-def gather_places(group: dist.ProcessGroup) -> list[Any]:
-    """Where every rank runs, [host name, boot]; a collective call."""
-    return gather_values(group, own_place())

@@ -4,7 +4,7 @@ import pytest
 import torch.distributed as dist
 from tests.distributed.harness import run_ranks
 
-from pipermoe.runtime.messages import all_gather_json
+from pipermoe.exchange.executor.gather_json import all_gather_json
 
 MESSAGES = [{"name": "größer", "bytes": 2**53}, [], "x" * 1000]
 
