@@ -167,7 +167,6 @@ def _layer_forward(model, layer, x_TD, rotation) -> None:
     _, normed_TD, weights_TK, *_, experts_TK = layer.attend(x_TD, rotation, None)
     order_A = experts_TK.flatten().argsort(stable=True)
     rows = count_choices(experts_TK, model.moe.num_experts).tolist()
-    y_RD = layer.experts(normed_TD[order_A // weights_TK.shape[1]], rows)
-    layer.merge(y_RD[order_A.argsort()].view(*weights_TK.shape, -1), weights_TK)
+    layer.experts(normed_TD[order_A // weights_TK.shape[1]], rows)
     if layer.shared is not None:
         layer.shared(normed_TD)

@@ -20,7 +20,8 @@ from pipermoe.runtime.gradients import gradient_of
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.hf_names import FAMILIES
 from pipermoe.runtime.hf_weights import INDEX, SINGLE, load_weights, named_parts, save_weights
-from pipermoe.runtime.stage import Tape, drain
+from pipermoe.runtime.interleave import drain
+from pipermoe.runtime.stage import Tape
 from pipermoe.specs.errors import UserError
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.strategy import Strategy

@@ -12,8 +12,7 @@ from pipermoe.schedule.communication import with_communication
 
 def settled(name: str, ranks: int, microbatches: int, rank: int) -> dict[str, list[str]]:
     schedule = with_communication(build(name, ranks, microbatches))
-    actions = list(schedule.parts(rank))
-    return {str(actions[i]): list(map(str, sends)) for i, sends in acknowledgements(schedule, rank).items()}
+    return {str(receive): list(map(str, sends)) for receive, sends in acknowledgements(schedule, rank).items()}
 
 
 def test_a_gradient_that_comes_back_proves_that_its_activation_had_arrived():
@@ -36,10 +35,10 @@ def test_no_send_settles_twice_or_before_it_is_sent(name: str, rank: int):
     schedule = with_communication(build(name, 4, 8))
     actions = list(schedule.parts(rank))
     seen = set()
-    for i, sends in acknowledgements(schedule, rank).items():
+    for receive, sends in acknowledgements(schedule, rank).items():
         for send in sends:
             assert send.kind in SENDS
-            assert actions.index(send) < i
+            assert actions.index(send) < actions.index(receive)
             assert send not in seen
             seen.add(send)
 
@@ -48,8 +47,8 @@ def test_1f1b_keeps_few_sends_open_however_long_it_runs():
     schedule = with_communication(build("1f1b", 4, 64))
     for rank in range(4):
         arrived, waiting, most = acknowledgements(schedule, rank), 0, 0
-        for i, action in enumerate(schedule.parts(rank)):
+        for action in schedule.parts(rank):
             waiting += action.kind in SENDS
             most = max(most, waiting)
-            waiting -= len(arrived.get(i, ()))
+            waiting -= len(arrived.get(action, ()))
         assert most <= 2 * 4

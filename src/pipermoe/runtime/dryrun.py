@@ -69,7 +69,7 @@ def dry_run(
         optimizer = Optimizer(engine.named_parameters(), groups, strategy, train.optimizer)
         report, memory, flops, traffic = _counted_step(rank, engine, optimizer)
     actions = tuple(
-        _footprint_of(action, memory, flops, traffic) for action in (*engine.training.actions, *AFTER_PIPELINE)
+        _footprint_of(action, memory, flops, traffic) for action in (*engine.training.parts, *AFTER_PIPELINE)
     )
     stages = schedule.stages_of(groups.coordinates.pp)
     return Footprint(

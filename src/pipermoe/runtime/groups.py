@@ -16,14 +16,16 @@ from pipermoe.specs.strategy import Strategy
 class ProcessGroups:
     """Where this rank stands and whom it talks to.
 
-    `pp` lists the global ranks of this rank's pipeline, first stage first; `pipeline` is their group for sends. `stage`
-    holds all ranks of one pipeline stage. Every group exists, also with one member, so none is ever None.
+    `pp` lists the global ranks of this rank's pipeline, first stage first; `pipeline` is their group for messages to
+    later ranks, `pipeline_back` for those to earlier ones. `stage` holds all ranks of one pipeline stage. Every group
+    exists, also with one member, so none is ever None.
     """
 
     rank: int
     coordinates: Coordinates
     pp: tuple[int, ...]
     pipeline: dist.ProcessGroup
+    pipeline_back: dist.ProcessGroup
     dp: dist.ProcessGroup
     edp: dist.ProcessGroup
     ep: dist.ProcessGroup
@@ -47,17 +49,23 @@ class ProcessGroups:
             assert isinstance(created, dist.ProcessGroup)
             return created
 
+        pipeline = group("pp")
         return cls(
             rank=rank,
             coordinates=coordinates(strategy, rank),
             pp=group_of(strategy, "pp", rank),
-            pipeline=group("pp"),
+            pipeline=pipeline,
+            pipeline_back=group("pp") if dist.get_backend() == "nccl" else pipeline,
             dp=group("dp"),
             edp=group("edp"),
             ep=group("ep"),
             stage=group("stage"),
             world=_world(),
         )
+
+    def messages(self, sender: int, receiver: int) -> dist.ProcessGroup:
+        """The group in which two global ranks of this pipeline send in this direction."""
+        return self.pipeline if self.pp.index(sender) < self.pp.index(receiver) else self.pipeline_back
 
 
 def axis_of(group: dist.ProcessGroup) -> str:

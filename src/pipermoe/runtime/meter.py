@@ -32,6 +32,11 @@ class Meter:
         self._term: Term | None = None
         self._since = 0.0  # when the current stretch of `_term` began
 
+    @property
+    def counting(self) -> bool:
+        """Whether a counter follows this step."""
+        return self.on_release is not None
+
     def reset(self) -> None:
         self.seconds = dict.fromkeys(TERMS, 0.0)
 

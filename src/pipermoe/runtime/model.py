@@ -69,7 +69,7 @@ class DenseLayer(nn.Module):
 class MoELayer(nn.Module):
     """Attention and a mixture of experts, cut at its all-to-alls into differentiable pieces.
 
-    `attend` -> (dispatch) -> `experts` -> (combine) -> `merge`; `shared` runs while tokens travel.
+    `attend` -> (dispatch) -> `experts` -> (combine) -> weighted sum; `shared` runs while tokens travel.
     """
 
     def __init__(
@@ -109,11 +109,6 @@ class MoELayer(nn.Module):
         h_TD = x_TD + self.attention(self.attention_norm(x_TD), rotation)
         normed_TD = self.ffn_norm(h_TD)
         return h_TD, normed_TD, *self.router.choose(normed_TD, planned_TK, sequences=sequences, z_loss=z_loss)
-
-    @staticmethod
-    def merge(returned_TKD: Tensor, weights_TK: Tensor) -> Tensor:
-        """What the experts made of each token: the weighted sum over its choices (T, D)."""
-        return (returned_TKD * weights_TK[..., None]).sum(1)
 
 
 class StageModel(nn.Module):

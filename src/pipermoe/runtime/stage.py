@@ -1,84 +1,26 @@
 """Forward and backward of one micro-batch on one pipeline stage, as generators that yield at each collective.
 
-T tokens, K choices a token, A = T * K assignments, R rows of this rank's experts, D hidden size
+T tokens, K choices a token, E experts, B sequences (or 1), D hidden size
 
 A layer is a chain of pieces, differentiable functions with autograd graphs of their own, and collectives between them.
-A generator yields right after launching a collective, so its caller may run another generator meanwhile. Running it to
-its end at once, `drain`, is the serial execution that defines the result of every other.
+runtime/interleave.py runs the generators.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from pipermoe.runtime.balance import Balance, balancing_loss
-from pipermoe.runtime.dispatch import Exchange, Route
+from pipermoe.runtime.dispatch import Dispatcher, Journey
 from pipermoe.runtime.gradients import Accumulate, WeightGradients
+from pipermoe.runtime.interleave import Pause, Steps
 from pipermoe.runtime.model import DenseLayer, MoELayer, StageModel
+from pipermoe.runtime.piece import Piece
 from pipermoe.runtime.rotary import Rotation, rotation_of
 from pipermoe.specs.model import ModelSpec
-
-Result = TypeVar("Result")
-Steps = Generator[None, None, Result]
-
-
-def drain(steps: Steps[Result]) -> Result:
-    """Run a generator to its end."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return end.value
-
-
-class Piece:
-    """A differentiable function run forward once and backward once, with a graph of its own.
-
-    The graph starts at detached copies of the inputs. Without `keep` only the inputs stay and backward rebuilds the
-    graph; as collectives lie between pieces, none is repeated. Outputs are never kept: backward enters by their edges.
-    """
-
-    def __init__(self, function: Callable[..., Any], keep: bool):
-        self._function, self._keep = function, keep
-        self._inputs: tuple[Tensor, ...] = ()
-        self._edges: list[GradientEdge] = []
-
-    def forward(self, *inputs: Tensor) -> Any:
-        """The function's outputs, detached."""
-        self._inputs = tuple(tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in inputs)
-        with torch.set_grad_enabled(self._keep):
-            outputs = self._function(*self._inputs)
-        several = isinstance(outputs, tuple)
-        if self._keep:
-            self._edges = _edges(outputs if several else (outputs,))
-        return tuple(output.detach() for output in outputs) if several else outputs.detach()
-
-    def backward(self, *gradients: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of the inputs from those of the differentiable outputs; the piece is empty afterwards."""
-        edges, inputs = self._edges, self._inputs
-        if not self._keep:
-            with torch.enable_grad():
-                outputs = self._function(*inputs)
-            edges = _edges(outputs if isinstance(outputs, tuple) else (outputs,))
-            del outputs
-        self._edges, self._inputs = [], ()
-        torch.autograd.backward(edges, gradients)
-        results = []
-        for tensor in inputs:
-            if tensor.requires_grad:
-                assert tensor.grad is not None
-                results.append(tensor.grad)
-        return tuple(results)
-
-
-def _edges(outputs: tuple[Tensor, ...]) -> list[GradientEdge]:
-    return [get_gradient_edge(output) for output in outputs if output.requires_grad]
 
 
 @dataclass(slots=True)
@@ -94,10 +36,7 @@ class MoERecord:
 
     attend: Piece
     shared: Piece | None
-    experts: Piece
-    merge: Piece
-    route: Route
-    top_k: int
+    journey: Journey
     share_gradient_BE: Tensor
 
 
@@ -106,7 +45,8 @@ class Tape:
     """What the backward of one micro-batch on one stage needs, and where its weight gradients go.
 
     `loss` is the last stage's mean cross-entropy, `auxiliary` and `z_loss` the sums of this stage's load-balancing and
-    router z-losses; of an evaluation (`training` false) they are all that remains.
+    router z-losses, `dropped` counts the choices beyond the capacity of their experts; of an evaluation (`training`
+    false) they are all that remains.
     """
 
     training: bool = True
@@ -116,6 +56,7 @@ class Tape:
     loss: Tensor | None = None
     auxiliary: Tensor | None = None
     z_loss: Tensor | None = None
+    dropped: Tensor | None = None
     weight_gradients: list[Accumulate] | None = None
 
     def record(self, record: DenseRecord | MoERecord) -> None:
@@ -135,7 +76,7 @@ class Stage:
         self,
         spec: ModelSpec,
         layers: range,
-        exchange: Exchange,
+        dispatcher: Dispatcher,
         *,
         seq_len: int,
         dtype: torch.dtype,
@@ -145,11 +86,11 @@ class Stage:
         auxiliary_weight: float,
         z_weight: float,
     ):
-        self.spec, self.exchange, self.recompute = spec, exchange, recompute
+        self.spec, self.dispatcher, self.recompute = spec, dispatcher, recompute
         self.balance, self.auxiliary_weight, self.z_weight = balance, auxiliary_weight, z_weight
         self.gradients = WeightGradients()
         with torch.device(device):
-            self.model = StageModel(spec, layers, exchange.local_experts, seq_len, dtype, self.gradients)
+            self.model = StageModel(spec, layers, dispatcher.group.local_experts, seq_len, dtype, self.gradients)
         cosine, sine = rotation_of(spec.attention, seq_len, dtype)
         self.rotation: Rotation = (cosine.to(device), sine.to(device))
 
@@ -163,6 +104,7 @@ class Stage:
             tape.tokens_T = x
             x = self.model.embedding(x)
         tape.auxiliary, tape.z_loss = torch.zeros((), device=x.device), torch.zeros((), device=x.device)
+        tape.dropped = torch.zeros((), dtype=torch.int64, device=x.device)
         for layer in self.model.layers.values():
             if isinstance(layer, MoELayer):
                 x = yield from self._moe_forward(layer, x, tape, keep)
@@ -204,47 +146,39 @@ class Stage:
         return piece.forward(x_TD)
 
     def _moe_forward(self, layer: MoELayer, x_TD: Tensor, tape: Tape, keep: bool) -> Steps[Tensor]:
-        exchange, top_k = self.exchange, self.spec.moe.top_k
-        planned_TK = exchange.planned_choices(x_TD.shape[0], top_k, x_TD.device)
-        sequences, z_loss = self.balance.sequences(x_TD.shape[0]), self.z_weight > 0
+        dispatcher, group, tokens = self.dispatcher, self.dispatcher.group, x_TD.shape[0]
+        planned_TK = group.planned_choices(tokens, x_TD.device)
+        sequences, z_loss = self.balance.sequences(tokens), self.z_weight > 0
         attend = Piece(lambda x: layer.attend(x, self.rotation, planned_TK, sequences, z_loss), keep)
         h_TD, normed_TD, weights_TK, share_BE, z, experts_TK = attend.forward(x_TD)
-        counts = exchange.exchange_counts(experts_TK)
-        load = self.balance.observe(layer.router, experts_TK, exchange.num_experts, training=tape.training)
-        yield
-        route = exchange.route(experts_TK, counts)
-        dispatched = exchange.to_experts(normed_TD, route.order_A // top_k, route)
-        yield
+        choices = group.choices(experts_TK, weights_TK)
+        counts = dispatcher.exchange_counts(choices)
+        load = self.balance.observe(layer.router, experts_TK, group.num_experts, training=tape.training)
+        yield Pause(counts, brief=True)
+        journey = dispatcher.journey(choices, counts, layer.experts, keep=keep)
+        dispatched = journey.dispatch(normed_TD, weights_TK)
+        yield Pause(dispatched)
         shared = Piece(layer.shared, keep) if layer.shared is not None else None
         shared_TD = shared.forward(normed_TD) if shared else None
         del normed_TD
-        experts = Piece(lambda x: layer.experts(x, route.rows), keep)
-        y_RD = experts.forward(dispatched.wait())
-        combined = exchange.to_tokens(y_RD, route)
-        del y_RD
-        yield
-        merge = Piece(layer.merge, keep)
-        out_TD = merge.forward(combined.wait().view(-1, top_k, x_TD.shape[1]), weights_TK).add_(h_TD)
+        combined = journey.compute(dispatched)
+        yield Pause(combined)
+        out_TD = journey.merge(combined).add_(h_TD)
         auxiliary, share_gradient_BE = balancing_loss(share_BE, load.wait())
-        assert tape.auxiliary is not None
-        assert tape.z_loss is not None
-        tape.auxiliary += auxiliary
-        tape.z_loss += z
-        tape.record(MoERecord(attend, shared, experts, merge, route, top_k, share_gradient_BE))
+        self._count(tape, auxiliary, z, choices.dropped)
+        tape.record(MoERecord(attend, shared, journey, share_gradient_BE))
         return out_TD if shared_TD is None else out_TD.add_(shared_TD)
 
     def _moe_backward(self, record: MoERecord, gradient_TD: Tensor, tape: Tape, scale: float) -> Steps[Tensor]:
-        exchange, route = self.exchange, record.route
-        to_returned_TKD, to_weights_TK = self._run_backward(tape, record.merge, gradient_TD)
-        returned = exchange.to_experts(to_returned_TKD.flatten(0, 1), route.order_A, route)
-        del to_returned_TKD
-        yield
+        journey = record.journey
+        with self.gradients.deferred_to(tape.weight_gradients):
+            dispatched = journey.dispatch_gradient(gradient_TD)
+        yield Pause(dispatched)
         to_shared_TD = self._run_backward(tape, record.shared, gradient_TD)[0] if record.shared else None
-        (to_rows_RD,) = self._run_backward(tape, record.experts, returned.wait())
-        dispatched = exchange.to_tokens(to_rows_RD, route)
-        del to_rows_RD
-        yield
-        to_normed_TD = dispatched.wait().view(-1, record.top_k, gradient_TD.shape[1]).sum(1)
+        with self.gradients.deferred_to(tape.weight_gradients):
+            combined = journey.compute_gradient(dispatched)
+        yield Pause(combined)
+        to_normed_TD, to_weights_TK = journey.merge_gradient(combined)
         if to_shared_TD is not None:
             to_normed_TD += to_shared_TD
         to_share_BE = record.share_gradient_BE * (scale * self.auxiliary_weight)
@@ -252,6 +186,16 @@ class Stage:
         if self.z_weight:
             gradients.append(torch.full((), scale * self.z_weight, device=gradient_TD.device))
         return self._run_backward(tape, record.attend, *gradients)[0]
+
+    @staticmethod
+    def _count(tape: Tape, auxiliary: Tensor, z: Tensor, dropped: Tensor | None) -> None:
+        assert tape.auxiliary is not None
+        assert tape.z_loss is not None
+        assert tape.dropped is not None
+        tape.auxiliary += auxiliary
+        tape.z_loss += z
+        if dropped is not None:
+            tape.dropped += dropped
 
     def _run_backward(self, tape: Tape, piece: Piece, *gradients: Tensor) -> tuple[Tensor, ...]:
         with self.gradients.deferred_to(tape.weight_gradients):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -17,33 +16,44 @@ from pipermoe.schedule.communication import matching_receive
 
 
 class Transfers:
-    """The sends and receives of one rank. A tag for every (stage, micro-batch, direction) lets them cross freely."""
+    """The sends and receives of one rank. A tag for every (stage, micro-batch, direction) lets them cross freely.
 
-    def __init__(self, schedule: Schedule, groups: ProcessGroups, meter: Meter):
-        self._schedule, self._groups, self._meter = schedule, groups, meter
+    `buffer` makes the tensor of one message. Receives may be posted before earlier sends of this rank: on NCCL, where
+    operations between two ranks run in the order in which they were launched, each direction has a group of its own.
+    """
+
+    def __init__(self, schedule: Schedule, groups: ProcessGroups, meter: Meter, buffer: Callable[[], Tensor]):
+        self._schedule, self._groups, self._meter, self._buffer = schedule, groups, meter, buffer
         self._sends: dict[Action, tuple[dist.Work, Tensor, Callable[[], None]]] = {}
+        self._receives: dict[Action, tuple[dist.Work, Tensor, Callable[[], None]]] = {}
 
     def send(self, action: Action, tensor: Tensor) -> None:
         """Launch the send; the tensor is kept until `settle`."""
         receive = matching_receive(action)
         peer = self._groups.pp[self._schedule.rank_of(receive.stage, receive.microbatch)]
-        work = dist.isend(tensor, peer, group=self._groups.pipeline, tag=self._tag(receive))
+        work = dist.isend(tensor, peer, group=self._groups.messages(self._groups.rank, peer), tag=self._tag(receive))
         assert work is not None
         self._sends[action] = (work, tensor, self._meter.launched(POINT_TO_POINT))
 
-    def receive(self, action: Action, like: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The tensor that the matching send carries."""
-        forward = action.kind is Kind.RECV_FORWARD
-        source = action.stage - 1 if forward else action.stage + 1
+    def post(self, action: Action) -> None:
+        """Launch the receive of what the matching send carries, so that it may come before it is needed."""
+        source = action.stage - 1 if action.kind is Kind.RECV_FORWARD else action.stage + 1
         peer = self._groups.pp[self._schedule.rank_of(source, action.microbatch)]
         with self._meter.born("communication"):
-            tensor = torch.empty(like, dtype=dtype, device=device)
+            tensor = self._buffer()
+        group = self._groups.messages(peer, self._groups.rank)
+        work = dist.irecv(tensor, peer, group=group, tag=self._tag(action))
+        assert work is not None
+        self._receives[action] = (work, tensor, self._meter.launched(POINT_TO_POINT))
+
+    def receive(self, action: Action) -> Tensor:
+        """The tensor of a receive, which is posted now if it is not yet."""
+        if action not in self._receives:
+            self.post(action)
+        work, tensor, landed = self._receives.pop(action)
         with self._meter.term("pipeline_wait"):
-            landed = self._meter.launched(POINT_TO_POINT)
-            work = dist.irecv(tensor, peer, group=self._groups.pipeline, tag=self._tag(action))
-            assert work is not None
             work.wait()
-            landed()
+        landed()
         return tensor
 
     def settle(self, sends: tuple[Action, ...]) -> None:
@@ -63,8 +73,8 @@ class Transfers:
         )
 
 
-def acknowledgements(schedule: Schedule, rank: int) -> dict[int, tuple[Action, ...]]:
-    """Which sends of `rank` are known to have arrived after which of its elementary actions, by their index.
+def acknowledgements(schedule: Schedule, rank: int) -> dict[Action, tuple[Action, ...]]:
+    """Which sends of `rank` are known to have arrived after which of its receives.
 
     A receive proves what its sender had received before sending, directly or through others: vector clocks (Fidge 1988,
     Mattern 1989) over the schedule tell where. Waiting for a send there never blocks, so buffers are freed as early as
@@ -76,7 +86,7 @@ def acknowledgements(schedule: Schedule, rank: int) -> dict[int, tuple[Action, .
     position = [0] * schedule.num_ranks
     carried: dict[Action, list[int]] = {}  # by the receive that takes it
     pending: dict[Action, tuple[int, int]] = {}  # sends of `rank`: (peer, index of the receive)
-    settled: dict[int, list[Action]] = defaultdict(list)
+    settled: dict[Action, list[Action]] = defaultdict(list)
     progress = True
     while progress:
         progress = False
@@ -100,5 +110,5 @@ def acknowledgements(schedule: Schedule, rank: int) -> dict[int, tuple[Action, .
                     arrived = [send for send, (peer, i) in pending.items() if clocks[rank][peer] > i]
                     for send in arrived:
                         del pending[send]
-                        settled[position[rank] - 1].append(send)
-    return {i: tuple(sends) for i, sends in settled.items()}
+                        settled[action].append(send)
+    return {receive: tuple(sends) for receive, sends in settled.items()}

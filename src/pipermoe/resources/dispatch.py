@@ -1,0 +1,64 @@
+"""What travels in a dispatch when the routing is given as counts: which token chooses what, and how many copies of it.
+
+P ranks of an expert group, E experts, T tokens of a micro-batch on one rank, K choices a token
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from math import comb
+
+import numpy as np
+from numpy.typing import NDArray
+
+PLANNED_ORDER_SEED = 0
+
+
+def planned_choices(counts_E: Sequence[int], tokens: int, top_k: int) -> NDArray[np.int64]:
+    """Choices (T, K) by which `counts_E[e]` of one rank's assignments fall on expert e, no expert twice on a token.
+
+    Experts are dealt to the tokens column by column in a fixed random order, so that the K experts of a token lie on
+    about as many ranks as under independent routing. No count may exceed T.
+    """
+    order_E = _dealing_order(len(counts_E))
+    experts_A = np.repeat(order_E, np.asarray(counts_E)[order_E])
+    return np.ascontiguousarray(experts_A.reshape(top_k, tokens).T)
+
+
+def planned_copies(
+    counts_PE: Sequence[Sequence[int]], tokens: int, top_k: int, capacity: int | None = None
+) -> NDArray[np.int64]:
+    """Rows (P source, P destination) of a deduplicated dispatch of `planned_choices`: one per token and rank.
+
+    With a `capacity` each expert takes its first so many assignments of each source, in the order of tokens.
+    """
+    ranks, experts = len(counts_PE), len(counts_PE[0])
+    copies_PP = np.zeros((ranks, ranks), dtype=np.int64)
+    for source, counts_E in enumerate(counts_PE):
+        choices_A = planned_choices(counts_E, tokens, top_k).ravel()
+        kept = np.ones(len(choices_A), dtype=bool)
+        if capacity is not None:
+            order = np.argsort(choices_A, kind="stable")
+            first_E = np.cumsum(counts_E) - counts_E
+            kept[order] = np.arange(len(order)) - first_E[choices_A[order]] < capacity
+        goes_TP = np.zeros((tokens, ranks), dtype=bool)
+        token_A = np.repeat(np.arange(tokens), top_k)
+        goes_TP[token_A[kept], choices_A[kept] // (experts // ranks)] = True
+        copies_PP[source] = goes_TP.sum(0)
+    return copies_PP
+
+
+def expected_copies_per_token(num_experts: int, top_k: int, ranks: int) -> float:
+    """Ranks on which a token's experts lie, when all sets of K experts are equally likely: rows of a deduplicated
+    dispatch per token, of a plain one K.
+
+    P (1 - C(E - E/P, K) / C(E, K)): the mean number of ranks that a draw without replacement touches.
+    """
+    missed = comb(num_experts - num_experts // ranks, top_k) / comb(num_experts, top_k)
+    return ranks * (1 - missed)
+
+
+@lru_cache
+def _dealing_order(num_experts: int) -> NDArray[np.int64]:
+    return np.random.default_rng(PLANNED_ORDER_SEED).permutation(num_experts)
