@@ -87,9 +87,7 @@ def layer_state_bytes(shape: Shape, expert_parallel: Any) -> Any:
 def layer_activation_bytes(shape: Shape, batch: Any, seq_len: Any, expert_parallel: Any) -> Any:
     """12 b s d + 4 b H s^2 + (2 b s k / EP) (3 d_ffn + d); b counts twice differently here, see docs/paper.md."""
     experts = expert_activation_bytes(batch, seq_len, shape.top_k, shape.hidden_size, shape.expert_width)
-    return (
-        attention_activation_bytes(batch, seq_len, shape.hidden_size, shape.num_heads) + experts / expert_parallel
-    )
+    return attention_activation_bytes(batch, seq_len, shape.hidden_size, shape.num_heads) + experts / expert_parallel
 
 
 def all_to_all_seconds(
