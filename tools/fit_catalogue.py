@@ -17,7 +17,7 @@ import importlib.util
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
+import pandas as pd  # pyright: ignore[reportMissingImports]
 
 CATALOGUE = Path(__file__).parents[1] / "src/pipermoe/catalogue"
 SOURCE = "aiconfigurator-core 0.12.0 (NVIDIA, Apache-2.0)"
