@@ -6,13 +6,14 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-slow test-counts lint format clean
+.PHONY: help setup demo test test-slow test-counts test-frameworks lint format clean
 
 help:
 	@echo "make demo       measure this machine, plan, train on 4 ranks, compare (under 4 minutes)"
 	@echo "make test       the fast tests, real multi-process ones included"
 	@echo "make test-slow  the tests that take long"
 	@echo "make test-counts  hold models against transformers (own environment, 1.3 GB)"
+	@echo "make test-frameworks  hold exported jobs against Megatron-LM, torchtitan, DeepSpeed (own environment, 1.6 GB)"
 	@echo "make lint       ruff and pyright"
 	@echo "make format     ruff, in place"
 	@echo "make setup      only the virtual environment"
@@ -50,6 +51,21 @@ $(COUNTS)/.ready: constraints.txt
 test-counts: $(COUNTS)/.ready
 	$(COUNTS)/bin/pytest -m slow tests/specs/hf/test_hf_against_transformers.py tests/runtime/test_hf_weights.py
 
+# The frameworks that plans are exported to judge the exported jobs, without a GPU, in an environment of their own.
+# megatron-core asks for Python 3.12; what the checks use of it runs on 3.11.
+FRAMEWORKS := .venv-frameworks
+$(FRAMEWORKS)/.ready: constraints.txt
+	$(PYTHON) -m venv $(FRAMEWORKS)
+	$(FRAMEWORKS)/bin/pip install --quiet torch==2.13.0 torchtitan==0.3.0 einops pytest pytest-timeout hypothesis \
+	  setuptools wheel ninja
+	DS_BUILD_OPS=0 $(FRAMEWORKS)/bin/pip install --quiet --no-build-isolation deepspeed==0.19.8
+	$(FRAMEWORKS)/bin/pip install --quiet --no-deps --ignore-requires-python megatron-core==0.19.2
+	$(FRAMEWORKS)/bin/pip install --quiet --editable .
+	@touch $@
+
+test-frameworks: $(FRAMEWORKS)/.ready
+	$(FRAMEWORKS)/bin/pytest -m slow tests/export/test_megatron_accepts.py
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -60,4 +76,4 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(COUNTS) .pytest_cache .ruff_cache .hypothesis demo
+	rm -rf $(VENV) $(COUNTS) $(FRAMEWORKS) .pytest_cache .ruff_cache .hypothesis demo

@@ -14,7 +14,10 @@ from pipermoe.specs.documents import load, save
 from pipermoe.specs.plan import Plan
 from pipermoe.specs.strategy import Strategy
 
-COMMANDS = ("measure", "describe", "plan", "tokenize", "train", "compare", "schedule", "dryrun", "demo")
+COMMANDS = (
+    *("measure", "describe", "plan", "tokenize", "train", "compare", "schedule", "dryrun", "demo"),
+    *("export", "import-plan"),
+)
 JOB = "seq_len = 32\nglobal_batch_size = 16\n"
 
 

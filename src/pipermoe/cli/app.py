@@ -16,6 +16,8 @@ from pipermoe.cli.compare import compare
 from pipermoe.cli.demo import demo
 from pipermoe.cli.describe import describe
 from pipermoe.cli.dryrun import dryrun
+from pipermoe.cli.export import export
+from pipermoe.cli.import_plan import import_plan
 from pipermoe.cli.measure import measure
 from pipermoe.cli.plan import plan
 from pipermoe.cli.schedule import schedule
@@ -23,7 +25,7 @@ from pipermoe.cli.tokenize import tokenize
 from pipermoe.cli.train import train
 from pipermoe.specs.errors import UserError
 
-COMMANDS = (measure, describe, plan, dryrun, tokenize, train, compare, schedule, demo)
+COMMANDS = (measure, describe, plan, dryrun, tokenize, train, compare, export, import_plan, schedule, demo)
 
 
 def build_app() -> App:

@@ -11,8 +11,8 @@ from pipermoe.planner.inputs import plan_inputs
 from pipermoe.planner.result import PlanningResult, SearchCounts
 from pipermoe.planner.search import Job, Space, bounds, search_space
 from pipermoe.planner.space import require_legal_world
-from pipermoe.resources.compute import grouped_query
 from pipermoe.resources.parameters import total_parameters
+from pipermoe.resources.priced import require_priced
 from pipermoe.resources.step import compute_slots, predict
 from pipermoe.specs.errors import NoPlanFits, UserError, describe_value
 from pipermoe.specs.model import ModelSpec
@@ -39,7 +39,9 @@ def find_plan(
     """
     started = time.perf_counter()
     budget = memory_budget_bytes or platform.device.memory_bytes - platform.reserved_bytes
-    _require_platform(model, platform, train, world_size, top)
+    if top < 1:
+        raise UserError(describe_value("", "top", top, "must be at least 1"))
+    require_priced(model, platform, train, world_size)
     require_legal_world(model, train, world_size)
     job = Job(model, platform, train, world_size, budget)
     space = search_space(job)
@@ -85,24 +87,6 @@ def find_plan(
         ),
         search_seconds=time.perf_counter() - started,
     )
-
-
-def _require_platform(model: ModelSpec, platform: Platform, train: TrainConfig, world_size: int, top: int) -> None:
-    """The platform must describe as many ranks and the precision, the model be of a kind that can be priced."""
-    grouped_query(model)
-    limit = platform.levels[-1].ranks
-    for key, value, legal, rule in (
-        ("ranks", world_size, 1 <= world_size <= limit, f"platform {platform.name} describes 1 to {limit} ranks"),
-        ("top", top, top >= 1, "must be at least 1"),
-        (
-            "train.precision",
-            train.precision,
-            train.precision in platform.device.gemm,
-            f"platform {platform.name} has rates for {', '.join(platform.device.gemm)}",
-        ),
-    ):
-        if not legal:
-            raise UserError(describe_value("", key, value, rule))
 
 
 def _nothing_fits(job: Job, space: Space) -> str:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from pipermoe.specs.base import Frozen
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.train import TrainConfig
 
 
-@dataclass(frozen=True, slots=True)
-class Configuration:
+class Configuration(Frozen):
     """A model, a job and a strategy. `remarks` are lines about what was read but has no counterpart here."""
 
     model: ModelSpec

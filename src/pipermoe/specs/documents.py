@@ -32,17 +32,12 @@ def load(path: str | Path, kind: type[Document], overrides: Mapping[str, Any] | 
 
     Raises `UserError`, never anything else.
     """
-    return validate(load_mapping(path) | dict(overrides or {}), kind, where=str(path))
-
-
-def load_mapping(path: str | Path) -> dict[str, Any]:
-    """The table of a TOML or JSON file in this version's schema, without `schema_version`. Raises `UserError`."""
     data = read_mapping(path)
     version = data.pop("schema_version", SCHEMA_VERSION)
     if version != SCHEMA_VERSION or isinstance(version, bool):
         rule = f"this version of pipermoe reads schema_version = {SCHEMA_VERSION}"
         raise UserError(describe_value(str(path), "schema_version", version, rule))
-    return data
+    return validate(data | dict(overrides or {}), kind, where=str(path))
 
 
 def read_mapping(path: str | Path, limit_bytes: int = MAX_DOCUMENT_BYTES) -> dict[str, Any]:
@@ -125,6 +120,17 @@ def write_atomically(path: Path, text: str) -> None:
             raise
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def write_files(folder: Path, files: Mapping[str, str]) -> list[Path]:
+    """Write texts by file name into `folder`, each atomically; a text that starts with #! may be executed."""
+    paths = []
+    for name, text in files.items():
+        paths.append(folder / name)
+        write_atomically(paths[-1], text)
+        if text.startswith("#!"):
+            paths[-1].chmod(0o755)
+    return paths
 
 
 def _explain(error: Any, kind: type[BaseModel], where: str) -> str:

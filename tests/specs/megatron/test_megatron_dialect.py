@@ -124,6 +124,7 @@ def test_what_has_no_counterpart_is_remarked():
         ),
         ("--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Etttt|tt|ttL", "3 stages"),
         ("--moe-layer-freq [0]*3+[1]*9", "8 layers"),
+        ("--num-experts 0", "moe.num_experts = 0"),
         ("--moe-layer-freq __import__('os')", "8 layers"),
     ],
 )

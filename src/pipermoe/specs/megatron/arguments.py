@@ -42,13 +42,12 @@ class Arguments:
         words = []
         for key, value in mapping.items():
             flag = "--" + key.removeprefix("--").replace("_", "-")
-            text = value.strip("\"'") if isinstance(value, str) else value
-            if text is True or text in ("true", "True"):  # not `in (True, ...)`: 1 is equal to it
+            text = str(value).strip("\"'").removeprefix("[").removesuffix("]") if isinstance(value, str) else value
+            if text in (True, "true", "True"):
                 words.append(flag)
-            elif text is not False and text not in (None, "false", "False"):
+            elif text not in (False, None, "false", "False"):
                 option = options().get(flag)
-                many = option is not None and option.many
-                words += [flag, *(str(text).strip("[]").replace(",", " ").split() if many else [str(text)])]
+                words += [flag, *(str(text).replace(",", " ").split() if option and option.many else [str(text)])]
         return Arguments.parse(words)
 
     def words(self) -> list[list[str]]:

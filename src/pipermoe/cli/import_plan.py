@@ -1,0 +1,52 @@
+"""`pipermoe import-plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from pipermoe.cli.options import Output, Switch
+from pipermoe.cli.output import note, show
+
+
+def import_plan(
+    source: Literal["megatron"],
+    *arguments: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    world_size: Annotated[int | None, Parameter(name=["--world-size", "--ranks", "--gpus"])] = None,
+    platform: Path | None = None,
+    output: Output = Path("imported"),
+    json: Switch = False,
+) -> None:
+    """Read what you run today into a model, a job and a strategy, to explain it and to plan something better.
+
+    Parameters
+    ----------
+    source
+        The arguments of Megatron-LM's pretrain_gpt.py.
+    arguments
+        The arguments behind --, or one file that holds them.
+    world_size
+        Ranks of the job; Megatron's arguments do not say it.
+    platform
+        The platform file to predict the job on: then a plan file is written, too.
+    output
+        The folder for model.toml, job.toml, strategy.toml and plan.toml.
+    json
+        Print what was read as JSON.
+    """
+    from pipermoe.export.reading import read_megatron
+    from pipermoe.planner.given import plan_given
+    from pipermoe.report.configuration import render_configuration
+    from pipermoe.specs.documents import load, require_writable, save
+    from pipermoe.specs.platform import Platform
+
+    require_writable(output / "plan.toml")
+    machine = load(platform, Platform) if platform else None
+    read = read_megatron(arguments, world_size)
+    plan = plan_given(read, machine) if machine else None
+    documents = {"model": read.model, "job": read.train, "strategy": read.strategy} | ({"plan": plan} if plan else {})
+    show(read, lambda console: render_configuration(read, plan, console), as_json=json)
+    for name, document in documents.items():
+        note(f"Wrote {save(output / f'{name}.toml', document)}", as_json=json)

@@ -1,0 +1,59 @@
+"""Plans as jobs of other systems: one file per target, each with its limits and its files.
+
+`export_plan` is the door; export/reading.py is the way back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from pipermoe.export import megatron
+from pipermoe.export.limits import Limit, require_expressible
+from pipermoe.export.shell import Cluster
+from pipermoe.specs.base import Frozen
+from pipermoe.specs.configuration import Configuration
+from pipermoe.specs.errors import UserError, describe_value
+from pipermoe.specs.legality import LEGAL, violations
+from pipermoe.specs.plan import Plan
+from pipermoe.specs.platform import Platform
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A system that runs plans: its name and version, what it cannot express, and the files of a job."""
+
+    title: str
+    limits: Callable[[Configuration], Sequence[Limit]]
+    files: Callable[[Configuration, Cluster], dict[str, str]]
+
+
+TARGETS: dict[str, Target] = {
+    "megatron": Target(megatron.TARGET, megatron.limits, megatron.files),
+}
+
+
+class Job(Frozen):
+    """The files of a job by name, and the version that such files were tested with."""
+
+    tested_with: str
+    files: dict[str, str]
+
+
+def export_plan(
+    plan: Plan, target: str, ranks_per_node: int, *, where: str = "", platform: Platform | None = None
+) -> Job:
+    """The job of `target` that runs `plan`. UserError where none does, with the nearest plan that some job runs.
+
+    `where` names the plan in errors; `platform` prices the nearest plan.
+    """
+    wanted = Configuration(model=plan.model, train=plan.train, strategy=plan.strategy)
+    world_size = plan.strategy.world_size
+    if broken := violations(plan.strategy, plan.model, plan.train, world_size, LEGAL):
+        raise UserError(f"{where}: {broken[0]}")
+    if world_size % ranks_per_node:
+        rule = f"must divide the plan's {world_size} ranks"
+        raise UserError(describe_value("", "--ranks-per-node", ranks_per_node, rule))
+    system = TARGETS[target]
+    require_expressible(system.title, system.limits(wanted), wanted, where=where, platform=platform)
+    return Job(tested_with=system.title, files=system.files(wanted, Cluster(world_size, ranks_per_node)))

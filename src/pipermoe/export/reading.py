@@ -1,0 +1,41 @@
+"""Back from a job of another system: its arguments or configuration file as a model, a job and a strategy."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipermoe.specs.configuration import Configuration
+from pipermoe.specs.errors import UserError
+from pipermoe.specs.megatron import Arguments, read_configuration
+
+MOST_BYTES = 2**20
+
+
+def read_megatron(words: Sequence[str], world_size: int | None) -> Configuration:
+    """A Megatron-LM command line, or the one file that holds it (comments start with #)."""
+    if world_size is None:
+        raise UserError("--world-size must be given: Megatron's data-parallel size is what the ranks leave over")
+    if len(words) == 1 and not words[0].startswith("--"):
+        path = Path(words[0])
+        try:
+            words = shlex.split(read_text(path), comments=True)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from None
+        return read_configuration(Arguments.parse(words), world_size, path.stem)
+    if not words:
+        raise UserError("give Megatron's arguments after --, or the file that holds them")
+    return read_configuration(Arguments.parse(words), world_size)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file of at most a MiB. UserError where there is none."""
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise UserError(f"{path}: is larger than any job: at most {MOST_BYTES:,} bytes are read")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not text") from None

@@ -1,0 +1,44 @@
+"""Plans to export: a small model of the Qwen3 family, any strategy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipermoe.specs.model import GroupedQueryAttention, MixtureOfExperts, ModelSpec
+from pipermoe.specs.plan import Plan
+from pipermoe.specs.report import StepReport
+from pipermoe.specs.strategy import Strategy
+from pipermoe.specs.train import TrainConfig
+
+MODEL = ModelSpec(
+    name="small",
+    vocab_size=1024,
+    hidden_size=256,
+    num_layers=8,
+    attention=GroupedQueryAttention(num_heads=16, num_kv_heads=4, head_dim=16, qk_norm="head"),
+    moe=MixtureOfExperts(num_experts=64, top_k=8, expert_width=64),
+)
+
+
+def plan_for(strategy: str | Strategy, model: ModelSpec | dict[str, Any] = MODEL, **train: Any) -> Plan:
+    """A plan that runs `strategy`; a mapping of dotted keys for `model` changes the small one."""
+    if isinstance(strategy, str):
+        strategy = Strategy.parse(strategy)
+    if isinstance(model, dict):
+        model = _changed(model)
+    job = {"seq_len": 1024, "global_batch_size": 64, "precision": "bf16", **train}
+    return Plan(
+        name="test",
+        platform="none",
+        memory_budget_bytes=2**36,
+        model=model,
+        train=TrainConfig(**job),
+        strategy=strategy,
+        prediction=StepReport(step_seconds=1.0, ranks=()),
+    )
+
+
+def _changed(changes: dict[str, Any]) -> ModelSpec:
+    moe = {key.removeprefix("moe."): value for key, value in changes.items() if key.startswith("moe.")}
+    rest = {key: value for key, value in changes.items() if "." not in key}
+    return MODEL.model_copy(update={"moe": MODEL.moe.model_copy(update=moe), **rest})
