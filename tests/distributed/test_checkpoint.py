@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
-import pickle
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from tests.distributed.harness import run_ranks
 from tests.plans import tiny_plan
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.nn import Parameter
 
-from pipermoe.runtime.checkpoint import check_resumable, find_newest, load_checkpoint, save_checkpoint
-from pipermoe.runtime.checkpoint_format import MetadataReader
+from pipermoe.runtime.checkpoint import check_resumable, find_newest, load_checkpoint
+from pipermoe.runtime.checkpoint_writer import CheckpointWriter
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.optimizer import Optimizer
+from pipermoe.runtime.sharding import flatten
 from pipermoe.runtime.weights import is_expert
-from pipermoe.specs.errors import UserError
+from pipermoe.specs.errors import MachineError, UserError
 from pipermoe.specs.plan import Plan
 from pipermoe.specs.strategy import Strategy
 
@@ -36,13 +39,13 @@ SHAPES = {
 
 def values(name: str, kind: str) -> torch.Tensor:
     """A global tensor whose elements tell where they belong."""
-    start = 1000 * (list(SHAPES).index(name) + 10 * ("weight", "exp_avg", "exp_avg_sq").index(kind))
+    start = 1000 * (list(SHAPES).index(name) + 10 * ("weights", "exp_avg", "exp_avg_sq").index(kind))
     count = int(torch.tensor(SHAPES[name]).prod())
     return torch.arange(start, start + count, dtype=torch.float32).view(SHAPES[name])
 
 
 def state(groups: ProcessGroups, plan: Plan, *, filled: bool):
-    """The parameters and the optimizer of this rank, with the values above or with zeros."""
+    """The optimizer of this rank, with the values above or with zeros, and what its tensors should be."""
     strategy, here = plan.strategy, groups.coordinates
     experts = slice(*(EXPERTS // strategy.expert_parallel * n for n in (here.ep, here.ep + 1)))
 
@@ -50,28 +53,34 @@ def state(groups: ProcessGroups, plan: Plan, *, filled: bool):
         return values(name, kind)[experts] if is_expert(name) else values(name, kind)
 
     held = [name for name in SHAPES if int(name.split(".")[1]) // (2 // strategy.pipeline_parallel) == here.pp]
-    weights = {name: Parameter(local(name, "weight") * filled) for name in held}
-    optimizer = Optimizer(weights.items(), groups, strategy, plan.train.optimizer)
+    weights = {name: Parameter(local(name, "weights") * filled) for name in held}
+    optimizer = Optimizer(flatten(weights.items(), groups, strategy), plan.train.optimizer)
     if filled:
-        for moment, part, slot in optimizer.moment_parts():
-            slot.copy_(local(part.name, moment).flatten()[part.start : part.stop])
+        for part in optimizer.updated_parts():
+            part.values.copy_(local(part.span.name, part.kind).flatten()[part.span.start : part.span.stop])
     return weights, optimizer, local
 
 
-def save_rank(rank: int, plan: Plan, output: Path, step: int) -> None:
+def save_rank(rank: int, plan: Plan, output: Path, *steps: int) -> None:
     groups = ProcessGroups.create(plan.strategy)
-    weights, optimizer, _ = state(groups, plan, filled=True)
-    save_checkpoint(output, step, plan, weights.items(), optimizer, groups)
+    _, optimizer, _ = state(groups, plan, filled=True)
+    writer = CheckpointWriter(output, plan, groups)
+    for step in steps:
+        writer.save(step, optimizer, [("layers.0.router.correction_bias", torch.ones(EXPERTS))])
+    writer.finish()
 
 
 def load_rank(rank: int, plan: Plan, folder: Path) -> int:
     groups = ProcessGroups.create(plan.strategy)
     weights, optimizer, local = state(groups, plan, filled=False)
-    step = load_checkpoint(folder, plan, weights.items(), optimizer, groups)
+    bias = torch.zeros(EXPERTS)
+    step = load_checkpoint(folder, plan, optimizer, [("layers.0.router.correction_bias", bias)], groups)
+    assert bias.eq(1).all()
     for name, weight in weights.items():
-        assert torch.equal(weight, local(name, "weight")), name
-    for moment, part, slot in optimizer.moment_parts():
-        assert torch.equal(slot, local(part.name, moment).flatten()[part.start : part.stop]), (moment, part)
+        assert plan.strategy.zero_dense == 3 or torch.equal(weight, local(name, "weights")), name
+    for part in optimizer.updated_parts():
+        expected = local(part.span.name, part.kind).flatten()[part.span.start : part.span.stop]
+        assert torch.equal(part.values, expected), part
     return step
 
 
@@ -80,8 +89,8 @@ ARRANGEMENTS = [
     Strategy(pipeline_parallel=2, data_parallel=2, expert_data_parallel=2, zero_dense=1, zero_expert=1),
     Strategy(),
     Strategy(data_parallel=3, expert_data_parallel=3, zero_expert=1),
-    Strategy(data_parallel=4, expert_parallel=2, expert_data_parallel=2, zero_dense=1, zero_expert=1),
-    Strategy(data_parallel=4, expert_parallel=4, zero_dense=1),
+    Strategy(data_parallel=4, expert_parallel=2, expert_data_parallel=2, zero_dense=3, zero_expert=3),
+    Strategy(data_parallel=4, expert_parallel=4, zero_dense=2),
 ]
 
 
@@ -96,23 +105,22 @@ def test_another_arrangement_resumes_bit_for_bit(tmp_path, saved, resumed):
 
 @pytest.fixture
 def saved(tmp_path) -> Path:
-    for step in (2, 4, 6, 8):
-        run_ranks(save_rank, 1, tiny_plan(Strategy()), tmp_path, step)
+    run_ranks(save_rank, 1, tiny_plan(Strategy()), tmp_path, 2, 4, 6, 8)
     return find_newest(tmp_path)
 
 
 @pytest.mark.distributed
 def test_the_newest_three_stay_and_every_tensor_is_stored_once(saved):
     assert sorted(path.name for path in saved.parent.iterdir()) == ["step-000004", "step-000006", "step-000008"]
-    elements = 3 * sum(values(name, "weight").numel() for name in SHAPES)
-    overhead = 18 * 2048  # each of the 18 tensors is a file of its own inside
-    assert 4 * elements < sum(path.stat().st_size for path in saved.glob("*.distcp")) < 4 * elements + overhead
+    elements = 3 * sum(values(name, "weights").numel() for name in SHAPES)
+    header = 18 * 256  # of 18 vectors
+    assert 4 * elements < sum(path.stat().st_size for path in saved.glob("*.safetensors")) < 4 * elements + header
 
 
 @pytest.mark.distributed
 def test_damage_is_one_error_that_names_the_file(saved):
     plan = tiny_plan(Strategy())
-    (data,) = saved.glob("*.distcp")
+    (data,) = saved.glob("*.safetensors")
     whole = data.read_bytes()
     data.write_bytes(whole[:-100])
     with pytest.raises(UserError, match=rf"{data.name}: is .* bytes instead of .* damaged"):
@@ -139,16 +147,55 @@ def test_a_checkpoint_of_another_model_or_batch_is_refused_by_key(saved):
     assert check_resumable(saved, tiny_plan(Strategy(), steps=500)).step == 8
 
 
-class Harmful:
-    def __reduce__(self):
-        return print, ("a foreign checkpoint ran code",)
+def fail_to_write(rank: int, plan: Plan, output: Path) -> str:
+    groups = ProcessGroups.create(plan.strategy)
+    _, optimizer, _ = state(groups, plan, filled=True)
+    writer = CheckpointWriter(output, plan, groups)
+    if rank == 1:
+        (output / "checkpoints").write_text("in the way of a folder")
+    dist.barrier()
+    writer.save(1, optimizer, [])
+    with pytest.raises(MachineError) as caught:
+        writer.save(2, optimizer, [])
+    return str(caught.value)
 
 
-def test_a_table_of_contents_cannot_run_code(tmp_path, capsys):
-    (tmp_path / ".metadata").write_bytes(pickle.dumps(Harmful()))
-    with pytest.raises(UserError, match=r"\.metadata.*builtins\.print does not belong there"):
-        MetadataReader(tmp_path).read_metadata()
-    assert capsys.readouterr().out == ""
+@pytest.mark.distributed
+def test_what_fails_in_the_background_is_raised_by_the_next_save_on_every_rank(tmp_path):
+    plan = tiny_plan(Strategy(data_parallel=2, expert_data_parallel=2))
+    messages = run_ranks(fail_to_write, 2, plan, tmp_path)
+    assert messages[0] == messages[1]
+    assert messages[0].startswith("rank 0: checkpoint of step 1: ")
+    assert not list(tmp_path.glob("checkpoints/step-*"))
+
+
+def continue_while_saving(rank: int, plan: Plan, output: Path) -> None:
+    groups = ProcessGroups.create(plan.strategy)
+    _, optimizer, _ = state(groups, plan, filled=True)
+    writer = CheckpointWriter(output, plan, groups)
+    writer.save(7, optimizer, [("layers.0.router.correction_bias", torch.ones(EXPERTS))])
+    for part in optimizer.updated_parts():
+        part.values.fill_(-1.0)  # the next step
+    writer.finish()
+
+
+@pytest.mark.distributed
+def test_a_checkpoint_holds_the_state_when_it_was_saved_not_when_it_is_written(tmp_path):
+    run_ranks(continue_while_saving, 1, tiny_plan(Strategy()), tmp_path)
+    assert run_ranks(load_rank, 1, tiny_plan(Strategy()), find_newest(tmp_path)) == [7]
+
+
+@pytest.mark.distributed
+def test_dcp_itself_opens_a_checkpoint(saved):
+    name = "weights.layers.1.experts.up.weight"
+    vector = torch.zeros(values(name.removeprefix("weights."), "weights").numel())
+    load({name: vector}, storage_reader=HuggingFaceStorageReader(str(saved)), no_dist=True)
+    assert torch.equal(vector, values(name.removeprefix("weights."), "weights").flatten())
+
+
+@pytest.mark.distributed
+def test_no_file_of_a_checkpoint_can_run_code(saved):
+    assert {path.suffix for path in saved.iterdir()} == {".json", ".safetensors"}
 
 
 def test_no_checkpoint_is_an_error_that_says_what_to_do(tmp_path):

@@ -41,7 +41,7 @@ def measure(rank: int, model_name: str, strategy: Strategy, routing: str) -> dic
     groups = ProcessGroups.create(strategy)
     schedule = schedule_of(TRAIN, strategy)
     engine = Engine(model, TRAIN, strategy, schedule, groups, planned_counts=counts.tolist())
-    optimizer = Optimizer(engine.named_parameters(), groups, strategy, TRAIN.optimizer)
+    optimizer = Optimizer(engine.flats, TRAIN.optimizer)
     batch = batch_for(strategy, groups.coordinates.dp, 0)
 
     def agree(totals: torch.Tensor) -> float:

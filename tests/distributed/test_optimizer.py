@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ from tests.distributed.harness import run_ranks
 from torch.nn import Parameter
 
 from pipermoe.runtime.groups import ProcessGroups
+from pipermoe.runtime.meter import Meter
 from pipermoe.runtime.optimizer import Optimizer
+from pipermoe.runtime.sharding import Sharding, flatten, unit_of
 from pipermoe.runtime.weights import is_expert
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.train import Optimizer as OptimizerConfig
@@ -80,12 +83,19 @@ def train_one(groups: ProcessGroups, strategy: Strategy) -> tuple[dict[str, torc
         return 2 * (index + 1) / (ranks * (ranks + 1))
 
     weights = {name: Parameter(value.clone()) for name, value in local(draw(-1)).items()}
-    optimizer = Optimizer(weights.items(), groups, strategy, CONFIG)
+    flats = flatten(weights.items(), groups, strategy)
+    sharding, optimizer = Sharding(Meter()), Optimizer(flats, CONFIG)
+    sharding.take(flats)
     norms = []
     for step in range(STEPS):
-        for name, gradient in local(draw(step)).items():
-            for _ in range(2):  # two micro-batches accumulate
-                weights[name].backward(gradient * share(name) / 2)
+        gradients = local(draw(step))
+        for _ in range(2):  # two micro-batches accumulate
+            for unit, names in groupby(held, key=unit_of):
+                sharding.open_gradients(unit)
+                for name in names:
+                    weights[name].backward(gradients[name] * share(name) / 2)
+                sharding.reduce_gradients(unit)
+        sharding.settle()
         optimizer.reduce_gradients()
         squared = optimizer.owned_squared_norm()
         torch.distributed.all_reduce(squared)
@@ -93,7 +103,11 @@ def train_one(groups: ProcessGroups, strategy: Strategy) -> tuple[dict[str, torc
         optimizer.update(norms[-1], CONFIG.learning_rate)
         optimizer.gather_weights()
         optimizer.zero_gradients()
-    return {name: weight.detach() for name, weight in weights.items()}, norms
+    updated = {}
+    for unit, names in groupby(held, key=unit_of):
+        with sharding.weights(unit):
+            updated |= {name: weights[name].detach().clone() for name in names}
+    return updated, norms
 
 
 ARRANGEMENTS: dict[str, dict[str, Any]] = {
@@ -110,7 +124,7 @@ ARRANGEMENTS: dict[str, dict[str, Any]] = {
 def test_norm_and_weights_equal_one_process_at_every_zero_level(arrangement):
     strategies = [
         Strategy(**ARRANGEMENTS[arrangement], zero_dense=zero_dense, zero_expert=zero_expert)
-        for zero_dense, zero_expert in ((0, 0), (1, 1), (1, 0))
+        for zero_dense, zero_expert in ((0, 0), (1, 1), (1, 0), (2, 2), (3, 3), (1, 3), (3, 2))
     ]
     weights, norms = one_process()
     answers = run_ranks(train_rank, 4, strategies)
@@ -126,19 +140,25 @@ def test_norm_and_weights_equal_one_process_at_every_zero_level(arrangement):
         assert {name for answer in answers for name in answer[level][0]} == set(SHAPES)
 
 
-def held_elements(rank: int, strategy: Strategy) -> dict[str, int]:
+def held_bytes(rank: int, strategy: Strategy, dtype: torch.dtype) -> dict[str, int]:
     groups = ProcessGroups.create(strategy)
-    weights = [(name, Parameter(torch.zeros(shape))) for name, shape in SHAPES.items()]
-    optimizer = Optimizer(weights, groups, strategy, CONFIG)
-    assert weights[0][1].untyped_storage().data_ptr() == optimizer.flats[0].weights_N.untyped_storage().data_ptr()
-    return {category: sum(t.numel() for t in tensors if t.ndim) for category, tensors in optimizer.tensors().items()}
+    weights = [(name, Parameter(torch.zeros(shape, dtype=dtype))) for name, shape in SHAPES.items()]
+    optimizer = Optimizer(flatten(weights, groups, strategy), CONFIG)
+    return {category: sum(t.nbytes for t in tensors) for category, tensors in optimizer.tensors().items()}
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("zero", "share"), [(0, 1), (1, 2)])
-def test_zero_1_keeps_the_moments_of_one_shard(zero, share):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_each_zero_level_keeps_one_shard_more(zero, dtype):
+    """16 bytes a parameter in fp32; in bf16 18, of which 2 are weights, 4 gradients and 12 master and moments."""
     strategy = Strategy(data_parallel=2, expert_data_parallel=2, zero_dense=zero, zero_expert=zero)
     total = sum(int(np.prod(shape)) for shape in SHAPES.values())
-    assert total % 2 == 0  # no padding
-    for held in run_ranks(held_elements, 2, strategy):
-        assert held == {"weights": total, "gradients": total, "optimizer": 2 * total // share}
+    # No padding: 42 dense and 84 expert parameters in each layer, 2 ranks.
+    weights, state = (4, 8) if dtype == torch.float32 else (2, 12)
+    for held in run_ranks(held_bytes, 2, strategy, dtype):
+        assert held == {
+            "weights": weights * total // (2 if zero >= 3 else 1),
+            "gradients": 4 * total // (2 if zero >= 2 else 1),
+            "optimizer": state * total // (2 if zero >= 1 else 1),
+        }

@@ -27,7 +27,7 @@ def train(rank: int, model_name: str, strategy: Strategy) -> dict:
     """A few steps; the losses of the whole batch, and this rank's first gradients and last weights by name."""
     groups = ProcessGroups.create(strategy)
     engine = engine_for(MODELS[model_name], strategy, groups, job_of(model_name))
-    optimizer = Optimizer(engine.named_parameters(), groups, strategy, TRAIN.optimizer)
+    optimizer = Optimizer(engine.flats, TRAIN.optimizer)
     losses, norms, gradients = [], [], {}
     for step in range(STEPS):
         result = engine.step(batch_for(strategy, groups.coordinates.dp, step))

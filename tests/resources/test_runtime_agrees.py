@@ -35,7 +35,7 @@ def count(rank: int, strategy: Strategy):
     experts = MODEL.moe.num_experts
     balanced = [[size * TRAIN.seq_len * MODEL.moe.top_k // experts] * experts] * strategy.expert_parallel
     engine = Engine(MODEL, TRAIN, strategy, schedule, groups, planned_counts=balanced)
-    optimizer = Optimizer(engine.named_parameters(), groups, strategy, TRAIN.optimizer)
+    optimizer = Optimizer(engine.flats, TRAIN.optimizer)
     batch = torch.randint(0, MODEL.vocab_size, (microbatches, size, TRAIN.seq_len + 1))
 
     def step() -> None:

@@ -79,7 +79,6 @@ def test_a_legal_strategy_has_no_violations():
             1,
             "strategy.recompute = 'selective': this runtime executes none or full only",
         ),
-        ({"zero_dense": 3}, 1, "strategy.zero_dense = 3: this runtime executes 0 or 1 only"),
     ],
 )
 def test_every_broken_rule_is_one_line_that_names_key_value_rule_and_way_out(changes, world_size, line):

@@ -53,11 +53,11 @@ def plan(
     from pipermoe.planner import find_plan
     from pipermoe.report.plan import render_planning
     from pipermoe.specs.catalogue import load_model
-    from pipermoe.specs.documents import load, require_writable, save
-    from pipermoe.specs.platform import Platform
+    from pipermoe.specs.documents import require_writable, save
+    from pipermoe.specs.platform_file import load_platform
 
     require_writable(output)
-    machine = load(platform, Platform)
+    machine = load_platform(str(platform))
     planning = find_plan(
         load_model(model),
         machine,

@@ -9,8 +9,13 @@ from functools import cached_property
 import numpy as np
 
 from pipermoe.exchange.plan import Ints
+from pipermoe.specs.errors import UserError, describe_value
+from pipermoe.specs.network import INSIDE_A_NODE
+from pipermoe.specs.platform import Platform
+from pipermoe.specs.platform_file import load_platform
 
 UNLIMITED = float("inf")
+MESSAGE_SECONDS = 0.5e-6  # that a processor spends on one message, where nothing says otherwise
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,40 @@ class Topology:
             nic=tuple(r * nics_per_node // ranks_per_node for _ in range(nodes) for r in range(ranks_per_node)),
             group=tuple(n // (nodes // groups) for n in range(nodes)),
             **links,
+        )
+
+    @classmethod
+    def of_platform(cls, platform: Platform, ranks: int, **links) -> Topology:
+        """The first `ranks` ranks of a machine whose levels are described by links.
+
+        A node is the widest level inside a node (its NVLink domain, say); a group is the level below the outermost
+        network, whose taper is shared equally by the links to all other groups. `links` replaces what follows from it.
+        """
+        inside = [i for i, level in enumerate(platform.levels) if level.link and level.link.topology in INSIDE_A_NODE]
+        outside = [level for level in platform.levels if level.link and level.link.topology not in INSIDE_A_NODE]
+        if not inside or not outside or len(inside) + len(outside) < len(platform.levels):
+            rule = "needs levels described by links, inside a node and between nodes"
+            raise UserError(describe_value(platform.name, "levels", [level.name for level in platform.levels], rule))
+        node, near, far = platform.levels[inside[-1]], outside[0], outside[-1]
+        assert node.link is not None
+        assert near.link is not None
+        assert far.link is not None
+        grouped = near.ranks if far is not near else ranks
+        carried = far.link.taper * far.link.bandwidth_bytes_per_s * near.ranks / far.link.shared_by
+        return cls(
+            node=tuple(r // node.ranks for r in range(ranks)),
+            nic=tuple(r % node.ranks // near.link.shared_by for r in range(ranks)),
+            group=tuple(n * node.ranks // grouped for n in range(-(-ranks // node.ranks))),
+            **{
+                "nic_bandwidth": near.link.bandwidth_bytes_per_s,
+                "local_bandwidth": platform.port_bytes_per_s(inside[-1]),
+                "global_bandwidth": UNLIMITED if far is near else carried / (far.ranks // near.ranks - 1),
+                "local_latency": node.link.latency_seconds,
+                "nic_latency": near.link.latency_seconds,
+                "global_latency": far.link.latency_seconds - near.link.latency_seconds,
+                "message_seconds": MESSAGE_SECONDS,
+            }
+            | links,
         )
 
     @classmethod
@@ -148,21 +187,5 @@ def _place_in(label: Ints) -> Ints:
 
 
 def frontier(nodes: int) -> Topology:
-    """`nodes` of OLCF Frontier, 8 GCDs each: 4 NICs of 25 GB/s, groups of 128 nodes, 4 links of 25 GB/s per group pair.
-
-    Source: OLCF user guide and glennklockwood.com/garden/systems/frontier (docs/exchange.md); the port inside a node is
-    one 50 GB/s xGMI link, 2 microseconds is the measured one-byte time of a message between nodes.
-    """
-    ranks = nodes * 8
-    return Topology(
-        node=tuple(r // 8 for r in range(ranks)),
-        nic=tuple(r % 8 // 2 for r in range(ranks)),
-        group=tuple(n // 128 for n in range(nodes)),
-        nic_bandwidth=25e9,
-        local_bandwidth=50e9,
-        global_bandwidth=100e9,
-        local_latency=1e-6,
-        nic_latency=2e-6,
-        global_latency=0.5e-6,
-        message_seconds=0.5e-6,
-    )
+    """`nodes` of OLCF Frontier as the catalogue describes it: 8 GCDs and 4 NICs each, groups of 128 nodes."""
+    return Topology.of_platform(load_platform("frontier"), nodes * 8)

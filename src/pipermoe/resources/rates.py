@@ -62,8 +62,10 @@ def grouped_rate_at(curves: Sequence[GroupedCurve], rows_per_expert, width):
 def known(
     device: Device, curves: Literal["gemm", "grouped_gemm", "attention", "attention_backward"], precision: Precision
 ):
-    """The device's curve for a precision. UserError where it has none."""
+    """The device's curve for a precision; fp16 runs at the rate of bf16. UserError where there is none."""
     listed = getattr(device, curves)
+    if precision == "fp16" and "bf16" in listed:
+        precision = "bf16"
     if precision not in listed:
         rule = f"has no curve for {precision}; it has {', '.join(listed)}"
         raise UserError(describe_value(device.name, f"device.{curves}", precision, rule))

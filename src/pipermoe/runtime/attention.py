@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pipermoe.runtime.attention_core import causal_attention
+from pipermoe.runtime.attention_core import Sinks, causal_attention
 from pipermoe.runtime.gradients import WeightGradients
 from pipermoe.runtime.linear import Linear
 from pipermoe.runtime.norm import RMSNorm, unit_rms
@@ -41,6 +41,7 @@ class GroupedQueryAttention(nn.Module):
     ):
         super().__init__()
         self.spec, self.local, self.seq_len, self.epsilon = spec, local, seq_len, model.norm_epsilon
+        self.gradients = gradients
         hidden, query, key_value = model.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         self.query = Linear(hidden, query, gradients, bias=spec.qkv_bias, dtype=dtype)
         self.key = Linear(hidden, key_value, gradients, bias=spec.qkv_bias, dtype=dtype)
@@ -67,7 +68,7 @@ class GroupedQueryAttention(nn.Module):
             value_BGSC,
             scale=self.spec.head_dim**-0.5,
             local=self.local,
-            sinks_H=self.sinks,
+            sinks=None if self.sinks is None else Sinks(self.sinks, self.gradients),
         )
         return self.output(out_BHSC.transpose(1, 2).reshape(x_TD.shape[0], -1))
 

@@ -23,17 +23,15 @@ class AttributedFlops(FlopCounter):
 
     Every parameter is a view of a flat buffer, so the place of an operand in its storage names the module: in forward,
     recomputation, backward and deferred weight gradients alike. Products that touch no parameter are those of queries,
-    keys and values: the attention core.
+    keys and values: the attention core. The buffers of sharded layers come and go, so they are looked up every time.
     """
 
     def __init__(self, meter: Meter, flats: Iterable[FlatParameters]):
         super().__init__()
         self._meter = meter
-        self._buffers = {
-            id(buffer.untyped_storage()): ([span.start for span in flat.spans], [module_of(s.name) for s in flat.spans])
-            for flat in flats
-            for buffer in (flat.weights_N, flat.gradients_N)
-        }
+        self._layouts = [
+            (flat, [span.start for span in flat.spans], [module_of(span.name) for span in flat.spans]) for flat in flats
+        ]
         self.by_action: dict[Action | str, int] = defaultdict(int)
         self.by_module: dict[str, int] = defaultdict(int)
 
@@ -44,9 +42,12 @@ class AttributedFlops(FlopCounter):
 
     def _module(self, operands: Any) -> str:
         for operand in operands:
-            if isinstance(operand, Tensor) and (found := self._buffers.get(id(operand.untyped_storage()))):
-                starts, modules = found
-                return modules[bisect_right(starts, operand.storage_offset()) - 1]
+            if not isinstance(operand, Tensor):
+                continue
+            storage = operand.untyped_storage()
+            for flat, starts, modules in self._layouts:
+                if any(storage is buffer.untyped_storage() for buffer in flat.whole_buffers):
+                    return modules[bisect_right(starts, operand.storage_offset()) - 1]
         return ATTENTION_CORE
 
 

@@ -1,42 +1,34 @@
-"""Checkpoints that any arrangement can resume: weights and moments by global name, in torch's distributed format (DCP).
+"""Checkpoints that any arrangement can resume: weights and moments by global name, each a flat fp32 vector.
 
-A checkpoint is a folder `checkpoints/step-000100`. It is written under a temporary name and renamed when every rank's
+A checkpoint is a folder `checkpoints/step-000100`. It grows under a temporary name and is renamed when every rank's
 file is on disk, so a folder that is there is whole. `checkpoint.json` says what is in it and how long each file is.
 
-Routed experts are stored by logical id: one global tensor of all E experts, of which a rank holds consecutive ones.
-Moments are stored flat, one global vector per parameter, of which a ZeRO-1 rank holds some stretch. So neither the
-degrees nor the ZeRO level of the run that resumes have to be those of the run that saved.
+Routed experts are stored by logical id: one vector of all E experts, of which a rank holds a stretch. Neither the
+degrees nor the ZeRO levels of the run that resumes have to be those of the run that saved. Beside these vectors only
+the step is kept: the learning rate, the order of the data and every random draw are functions of it.
 """
 
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.state_dict_loader import load as load_pieces
-from torch.distributed.checkpoint.state_dict_saver import save as save_pieces
 
-from pipermoe.runtime.checkpoint_format import MetadataReader, Piece, PieceLoadPlanner, PieceSavePlanner
+from pipermoe.runtime.checkpoint_format import Piece, Pieces, read_pieces
 from pipermoe.runtime.groups import ProcessGroups
-from pipermoe.runtime.optimizer import Optimizer
+from pipermoe.runtime.optimizer import Optimizer, Part
 from pipermoe.runtime.weights import is_expert
 from pipermoe.specs.base import Frozen
-from pipermoe.specs.documents import load, save
+from pipermoe.specs.documents import load
 from pipermoe.specs.errors import UserError
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.plan import Plan
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.train import TrainConfig
 
-KEPT = 3  # newest checkpoints that stay on disk
 RECORD = "checkpoint.json"
 _FOLDER = re.compile(r"step-(\d{6,})")
 
@@ -81,57 +73,18 @@ def check_resumable(folder: Path, plan: Plan) -> CheckpointRecord:
     return record
 
 
-def save_checkpoint(
-    output: Path,
-    step: int,
-    plan: Plan,
-    named_state: Iterable[tuple[str, Tensor]],
-    optimizer: Optimizer,
-    groups: ProcessGroups,
-) -> Path:
-    """Save the state after `step` steps. Collective: every rank calls it. Older checkpoints than the newest 3 go."""
-    folder = output / "checkpoints" / f"step-{step:06d}"
-    partial = partial_folder(output)
-    if groups.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier(groups.world)
-    pieces = _pieces(named_state, optimizer, groups, plan)
-    save_pieces(pieces, storage_writer=FileSystemWriter(partial), planner=PieceSavePlanner())
-    if groups.rank == 0:
-        record = CheckpointRecord(
-            step=step,
-            model=plan.model,
-            train=plan.train,
-            strategy=plan.strategy,
-            files={path.name: path.stat().st_size for path in sorted(partial.iterdir())},
-            software={"torch": torch.__version__},
-        )
-        save(partial / RECORD, record)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-        for old in checkpoints(output)[:-KEPT]:
-            shutil.rmtree(old, ignore_errors=True)
-    return folder
-
-
 def load_checkpoint(
-    folder: Path,
-    plan: Plan,
-    named_state: Iterable[tuple[str, Tensor]],
-    optimizer: Optimizer,
-    groups: ProcessGroups,
+    folder: Path, plan: Plan, optimizer: Optimizer, biases: Iterable[tuple[str, Tensor]], groups: ProcessGroups
 ) -> int:
-    """Fill weights and moments in place; returns the number of steps done. Collective: every rank calls it."""
+    """Fill weights, moments and correction biases in place; returns the number of steps done.
+
+    Collective: every rank calls it.
+    """
     record = check_resumable(folder, plan)
-    pieces = _pieces(named_state, optimizer, groups, plan)
-    reader = MetadataReader(folder)
-    reader.check_holds(pieces)
-    try:
-        load_pieces(pieces, storage_reader=reader, planner=PieceLoadPlanner())
-    except CheckpointException as error:
-        first = next(iter(error.failures.values()))[0]
-        raise UserError(f"{folder}: cannot be read: {first}") from None
+    pieces = pieces_of(optimizer.updated_parts(), plan, groups)
+    pieces |= pieces_of_biases(biases)
+    read_pieces(folder, pieces)
+    optimizer.gather_weights()
     optimizer.steps_done = record.step
     return record.step
 
@@ -141,26 +94,19 @@ def partial_folder(output: Path) -> Path:
     return output / "checkpoints" / ".partial"
 
 
-def _pieces(
-    named_state: Iterable[tuple[str, Tensor]], optimizer: Optimizer, groups: ProcessGroups, plan: Plan
-) -> dict[str, Piece]:
-    """What this rank holds of every global tensor, under the tensor's name in the checkpoint."""
-    pieces: dict[str, Piece] = {}
-    elements: dict[str, tuple[int, int]] = {}  # name -> (the global parameter's elements, the first held here)
-    for name, parameter in named_state:
-        local, first = tuple(parameter.shape), 0
-        shape = local
-        if is_expert(name):
-            first = groups.coordinates.ep * local[0]
-            shape = (plan.model.moe.num_experts, *local[1:])
-        offset = (first, *(0 for _ in local[1:]))
-        pieces[f"weights.{name}"] = Piece(parameter.detach(), shape, offset)
-        row = parameter[0].numel()
-        elements[name] = shape[0] * row, first * row
-    for moment, part, values in optimizer.moment_parts():
-        total, start = elements[part.name]
-        pieces[f"{moment}.{part.name}"] = Piece(values, (total,), (start + part.start,))
+def pieces_of(parts: Iterable[Part], plan: Plan, groups: ProcessGroups) -> Pieces:
+    """The stretches of global vectors that these parts of a rank's parameters are, by their names in the checkpoint."""
+    pieces = {}
+    for part in parts:
+        size, start = part.whole, part.span.start
+        if is_expert(part.span.name):
+            size, start = size * plan.strategy.expert_parallel, start + size * groups.coordinates.ep
+        pieces[f"{part.kind}.{part.span.name}"] = Piece(part.values, size, start)
     return pieces
+
+
+def pieces_of_biases(biases: Iterable[tuple[str, Tensor]]) -> Pieces:
+    return {f"weights.{name}": Piece(bias, bias.numel(), 0) for name, bias in biases}
 
 
 def _must_agree(folder: Path, key: str, saved: object, wanted: object) -> None:

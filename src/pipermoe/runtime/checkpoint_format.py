@@ -1,26 +1,29 @@
-"""How pieces of global tensors become DCP's files and come back: its documented planner and reader interfaces.
+"""How stretches of global vectors become files and come back: torch's distributed checkpoint (DCP) over safetensors.
 
-DCP keeps its table of contents as a pickle. It is read here by an unpickler that knows the handful of types such a
-table consists of and refuses everything else, so that a foreign checkpoint cannot run code.
+Every rank writes one file of what it holds and reads whatever it needs from all of them, by DCP's own storage classes,
+so that `torch.distributed.checkpoint` with a HuggingFaceStorageReader opens these files too. Two things are left out
+on purpose. DCP's other storage keeps a table of contents as a pickle, which can run code when it is read; here each
+file's header says in JSON what it holds. And `dcp.save` lets ranks agree on a plan by exchanging pickles, of which none
+is needed: no two ranks hold the same element (`Optimizer.owned_parts`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import io
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
@@ -36,62 +39,76 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from pipermoe.specs.errors import UserError
 
-TABLE = ".metadata"
-_TABLE_TYPES = {
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.serialization": {"_get_layout"},
-    "torch": {"Size", "float32", "float64", "bfloat16", "float16", "int64"},
-    "pathlib": {"PosixPath", "WindowsPath"},
-    "pathlib._local": {"PosixPath", "WindowsPath"},
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The part of a global tensor of `shape` that starts at `offset` and that this rank holds as `values`."""
+    """The stretch of a global vector of `size` elements that starts at `offset`; this rank holds it as `values`."""
 
     values: Tensor
-    shape: tuple[int, ...]
-    offset: tuple[int, ...]
+    size: int
+    offset: int
 
     @property
     def chunk(self) -> ChunkStorageMetadata:
-        return ChunkStorageMetadata(torch.Size(self.offset), self.values.shape)
+        return ChunkStorageMetadata(torch.Size((self.offset,)), self.values.shape)
 
 
-class PieceSavePlanner(DefaultSavePlanner):
-    """Writes a flat dictionary of pieces; the copies that several ranks hold are written once."""
+Pieces = dict[str, Piece]
 
-    def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
+def write_pieces(folder: Path, pieces: Pieces, rank: int) -> None:
+    """Write one file with the pieces of `rank` (CPU tensors) into `folder`, and wait until it is on disk."""
+    folder.mkdir(parents=True, exist_ok=True)
+    writer, planner = HuggingFaceStorageWriter(str(folder), save_distributed=True), _SavePlanner()
+    planner.set_up_planner(pieces)
+    plan = dataclasses.replace(planner.create_local_plan(), storage_data={"shard_index": rank + 1})
+    writer.write_data(plan, planner).wait()
+
+
+def read_pieces(folder: Path, pieces: Pieces) -> None:
+    """Fill the values of `pieces` in place from the files in `folder`.
+
+    Raises `UserError` if those hold no vector of that name and size, or cannot be read.
+    """
+    reader, planner = HuggingFaceStorageReader(str(folder)), _LoadPlanner()
+    try:
+        metadata = reader.read_metadata()
+        _check_holds(folder, metadata, pieces)
+        planner.set_up_planner(pieces, metadata)
+        reader.set_up_storage_reader(metadata, is_coordinator=False)
+        reader.read_data(planner.create_local_plan(), planner).wait()
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise UserError(f"{folder}: cannot be read: {type(error).__name__}: {error}") from None
+
+
+def _check_holds(folder: Path, metadata: Metadata, pieces: Pieces) -> None:
+    for name, piece in pieces.items():
+        table = metadata.state_dict_metadata.get(name)
+        if not isinstance(table, TensorStorageMetadata):
+            raise UserError(f"{folder}: holds no {name}; it is not a checkpoint of this model")
+        if tuple(table.size) != (piece.size,):
+            raise UserError(f"{folder}: {name} has {table.size.numel():,} elements instead of {piece.size:,}")
+
+
+class _SavePlanner(DefaultSavePlanner):
     def create_local_plan(self) -> SavePlan:
-        self.plan = SavePlan([self._write_item(name, piece) for name, piece in self.state_dict.items()])
+        self.plan = SavePlan([self._item(name, piece) for name, piece in self.state_dict.items()])
         return self.plan
 
     @staticmethod
-    def _write_item(name: str, piece: Piece) -> WriteItem:
+    def _item(name: str, piece: Piece) -> WriteItem:
         properties = TensorProperties.create_from_tensor(piece.values)
-        data = TensorWriteData(chunk=piece.chunk, properties=properties, size=torch.Size(piece.shape))
+        data = TensorWriteData(chunk=piece.chunk, properties=properties, size=torch.Size((piece.size,)))
         return WriteItem(MetadataIndex(name, piece.chunk.offsets), WriteItemType.SHARD, tensor_data=data)
 
     def lookup_object(self, index: MetadataIndex) -> Any:
         return self.state_dict[index.fqn].values
 
+    def set_up_planner(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        self.state_dict = state_dict
 
-class PieceLoadPlanner(DefaultLoadPlanner):
-    """Reads whatever stretches of the saved chunks fall into this rank's pieces."""
 
+class _LoadPlanner(DefaultLoadPlanner):
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
@@ -111,39 +128,3 @@ class PieceLoadPlanner(DefaultLoadPlanner):
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         raise ValueError(f"{read_item.dest_index.fqn} is not a tensor")  # DCP would unpickle it
-
-
-class MetadataReader(FileSystemReader):
-    """DCP's file reader with a table of contents that is data only."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        path = Path(self.path) / TABLE
-        try:
-            with open(path, "rb") as file:
-                metadata = _TableUnpickler(file).load()
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-        except Exception as error:  # a damaged pickle fails in any way
-            raise UserError(f"{path}: is not a checkpoint's table of contents: {error}") from None
-        if not isinstance(metadata, Metadata):
-            raise UserError(f"{path}: is not a checkpoint's table of contents but a {type(metadata).__name__}")
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-    def check_holds(self, pieces: dict[str, Piece]) -> None:
-        """Raise `UserError` unless the checkpoint has every tensor that `pieces` are parts of, in the same shape."""
-        tables = self.read_metadata().state_dict_metadata
-        for name, piece in pieces.items():
-            table = tables.get(name)
-            if not isinstance(table, TensorStorageMetadata):
-                raise UserError(f"{self.path}: holds no tensor {name}; it is not a checkpoint of this model")
-            if tuple(table.size) != piece.shape:
-                raise UserError(f"{self.path}: {name} has the shape {list(table.size)}, not {list(piece.shape)}")
-
-
-class _TableUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in _TABLE_TYPES.get(module, ()):
-            raise pickle.UnpicklingError(f"{module}.{name} does not belong there")
-        return super().find_class(module, name)

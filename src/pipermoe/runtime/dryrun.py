@@ -66,7 +66,7 @@ def dry_run(
     with fake_world(rank, strategy.world_size), ShapeMode():
         groups = ProcessGroups.create(strategy)
         engine = Engine(model, train, strategy, schedule, groups, planned_counts=counts_PE.tolist())
-        optimizer = Optimizer(engine.named_parameters(), groups, strategy, train.optimizer)
+        optimizer = Optimizer(engine.flats, train.optimizer)
         report, memory, flops, traffic = _counted_step(rank, engine, optimizer)
     actions = tuple(
         _footprint_of(action, memory, flops, traffic) for action in (*engine.training.parts, *AFTER_PIPELINE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from pipermoe.runtime.flight import Collective, Transport
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.meter import Meter
 from pipermoe.runtime.model import DTYPES, MoELayer
+from pipermoe.runtime.sharding import Sharding, flatten, unit_of
 from pipermoe.runtime.stage import Stage
 from pipermoe.runtime.support import check_model
 from pipermoe.runtime.weights import initialize
@@ -79,12 +81,14 @@ class Engine:
         dispatcher = AllToAll(group)
         self.balance = Balance(train.auxiliary_loss_level, train.seq_len, groups.dp, self.meter)
         self.local_experts = group.local_experts
+        self.sharding = Sharding(self.meter)
         split = split_layers(model.num_layers, schedule.num_stages, strategy.layer_split)
         self.stages = {
             stage: Stage(
                 model,
                 split[stage],
                 dispatcher,
+                self.sharding,
                 seq_len=train.seq_len,
                 dtype=self.dtype,
                 device=self.device,
@@ -101,6 +105,8 @@ class Engine:
             num_layers=model.num_layers,
             first_expert=here.ep * group.local_experts,
         )
+        self.flats = flatten(self.named_parameters(), groups, strategy)
+        self.sharding.take(self.flats, tied=model.tie_word_embeddings)
 
     @property
     def microbatches(self) -> int:
@@ -118,10 +124,22 @@ class Engine:
                 if parameter.requires_grad:
                     yield name, parameter
 
-    def named_state(self) -> Iterator[tuple[str, Tensor]]:
-        """All that a model is: its parameters, and the correction biases that the balance of load moves."""
+    def correction_biases(self) -> Iterator[tuple[str, Tensor]]:
+        """(global name, tensor) of the routers' biases that the balance of load moves."""
         for stage in self.stages.values():
-            yield from stage.model.named_state()
+            yield from stage.model.correction_biases()
+
+    def named_state(self) -> Iterator[tuple[str, Tensor]]:
+        """All that a model is: its parameters, and the correction biases that the balance of load moves.
+
+        Weights that are sharded are here while their turn lasts, and what is written into them then is kept: a
+        collective over the ranks that hold the shards. A tensor that is kept beyond it stays as it was.
+        """
+        for unit, named in groupby(self.named_parameters(), key=lambda item: unit_of(item[0])):
+            with self.sharding.lent(unit):
+                yield from ((name, parameter.detach()) for name, parameter in named)
+        self.sharding.settle()
+        yield from self.correction_biases()
 
     def step(self, batch: Tensor) -> StepResult:
         """Forward and backward of one step; gradients are added to `param.grad`.

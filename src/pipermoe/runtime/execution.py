@@ -110,6 +110,7 @@ class Execution:
                 raise MachineError(self._describe(error)) from error
         self.transfers.settle_all()
         engine = self.engine
+        engine.sharding.settle()
         moe_layers, routed = len(engine.model.moe_layers), self.batch[0, :, 1:].numel() * engine.model.moe.top_k
         scale = engine.scale
         return StepResult(
@@ -170,9 +171,10 @@ class Execution:
     def _fill(self) -> bool:
         """One pending weight gradient, while an all-to-all is on its way; whether there was any.
 
-        Not in a step that is counted: what it holds at its peak must not depend on how fast messages are.
+        Not in a step that is counted: what it holds at its peak must not depend on how fast messages are. And not where
+        a reduction follows the gradients of a layer: the order of collectives must not depend on it either.
         """
-        return not self.meter.counting and self._run_next()
+        return not self.meter.counting and not self.engine.sharding.scatters_any and self._run_next()
 
     def _run_next(self) -> bool:
         """Run the next pending weight gradient; whether there was any."""

@@ -1,19 +1,21 @@
-"""Parameters that share one reduction group, laid end to end in one buffer of weights and one of gradients.
+"""Parameters that are reduced and sharded together, laid end to end in one buffer of weights and one of gradients.
 
-The model's parameters and their gradients become views of these buffers, so the gradients of a step are reduced by a
-single collective without a copy, ZeRO-1 shards are plain slices of equal length, and AdamW is one kernel over a slice.
+The model's parameters and their gradients are views of these buffers, so a reduction is a single collective in place, a
+shard is a plain slice of equal length on every rank, and AdamW is one kernel over a slice. What a rank keeps between
+uses depends on the ZeRO level (Rajbhandari et al. 2020): weights whole below 3, gradients whole below 2, else a shard.
 """
 
-# N parameters of the group on this rank, padded to a multiple of its R ranks
+# N parameters on this rank, padded to a multiple of the R ranks of their group; S = N / R, one rank's shard
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 # torch 2.13 renamed both and warns on every rank about the names of 2.11.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -22,64 +24,96 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Where one parameter lies: elements start..stop of the flat buffers."""
+    """Where one parameter, or a part of it, lies: elements start..stop."""
 
     name: str
     start: int
     stop: int
 
+    def within(self, held: slice) -> Span:
+        """The part of this span inside of `held`, perhaps empty."""
+        return Span(self.name, max(self.start, held.start), min(self.stop, held.stop))
+
 
 class FlatParameters:
-    """The parameters that `group` holds copies of. `sharded` (ZeRO-1): a rank updates one slice, gathers the rest.
+    """The parameters that every rank of `group` holds a copy or a shard of, at ZeRO level `zero`.
 
-    `owned` is this rank's slice of equal length whether sharded or not; `updated` is what its optimizer updates: the
-    owned slice if sharded, everything otherwise. Parameters with weight decay come first, up to element `decayed`.
+    `weights` and `gradients` are what stays: whole (N) or this rank's shard (S). `owned` is this rank's shard whatever
+    the level, `updated` what its optimizer updates: everything at level 0, the shard above; both in elements of N.
+    Parameters with weight decay come first, up to element `decayed`. Gradients are fp32 whatever the weights are.
+
+    Between `await_weights` and `drop` the parameters hold their weights, between `open_gradients` and
+    `launch_reduction` their gradients; where those stay whole, always.
     """
 
-    def __init__(self, parameters: Iterable[tuple[str, Tensor]], group: dist.ProcessGroup, *, sharded: bool) -> None:
+    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], group: dist.ProcessGroup, zero: int) -> None:
         # Sorting is stable, so the order is the model's otherwise.
         ordered = sorted(parameters, key=lambda item: not _is_decayed(*item))
-        count = sum(parameter.numel() for _, parameter in ordered)
-        ranks = dist.get_world_size(group)
-        padded = -(-count // ranks) * ranks
-        options = {"dtype": ordered[0][1].dtype, "device": ordered[0][1].device}
-        self.group = group
-        self.ranks = ranks
+        self.group, self.ranks = group, dist.get_world_size(group)
+        self.zero = zero if self.ranks > 1 else 0
+        self.spans = tuple(_spans(ordered))
         self.decayed = sum(parameter.numel() for name, parameter in ordered if _is_decayed(name, parameter))
-        self.weights_N = torch.zeros(padded, **options)
-        self.spans = tuple(self._adopt_weights(ordered))
-        self.gradients_N = torch.zeros(padded, **options)
-        for span, (_, parameter) in zip(self.spans, ordered, strict=True):
-            parameter.grad = self.gradients_N[span.start : span.stop].view(parameter.shape)
-        shard = padded // ranks
+        shard = -(-self.spans[-1].stop // self.ranks)
+        self.size = shard * self.ranks
         start = dist.get_rank(group) * shard
         self.owned = slice(start, start + shard)
-        self.sharded = sharded and ranks > 1
-        self.updated = self.owned if self.sharded else slice(0, padded)
+        self.updated = self.owned if self.zero else slice(0, self.size)
+        self._parameters = [parameter for _, parameter in ordered]
+        self._users = 0
+        self._gathering: dist.Work | None = None
+        self._whole_weights: Tensor | None = self._adopt_weights()
+        self._whole_gradients: Tensor | None = None
+        self._reducing: tuple[dist.Work, Tensor] | None = None
+        self.weights = self._whole_weights
+        if self.zero >= 3:
+            self.weights = self._whole_weights[self.owned].clone()
+            self.drop()
+        if self.zero < 2:
+            self.open_gradients()
+            assert self._whole_gradients is not None
+            self.gradients = self._whole_gradients
+        else:
+            self.gradients = torch.zeros(shard, dtype=torch.float32, device=self.weights.device)
 
-    def _adopt_weights(self, ordered: list[tuple[str, Tensor]]) -> Iterator[Span]:
-        """Move each parameter's storage into the flat buffer, freeing the old one before the next is moved."""
-        stop = 0
-        for name, parameter in ordered:
-            start, stop = stop, stop + parameter.numel()
-            view = self.weights_N[start:stop].view(parameter.shape)
+    def _adopt_weights(self) -> Tensor:
+        """Move each parameter's storage into a flat buffer, freeing the old one before the next is moved."""
+        like = self._parameters[0]
+        whole_N = torch.zeros(self.size, dtype=like.dtype, device=like.device)
+        for parameter, view in zip(self._parameters, self._views(whole_N), strict=True):
             view.copy_(parameter.detach())
             parameter.data = view
-            yield Span(name, start, stop)
+            parameter.grad_dtype = torch.float32
+        return whole_N
+
+    def _views(self, whole_N: Tensor) -> Iterator[Tensor]:
+        for span, parameter in zip(self.spans, self._parameters, strict=True):
+            yield whole_N[span.start : span.stop].view(parameter.shape)
+
+    @property
+    def whole_buffers(self) -> tuple[Tensor, ...]:
+        """The buffers of all N elements that exist now, laid out as `spans` says."""
+        return tuple(each for each in (self._whole_weights, self._whole_gradients) if each is not None)
+
+    # What the optimizer reads and writes.
+
+    def of_updated(self, whole_or_shard: Tensor) -> Tensor:
+        """The stretch `updated` of a buffer that holds it: of all elements, or of the shard alone."""
+        return whole_or_shard if whole_or_shard.numel() < self.size else whole_or_shard[self.updated]
+
+    def of_owned(self, whole_or_shard: Tensor) -> Tensor:
+        return whole_or_shard if whole_or_shard.numel() < self.size else whole_or_shard[self.owned]
 
     def reduce_gradients(self) -> None:
-        """Sum the gradients over the group: everywhere, or if sharded only into every rank's owned slice, in place."""
-        if self.ranks == 1:
-            return
-        if self.sharded:
-            _reduce_scatter(self.gradients_N[self.owned], self.gradients_N, group=self.group)
-        else:
-            dist.all_reduce(self.gradients_N, group=self.group)
+        """Sum what is left to sum over the group, in place: everywhere at level 0, into the owned shard at level 1."""
+        if self.zero == 0 and self.ranks > 1:
+            dist.all_reduce(self.gradients, group=self.group)
+        elif self.zero == 1:
+            _reduce_scatter(self.gradients[self.owned], self.gradients, group=self.group)
 
     def gather_weights(self) -> None:
-        """Give every rank the slices that the others updated."""
-        if self.sharded:
-            _all_gather(self.weights_N, self.weights_N[self.owned], group=self.group)
+        """Give every rank the shards that the others updated, where ranks keep all of them."""
+        if self.zero in (1, 2):
+            _all_gather(self.weights, self.weights[self.owned], group=self.group)
 
     def decay_slices(self) -> tuple[slice, slice]:
         """The updated slice, cut where weight decay ends: (with decay, without)."""
@@ -87,12 +121,86 @@ class FlatParameters:
         border = min(max(self.decayed, start), stop)
         return slice(start, border), slice(border, stop)
 
-    def updated_spans(self) -> Iterator[tuple[Span, Span]]:
-        """For every parameter that this rank updates, wholly or in part: (the parameter's span, the updated part)."""
-        for span in self.spans:
-            start, stop = max(span.start, self.updated.start), min(span.stop, self.updated.stop)
-            if start < stop:
-                yield span, Span(span.name, start, stop)
+    # Level 3: whole weights while a layer is in use.
+
+    def launch_gather(self) -> None:
+        """Start to gather the weights, unless they are here or on their way."""
+        if self._whole_weights is None:
+            self._whole_weights = torch.empty(self.size, dtype=self.weights.dtype, device=self.weights.device)
+            self._gathering = _all_gather(self._whole_weights, self.weights, group=self.group, async_op=True)
+
+    def await_weights(self) -> None:
+        """Wait for the weights and let the parameters hold them."""
+        if self._gathering is not None:
+            assert self._whole_weights is not None
+            self._gathering.wait()
+            self._gathering = None
+            for parameter, view in zip(self._parameters, self._views(self._whole_weights), strict=True):
+                parameter.data = view
+
+    def acquire(self) -> None:
+        """Keep the weights from being dropped, as often as `release` has not been called."""
+        self._users += 1
+
+    def release(self) -> None:
+        self._users -= 1
+
+    @property
+    def in_use(self) -> bool:
+        return self._users > 0
+
+    def keep_shard(self) -> None:
+        """Take over what was written into the gathered weights."""
+        if self.zero >= 3:
+            assert self._whole_weights is not None
+            self.weights.copy_(self._whole_weights[self.owned])
+
+    def drop(self) -> Tensor | None:
+        """Let go of the gathered weights; the parameters keep their shapes, and whoever reads them reads NaN."""
+        if self._gathering is not None:
+            self._gathering.wait()
+            self._gathering = None
+        dropped, self._whole_weights = self._whole_weights, None
+        nothing = torch.full((), math.nan, dtype=self.weights.dtype, device=self.weights.device)
+        for parameter in self._parameters:
+            parameter.data = nothing.expand(parameter.shape)
+        return dropped
+
+    # Level 2 and 3: whole gradients while one backward of a layer fills them.
+
+    def open_gradients(self) -> None:
+        """Let the parameters have gradients, zero at first, unless they have."""
+        if self._whole_gradients is None:
+            self._whole_gradients = torch.zeros(self.size, dtype=torch.float32, device=self.weights.device)
+            for parameter, view in zip(self._parameters, self._views(self._whole_gradients), strict=True):
+                parameter.grad = view
+
+    def launch_reduction(self) -> None:
+        """Start to sum the open gradients over the group; `settle_reduction` adds them to the shard."""
+        whole_N, self._whole_gradients = self._whole_gradients, None
+        if whole_N is None:
+            return  # the queue of another micro-batch has sent them along with its own
+        for parameter in self._parameters:
+            parameter.grad = None
+        work = _reduce_scatter(whole_N[self.owned], whole_N, group=self.group, async_op=True)
+        assert work is not None
+        self._reducing = work, whole_N
+
+    def settle_reduction(self) -> Tensor | None:
+        """Wait for the reduction in flight, if there is one, add its result to the shard and return the buffer."""
+        if self._reducing is None:
+            return None
+        (work, whole_N), self._reducing = self._reducing, None
+        work.wait()
+        self.gradients += whole_N[self.owned]
+        return whole_N
+
+
+def _spans(ordered: list[tuple[str, nn.Parameter]]) -> Iterator[Span]:
+    stop = 0
+    for name, parameter in ordered:
+        start, stop = stop, stop + parameter.numel()
+        yield Span(name, start, stop)
 
 
 def _is_decayed(name: str, parameter: Tensor) -> bool:

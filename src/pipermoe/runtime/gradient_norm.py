@@ -23,7 +23,7 @@ def owned_squared_norm(flats: Iterable[FlatParameters]) -> Tensor:
 
     Call it after the gradients are reduced.
     """
-    norms = [norm for flat in flats for norm in _norms(flat.gradients_N[flat.owned])]
+    norms = [norm for flat in flats for norm in _norms(flat.of_owned(flat.gradients))]
     return torch.cat(norms).double().square().sum()
 
 

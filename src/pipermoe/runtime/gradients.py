@@ -1,8 +1,8 @@
 """Weight gradients: computed at once, or queued as closures and run later. The only split of backward into I and W.
 
-Weights hang on no autograd graph: layers add their gradients themselves, matrices through `WeightGradients.add`. So a W
-action costs the weight products and nothing else: no second traversal, no recomputation, no collective (DualPipe's
-WeightGradStore; zero-bubble schedules, Qi et al., arXiv 2401.10241).
+Weights hang on no autograd graph: layers add their gradients themselves, through `WeightGradients.add`. So a W action
+costs the weight products and nothing else: no second traversal and no recomputation (DualPipe's WeightGradStore;
+zero-bubble schedules, Qi et al., arXiv 2401.10241). Gradients are fp32 whatever the weights are.
 """
 
 from __future__ import annotations
@@ -42,29 +42,32 @@ class WeightGradients:
 @torch.no_grad()
 def accumulate(parameter: Tensor, gradient: Tensor) -> None:
     """`parameter.grad += gradient`."""
-    if parameter.grad is None:
-        parameter.grad = gradient.to(parameter.dtype)
-    else:
-        parameter.grad.add_(gradient)
+    gradient_of(parameter).add_(gradient)
 
 
 @torch.no_grad()
 def accumulate_product(parameter: Tensor, a: Tensor, b: Tensor) -> None:
-    """`parameter.grad += a @ b` without a temporary of the parameter's size."""
-    if parameter.grad is None:
-        parameter.grad = a @ b
-    else:
-        parameter.grad.addmm_(a, b)
+    """`parameter.grad += a @ b`."""
+    add_product(gradient_of(parameter), a, b)
 
 
 @torch.no_grad()
 def accumulate_rows(parameter: Tensor, rows_T: Tensor, gradient_TD: Tensor) -> None:
     """`parameter.grad[rows_T[t]] += gradient_TD[t]`; a row may come more than once."""
-    gradient_of(parameter).index_add_(0, rows_T, gradient_TD)
+    total = gradient_of(parameter)
+    total.index_add_(0, rows_T, gradient_TD.to(total.dtype))
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """`total += a @ b`, in place of a temporary of its size where all have one precision."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(a @ b)  # no kernel adds a bf16 product to an fp32 total on every device
 
 
 def gradient_of(parameter: Tensor) -> Tensor:
     """`parameter.grad`, made of zeros if there is none yet."""
     if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype or parameter.dtype)
     return parameter.grad

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pipermoe.runtime.gradients import WeightGradients, accumulate, accumulate_product, gradient_of
+from pipermoe.runtime.gradients import WeightGradients, accumulate, accumulate_product, add_product, gradient_of
 
 
 class Linear(nn.Module):
@@ -126,7 +126,7 @@ def accumulate_grouped_product(weight_NIO: Tensor, x_RI: Tensor, gradient_RO: Te
     start = 0
     for expert, count in enumerate(rows):
         if count:
-            total_NIO[expert].addmm_(x_RI[start : start + count].t(), gradient_RO[start : start + count])
+            add_product(total_NIO[expert], x_RI[start : start + count].t(), gradient_RO[start : start + count])
         start += count
 
 

@@ -135,6 +135,7 @@ class StageModel(nn.Module):
                 for layer in layers
             }
         )
+        self.last = last
         if last:
             self.final_norm = build_norm(model, gradients, dtype)
             self.head = Linear(hidden, model.vocab_size, gradients, bias=model.head_bias, dtype=dtype)
@@ -142,9 +143,21 @@ class StageModel(nn.Module):
                 assert self.embedding is not None
                 self.head.weight = self.embedding.weight
 
+    def units(self) -> Iterator[str]:
+        """What is sharded as one, in the order of use."""
+        if self.embedding is not None:
+            yield "embedding"
+        yield from (f"layers.{name}" for name in self.layers)
+        if self.last:
+            yield "head"
+
     def named_state(self) -> Iterator[tuple[str, Tensor]]:
         """(global name, tensor) of all that a model is: what gradients train, then the routers' correction biases."""
         yield from ((name, each) for name, each in self.named_parameters() if each.requires_grad)
+        yield from self.correction_biases()
+
+    def correction_biases(self) -> Iterator[tuple[str, Tensor]]:
+        """(global name, tensor) of what the balance of load moves."""
         for name, layer in self.layers.items():
             if isinstance(layer, MoELayer) and layer.router.correction_bias is not None:
                 yield f"layers.{name}.router.correction_bias", layer.router.correction_bias

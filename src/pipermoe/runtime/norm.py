@@ -54,8 +54,9 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (x, inverse), layer = ctx.saved_tensors, ctx.layer
         normal, gradient = x.float() * inverse, gradient.float()
-        # A sum of one product: queueing it would keep two tensors alive to save next to nothing.
-        accumulate(layer.weight, (gradient * normal).flatten(0, -2).sum(0))
+        # Summed at once, added later: queueing the sum would keep two tensors alive to save next to nothing.
+        to_weight = (gradient * normal).flatten(0, -2).sum(0)
+        layer.gradients.add(lambda: accumulate(layer.weight, to_weight))
         scaled = gradient * layer.weight
         mean = (scaled * normal).mean(-1, keepdim=True)
         return scaled.sub_(normal.mul_(mean)).mul_(inverse).to(x.dtype), None
@@ -90,6 +91,6 @@ class _LayerNorm(torch.autograd.Function):
         to_x, to_weight, to_bias = torch.ops.aten.native_layer_norm_backward(
             gradient.contiguous(), x, x.shape[-1:], mean, inverse, layer.weight, layer.bias, [True, True, True]
         )
-        accumulate(layer.weight, to_weight)
-        accumulate(layer.bias, to_bias)
+        layer.gradients.add(lambda: accumulate(layer.weight, to_weight))
+        layer.gradients.add(lambda: accumulate(layer.bias, to_bias))
         return to_x, None

@@ -1,8 +1,8 @@
-"""AdamW (Loshchilov & Hutter 2019) over flat parameters, replicated (ZeRO-0) or with sharded moments (ZeRO-1).
+"""AdamW (Loshchilov & Hutter 2019) over flat parameters, replicated (ZeRO-0) or each rank on its shard (ZeRO-1 to 3).
 
-ZeRO: Rajbhandari et al. 2020, stage 1. Dense parameters are reduced and sharded over dp, routed experts over edp: the
-gradient of an expert already holds the tokens of all ep ranks, which the all-to-all brought to it. Gradients are
-summed, not averaged, because each rank's backward has scaled its loss by 1 / (micro-batches of the global batch).
+Moments are fp32, and so is what is updated: where weights are bf16, an fp32 master copy of them, from which they are
+rounded after every update. Gradients are summed, not averaged, because each rank's backward has scaled its loss by
+1 / (micro-batches of the global batch).
 """
 
 from __future__ import annotations
@@ -18,53 +18,62 @@ from torch.optim.adamw import adamw
 
 from pipermoe.runtime.flat_parameters import FlatParameters, Span
 from pipermoe.runtime.gradient_norm import clip_scale, owned_squared_norm
-from pipermoe.runtime.groups import ProcessGroups
-from pipermoe.runtime.weights import is_expert
 from pipermoe.specs.report import MemoryCategory
-from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.train import Optimizer as OptimizerConfig
 
 
 @dataclass(frozen=True, slots=True)
-class Moments:
-    """First and second moments of the parameters that this rank updates: vectors of the length of `flat.updated`."""
+class State:
+    """What is kept in fp32 of the parameters that this rank updates: vectors of the length of `flat.updated`.
 
+    `weights` are the model's own where those are fp32, a master copy otherwise.
+    """
+
+    flat: FlatParameters
+    weights: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
 
     @classmethod
-    def zeros(cls, flat: FlatParameters) -> Moments:
-        updated = flat.weights_N[flat.updated]
-        return cls(torch.zeros_like(updated), torch.zeros_like(updated))
+    def of(cls, flat: FlatParameters) -> State:
+        weights = flat.of_updated(flat.weights).float()
+        return cls(flat, weights, torch.zeros_like(weights), torch.zeros_like(weights))
+
+    @property
+    def has_master(self) -> bool:
+        return self.flat.weights.dtype != torch.float32
 
     def items(self) -> tuple[tuple[str, Tensor], ...]:
-        return ("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)
+        return ("weights", self.weights), ("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of one parameter: its fp32 "weights", or of its moments "exp_avg" or "exp_avg_sq".
+
+    `span` is in elements of the parameter as it lies on this rank, flattened, which has `whole` of them.
+    """
+
+    kind: str
+    span: Span
+    whole: int
+    values: Tensor
 
 
 class Optimizer:
-    """Owns the storage of weights, gradients and moments. A step is these calls, in this order, on every rank:
+    """Updates the weights of `flats` from their gradients. A step is these calls, in this order, on every rank:
 
     reduce_gradients, owned_squared_norm (summed over the world by the caller), update, gather_weights, zero_gradients.
     """
 
-    def __init__(
-        self,
-        named_parameters: Iterable[tuple[str, Tensor]],
-        groups: ProcessGroups,
-        strategy: Strategy,
-        config: OptimizerConfig,
-    ) -> None:
-        parameters = list(named_parameters)
-        dense = [(name, parameter) for name, parameter in parameters if not is_expert(name)]
-        expert = [(name, parameter) for name, parameter in parameters if is_expert(name)]
-        kinds = ((dense, groups.dp, strategy.zero_dense), (expert, groups.edp, strategy.zero_expert))
-        self.flats = [FlatParameters(held, group, sharded=zero >= 1) for held, group, zero in kinds if held]
-        self.moments = [Moments.zeros(flat) for flat in self.flats]
+    def __init__(self, flats: Iterable[FlatParameters], config: OptimizerConfig) -> None:
+        self.states = [State.of(flat) for flat in flats]
+        self.flats = [state.flat for state in self.states]
         self.config = config
         self.steps_done = 0
 
     def reduce_gradients(self) -> None:
-        """Sum gradients over dp (dense) and edp (experts)."""
+        """Sum gradients over dp (dense) and edp (experts) where the backward has not done so already."""
         for flat in self.flats:
             flat.reduce_gradients()
 
@@ -74,25 +83,26 @@ class Optimizer:
 
     @torch.no_grad()
     def update(self, gradient_norm: float, learning_rate: float) -> None:
-        """Clip by the global norm and update the weights that this rank is responsible for."""
+        """Clip by the global norm and update what this rank is responsible for; `gather_weights` publishes it."""
         scale = clip_scale(gradient_norm, self.config.gradient_clip)
-        for flat, moments in zip(self.flats, self.moments, strict=True):
+        for state in self.states:
+            gradients = state.flat.of_updated(state.flat.gradients)
             if scale < 1:
-                flat.gradients_N[flat.updated].mul_(scale)
-            self._update(flat, moments, learning_rate)
+                gradients.mul_(scale)
+            self._update(state, gradients, learning_rate)
         self.steps_done += 1
 
-    def _update(self, flat: FlatParameters, moments: Moments, learning_rate: float) -> None:
-        config, first = self.config, flat.updated.start
-        for piece, weight_decay in zip(flat.decay_slices(), (config.weight_decay, 0.0), strict=True):
+    def _update(self, state: State, gradients: Tensor, learning_rate: float) -> None:
+        config, first = self.config, state.flat.updated.start
+        for piece, weight_decay in zip(state.flat.decay_slices(), (config.weight_decay, 0.0), strict=True):
             held = slice(piece.start - first, piece.stop - first)
             adamw(
-                [flat.weights_N[piece]],
-                [flat.gradients_N[piece]],
-                [moments.exp_avg[held]],
-                [moments.exp_avg_sq[held]],
+                [state.weights[held]],
+                [gradients[held]],
+                [state.exp_avg[held]],
+                [state.exp_avg_sq[held]],
                 [],
-                [torch.tensor(float(self.steps_done), device=flat.weights_N.device)],
+                [torch.tensor(float(self.steps_done), device=gradients.device)],
                 fused=True,
                 amsgrad=False,
                 beta1=config.beta1,
@@ -103,31 +113,42 @@ class Optimizer:
                 maximize=False,
             )
 
+    @torch.no_grad()
     def gather_weights(self) -> None:
-        """Complete the weights on every rank (nothing to do without sharding)."""
-        for flat in self.flats:
-            flat.gather_weights()
+        """Round master weights into the model's and complete those on every rank that keeps all of them."""
+        for state in self.states:
+            if state.has_master:
+                state.flat.of_updated(state.flat.weights).copy_(state.weights)
+            state.flat.gather_weights()
 
     def zero_gradients(self) -> None:
         for flat in self.flats:
-            flat.gradients_N.zero_()
+            flat.gradients.zero_()
 
     def tensors(self) -> dict[MemoryCategory, list[Tensor]]:
-        """What the optimizer holds, by the memory categories "weights", "gradients" and "optimizer"."""
+        """What a rank holds between steps, by the memory categories "weights", "gradients" and "optimizer"."""
         return {
-            "weights": [flat.weights_N for flat in self.flats],
-            "gradients": [flat.gradients_N for flat in self.flats],
-            "optimizer": [values for moments in self.moments for _, values in moments.items()],
+            "weights": [flat.weights for flat in self.flats],
+            "gradients": [flat.gradients for flat in self.flats],
+            "optimizer": [
+                values for state in self.states for key, values in state.items() if key != "weights" or state.has_master
+            ],
         }
 
-    def moment_parts(self) -> Iterator[tuple[str, Span, Tensor]]:
-        """(moment, part, values) of every part of a parameter that this rank updates; values can be written to.
+    def updated_parts(self) -> Iterator[Part]:
+        """Every part of a parameter that this rank updates; its values can be written to."""
+        return (part for state in self.states for part in _parts(state, state.flat.updated))
 
-        The part is in elements of the parameter as it lies on this rank, flattened.
-        """
-        for flat, moments in zip(self.flats, self.moments, strict=True):
-            first = flat.updated.start
-            for whole, part in flat.updated_spans():
-                local = Span(whole.name, part.start - whole.start, part.stop - whole.start)
-                for moment, values in moments.items():
-                    yield moment, local, values[part.start - first : part.stop - first]
+    def owned_parts(self) -> Iterator[Part]:
+        """Those in this rank's shard alone, whatever the level: together the ranks hold every element once."""
+        return (part for state in self.states for part in _parts(state, state.flat.owned))
+
+
+def _parts(state: State, held: slice) -> Iterator[Part]:
+    first = state.flat.updated.start
+    for whole in state.flat.spans:
+        span = whole.within(held)
+        if span.start < span.stop:
+            local = Span(whole.name, span.start - whole.start, span.stop - whole.start)
+            for kind, values in state.items():
+                yield Part(kind, local, whole.stop - whole.start, values[span.start - first : span.stop - first])

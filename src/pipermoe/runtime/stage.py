@@ -8,6 +8,8 @@ runtime/interleave.py runs the generators.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +22,7 @@ from pipermoe.runtime.interleave import Pause, Steps
 from pipermoe.runtime.model import DenseLayer, MoELayer, StageModel
 from pipermoe.runtime.piece import Piece
 from pipermoe.runtime.rotary import Rotation, rotation_of
+from pipermoe.runtime.sharding import Sharding
 from pipermoe.specs.model import ModelSpec
 
 
@@ -27,6 +30,7 @@ from pipermoe.specs.model import ModelSpec
 class DenseRecord:
     """What the backward of a dense layer needs."""
 
+    unit: str
     layer: Piece
 
 
@@ -34,6 +38,7 @@ class DenseRecord:
 class MoERecord:
     """What the backward of a MoE layer needs."""
 
+    unit: str
     attend: Piece
     shared: Piece | None
     journey: Journey
@@ -69,7 +74,7 @@ class Stage:
 
     `recompute` drops the graphs of layers between forward and backward; embedding and head always keep theirs.
     `auxiliary_weight` and `z_weight` are the weights of one layer's load-balancing and z-loss relative to the
-    cross-entropy.
+    cross-entropy. The weights of a unit (embedding, a layer, head) are used inside of `sharding.weights(unit)` only.
     """
 
     def __init__(
@@ -77,6 +82,7 @@ class Stage:
         spec: ModelSpec,
         layers: range,
         dispatcher: Dispatcher,
+        sharding: Sharding,
         *,
         seq_len: int,
         dtype: torch.dtype,
@@ -86,11 +92,12 @@ class Stage:
         auxiliary_weight: float,
         z_weight: float,
     ):
-        self.spec, self.dispatcher, self.recompute = spec, dispatcher, recompute
+        self.spec, self.dispatcher, self.sharding, self.recompute = spec, dispatcher, sharding, recompute
         self.balance, self.auxiliary_weight, self.z_weight = balance, auxiliary_weight, z_weight
         self.gradients = WeightGradients()
         with torch.device(device):
             self.model = StageModel(spec, layers, dispatcher.group.local_experts, seq_len, dtype, self.gradients)
+        self.units = tuple(self.model.units())
         cosine, sine = rotation_of(spec.attention, seq_len, dtype)
         self.rotation: Rotation = (cosine.to(device), sine.to(device))
 
@@ -102,18 +109,22 @@ class Stage:
         keep = tape.training and not self.recompute
         if self.model.embedding is not None:
             tape.tokens_T = x
-            x = self.model.embedding(x)
+            with self._weights("embedding"):
+                x = self.model.embedding(x)
         tape.auxiliary, tape.z_loss = torch.zeros((), device=x.device), torch.zeros((), device=x.device)
         tape.dropped = torch.zeros((), dtype=torch.int64, device=x.device)
-        for layer in self.model.layers.values():
-            if isinstance(layer, MoELayer):
-                x = yield from self._moe_forward(layer, x, tape, keep)
-            else:
-                x = self._dense_forward(layer, x, tape, keep)
+        for name, layer in self.model.layers.items():
+            unit = f"layers.{name}"
+            with self._weights(unit):
+                if isinstance(layer, MoELayer):
+                    x = yield from self._moe_forward(unit, layer, x, tape, keep)
+                else:
+                    x = self._dense_forward(unit, layer, x, tape, keep)
         if targets_T is None:
             return x
-        tape.loss_piece = Piece(self.model.loss, tape.training)
-        tape.loss = tape.loss_piece.forward(x, targets_T)
+        with self._weights("head"):
+            tape.loss_piece = Piece(self.model.loss, tape.training)
+            tape.loss = tape.loss_piece.forward(x, targets_T)
         return None
 
     def backward(self, tape: Tape, gradient_TD: Tensor | None, scale: float) -> Steps[Tensor | None]:
@@ -123,29 +134,53 @@ class Stage:
         """
         if tape.loss_piece is not None:
             assert tape.loss is not None
-            (gradient_TD,) = self._run_backward(tape, tape.loss_piece, torch.full_like(tape.loss, scale))
+            with self._gradients("head", tape):
+                (gradient_TD,) = self._run_backward(tape, tape.loss_piece, torch.full_like(tape.loss, scale))
             tape.loss_piece = None
         assert gradient_TD is not None
         while tape.records:
             record = tape.records.pop()
-            if isinstance(record, MoERecord):
-                gradient_TD = yield from self._moe_backward(record, gradient_TD, tape, scale)
-            else:
-                (gradient_TD,) = self._run_backward(tape, record.layer, gradient_TD)
+            with self._gradients(record.unit, tape):
+                if isinstance(record, MoERecord):
+                    gradient_TD = yield from self._moe_backward(record, gradient_TD, tape, scale)
+                else:
+                    (gradient_TD,) = self._run_backward(tape, record.layer, gradient_TD)
         if self.model.embedding is None:
             return gradient_TD
         assert tape.tokens_T is not None
-        with self.gradients.deferred_to(tape.weight_gradients):
+        with self._gradients("embedding", tape), self.gradients.deferred_to(tape.weight_gradients):
             self.model.embedding.backward(tape.tokens_T, gradient_TD)
         return None
 
-    def _dense_forward(self, layer: nn.Module, x_TD: Tensor, tape: Tape, keep: bool) -> Tensor:
+    @contextmanager
+    def _weights(self, unit: str, *, step: int = 1) -> Iterator[None]:
+        """The weights of `unit` are here; those of the unit that comes `step` later set out."""
+        following = self.units.index(unit) + step
+        ahead = self.units[following] if 0 <= following < len(self.units) else None
+        with self.sharding.weights(unit, ahead):
+            yield
+
+    @contextmanager
+    def _gradients(self, unit: str, tape: Tape) -> Iterator[None]:
+        """Weights as in forward; the unit's gradients are reduced as soon as all that this block computes are there."""
+        with self._weights(unit, step=-1):
+            self._in_turn(tape, unit, self.sharding.open_gradients)
+            yield
+            self._in_turn(tape, unit, self.sharding.reduce_gradients)
+
+    def _in_turn(self, tape: Tape, unit: str, act: Callable[[str], None]) -> None:
+        """`act` on the unit in the order of its weight gradients: now, or where they are queued."""
+        if self.sharding.scatters(unit):
+            with self.gradients.deferred_to(tape.weight_gradients):
+                self.gradients.add(lambda: act(unit))
+
+    def _dense_forward(self, unit: str, layer: nn.Module, x_TD: Tensor, tape: Tape, keep: bool) -> Tensor:
         assert isinstance(layer, DenseLayer)
         piece = Piece(lambda x: layer(x, self.rotation), keep)
-        tape.record(DenseRecord(piece))
+        tape.record(DenseRecord(unit, piece))
         return piece.forward(x_TD)
 
-    def _moe_forward(self, layer: MoELayer, x_TD: Tensor, tape: Tape, keep: bool) -> Steps[Tensor]:
+    def _moe_forward(self, unit: str, layer: MoELayer, x_TD: Tensor, tape: Tape, keep: bool) -> Steps[Tensor]:
         dispatcher, group, tokens = self.dispatcher, self.dispatcher.group, x_TD.shape[0]
         planned_TK = group.planned_choices(tokens, x_TD.device)
         sequences, z_loss = self.balance.sequences(tokens), self.z_weight > 0
@@ -166,7 +201,7 @@ class Stage:
         out_TD = journey.merge(combined).add_(h_TD)
         auxiliary, share_gradient_BE = balancing_loss(share_BE, load.wait())
         self._count(tape, auxiliary, z, choices.dropped)
-        tape.record(MoERecord(attend, shared, journey, share_gradient_BE))
+        tape.record(MoERecord(unit, attend, shared, journey, share_gradient_BE))
         return out_TD if shared_TD is None else out_TD.add_(shared_TD)
 
     def _moe_backward(self, record: MoERecord, gradient_TD: Tensor, tape: Tape, scale: float) -> Steps[Tensor]:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 import pipermoe
 from pipermoe.resources.flops import model_forward_flops
-from pipermoe.runtime.checkpoint import load_checkpoint, save_checkpoint
+from pipermoe.runtime.checkpoint import load_checkpoint
+from pipermoe.runtime.checkpoint_writer import CheckpointWriter
 from pipermoe.runtime.counting import counted
 from pipermoe.runtime.data.batches import TextData, micro_batches
 from pipermoe.runtime.data.stream import Sequences
@@ -88,7 +89,11 @@ class Trainer:
         schedule = build(strategy.schedule, strategy.pipeline_parallel, microbatches, strategy.virtual_stages)
         self.engine = Engine(plan.model, job, strategy, with_communication(schedule), self.groups, device=run.device)
         self.meter = self.engine.meter
-        self.optimizer = Optimizer(self.engine.named_parameters(), self.groups, strategy, job.optimizer)
+        if run.weights is not None and run.resume is None:
+            first_expert = self.groups.coordinates.ep * self.engine.local_experts
+            load_weights(run.weights, plan.model, self.engine.named_state(), first_expert)
+        self.optimizer = Optimizer(self.engine.flats, job.optimizer)  # copies the weights if they are not fp32
+        self.checkpoints = CheckpointWriter(run.output, plan, self.groups)
         self.steps = run.steps or job.steps
         self.first = self._resume()
         self.reports: list[RankReport] = []
@@ -96,11 +101,9 @@ class Trainer:
 
     def _resume(self) -> int:
         if self.run.resume is None:
-            if self.run.weights is not None:
-                first_expert = self.groups.coordinates.ep * self.engine.local_experts
-                load_weights(self.run.weights, self.plan.model, self.engine.named_state(), first_expert)
             return 0
-        first = load_checkpoint(self.run.resume, self.plan, self.engine.named_state(), self.optimizer, self.groups)
+        biases = self.engine.correction_biases()
+        first = load_checkpoint(self.run.resume, self.plan, self.optimizer, biases, self.groups)
         if first >= self.steps:
             raise UserError(f"{self.run.resume}: has trained {first} of {self.steps} steps already; use --steps")
         return first
@@ -137,8 +140,8 @@ class Trainer:
                     bar.advance(bar.task_ids[0])
                 done = step + 1
                 if every and (done % every == 0 or done == self.steps):
-                    state = self.engine.named_state()
-                    save_checkpoint(self.run.output, done, self.plan, state, self.optimizer, self.groups)
+                    self.checkpoints.save(done, self.optimizer, self.engine.correction_biases())
+        self.checkpoints.finish()
         return results
 
     def step(self, step: int) -> StepResult:

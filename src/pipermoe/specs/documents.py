@@ -32,12 +32,17 @@ def load(path: str | Path, kind: type[Document], overrides: Mapping[str, Any] | 
 
     Raises `UserError`, never anything else.
     """
+    return validate(load_mapping(path) | dict(overrides or {}), kind, where=str(path))
+
+
+def load_mapping(path: str | Path) -> dict[str, Any]:
+    """The table of a TOML or JSON file in this version's schema, without `schema_version`. Raises `UserError`."""
     data = read_mapping(path)
     version = data.pop("schema_version", SCHEMA_VERSION)
     if version != SCHEMA_VERSION or isinstance(version, bool):
         rule = f"this version of pipermoe reads schema_version = {SCHEMA_VERSION}"
         raise UserError(describe_value(str(path), "schema_version", version, rule))
-    return validate(data | dict(overrides or {}), kind, where=str(path))
+    return data
 
 
 def read_mapping(path: str | Path, limit_bytes: int = MAX_DOCUMENT_BYTES) -> dict[str, Any]:

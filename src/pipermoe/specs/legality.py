@@ -171,8 +171,6 @@ def _explain_precision(strategy: Strategy, job: Job) -> tuple[str, object, str]:
 ENGINE: tuple[Rule, ...] = (
     *(_must_be(key, (1,), (1,)) for key in ("context_parallel", "tensor_parallel", "expert_tensor_parallel")),
     _must_be("recompute", ("none", "full"), (RECOMPUTE_NAMES.index("none"), RECOMPUTE_NAMES.index("full"))),
-    _must_be("zero_dense", (0, 1), (0, 1)),
-    _must_be("zero_expert", (0, 1), (0, 1)),
     _must_be("dispatcher", ("all_to_all",), (0,)),
     Rule(
         lambda table, job: np.full(len(table), job.train.capacity_factor == 0),

@@ -42,12 +42,13 @@ class Arguments:
         words = []
         for key, value in mapping.items():
             flag = "--" + key.removeprefix("--").replace("_", "-")
-            text = str(value).strip("\"'").removeprefix("[").removesuffix("]") if isinstance(value, str) else value
-            if text in (True, "true", "True"):
+            text = value.strip("\"'") if isinstance(value, str) else value
+            if text is True or text in ("true", "True"):  # not `in (True, ...)`: 1 is equal to it
                 words.append(flag)
-            elif text not in (False, None, "false", "False"):
+            elif text is not False and text not in (None, "false", "False"):
                 option = options().get(flag)
-                words += [flag, *(str(text).replace(",", " ").split() if option and option.many else [str(text)])]
+                many = option is not None and option.many
+                words += [flag, *(str(text).strip("[]").replace(",", " ").split() if many else [str(text)])]
         return Arguments.parse(words)
 
     def words(self) -> list[list[str]]:

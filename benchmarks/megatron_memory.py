@@ -1,0 +1,216 @@
+#!/usr/bin/env python3
+"""The memory profile of Megatron-Core beside measured runs, and beside other estimators on the same points.
+
+    python -m benchmarks.megatron_memory [--json FILE] [--markdown]
+
+benchmarks/data/megatron_memory.json holds the measurements and where they come from. Every prediction assumes balanced
+routing; `rows x` is the imbalance that would explain what is missing at the peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from pipermoe.resources.megatron.job import Machine, MegatronJob
+from pipermoe.resources.megatron.peak import peak_memory
+from pipermoe.resources.megatron.reader import read_job, undescribed
+from pipermoe.specs.megatron.arguments import Arguments
+
+DATA = Path(__file__).parent / "data" / "megatron_memory.json"
+GIB = 2**30
+OLD_RELEASE = "long-term-support container of an older release (TransformerEngine 1.x)"
+LOADED = "peak of loading a checkpoint: constant from the first step of a resumed run"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One measured run. Errors are predicted / measured - 1; None where the profile does not cover the run."""
+
+    case: str
+    result: str
+    static_bytes: int
+    peak_bytes: int
+    second_step_peak_bytes: int
+    predicted_static: float | None
+    predicted_peak: float | None
+    rows_needed: float | None
+    not_covered: str
+
+    @property
+    def static_error(self) -> float | None:
+        return None if self.predicted_static is None else self.predicted_static / self.static_bytes - 1
+
+    @property
+    def peak_error(self) -> float | None:
+        return None if self.predicted_peak is None else self.predicted_peak / self.peak_bytes - 1
+
+    @property
+    def second_step_error(self) -> float | None:
+        return None if self.predicted_peak is None else self.predicted_peak / self.second_step_peak_bytes - 1
+
+
+def evaluate() -> list[Row]:
+    """Every recorded run of Megatron-LM's functional tests; the last pipeline rank wrote the record."""
+    return [_evaluate(record) for record in json.loads(DATA.read_text())["results"]]
+
+
+def _evaluate(record: dict[str, Any]) -> Row:
+    arguments = Arguments.of(record["arguments"])
+    reasons = [*undescribed(arguments), *([OLD_RELEASE] if record["container"] == "lts" else [])]
+    measured = {key: record[key] for key in ("case", "result", "static_bytes", "peak_bytes", "second_step_peak_bytes")}
+    if reasons:
+        return Row(
+            **measured, predicted_static=None, predicted_peak=None, rows_needed=None, not_covered="; ".join(reasons)
+        )
+    job = read_job(arguments, record["world_size"], record["compute_capability"])
+    machine = Machine.of(record["compute_capability"], record["cublas_workspace_bytes"])
+    peak = peak_memory(job, machine, job.strategy.pipeline_parallel - 1)
+    loaded = record["result"].endswith("_2nd")
+    return Row(
+        **measured,
+        predicted_static=peak.static.total,
+        predicted_peak=None if loaded else peak.total,
+        rows_needed=None if loaded else _rows_needed(job, machine, record["peak_bytes"]),
+        not_covered=LOADED if loaded else "",
+    )
+
+
+def _rows_needed(job: MegatronJob, machine: Machine, peak_bytes: int) -> float:
+    """The imbalance of routing at which the prediction, piecewise linear in the rows, meets the measurement."""
+    imbalance = 1.0
+    for _ in range(3):  # Newton's method
+        here, beyond = (_last_rank_peak(job, machine, imbalance + step) for step in (0.0, 0.01))
+        imbalance += 0.01 * (peak_bytes - here) / (beyond - here)
+    return imbalance
+
+
+def _last_rank_peak(job: MegatronJob, machine: Machine, imbalance: float) -> float:
+    return peak_memory(replace(job, routing_imbalance=imbalance), machine, job.strategy.pipeline_parallel - 1).total
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A run without imbalance that other estimators were run on, too: GiB of the largest rank."""
+
+    name: str
+    measured: float
+    predicted: float
+    others: dict[str, float]
+
+    @property
+    def error(self) -> float:
+        return self.predicted / self.measured - 1
+
+
+def evaluate_points() -> list[Point]:
+    """DeepSeek models of four layers, experts padded to their capacity."""
+    points = []
+    for record in json.loads(DATA.read_text())["points"]["rows"]:
+        arguments = Arguments.of(record["arguments"])
+        job = read_job(arguments, record["world_size"], record["compute_capability"])
+        machine = Machine.of(record["compute_capability"])
+        largest = max(peak_memory(job, machine, rank).total for rank in range(job.strategy.pipeline_parallel))
+        points.append(Point(record["name"], record["peak_gib"], largest / GIB, record["estimates_gib"]))
+    return points
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Absolute errors over the covered runs."""
+
+    runs: int
+    covered_static: int
+    covered_peak: int
+    static_mean: float
+    static_worst: float
+    peak_mean: float
+    peak_worst: float
+    second_step_mean: float
+    second_step_worst: float
+    points_mean: float
+    points_worst: float
+
+
+def summarise(rows: list[Row], points: list[Point]) -> Summary:
+    static = [abs(row.static_error) for row in rows if row.static_error is not None]
+    peak = [abs(row.peak_error) for row in rows if row.peak_error is not None]
+    second = [abs(row.second_step_error) for row in rows if row.second_step_error is not None]
+    exact = [abs(point.error) for point in points]
+    return Summary(
+        runs=len(rows),
+        covered_static=len(static),
+        covered_peak=len(peak),
+        static_mean=mean(static),
+        static_worst=max(static),
+        peak_mean=mean(peak),
+        peak_worst=max(peak),
+        second_step_mean=mean(second),
+        second_step_worst=max(second),
+        points_mean=mean(exact),
+        points_worst=max(exact),
+    )
+
+
+def table(rows: list[Row]) -> Iterator[str]:
+    """Markdown: covered runs with errors, then the others with the reason."""
+    yield "| run | static GiB | predicted | error | peak GiB | predicted | error | at step 2 | rows x |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for row in rows:
+        if row.predicted_static is None or row.static_error is None:
+            continue
+        static = f"{row.static_bytes / GIB:.3f} | {row.predicted_static / GIB:.3f} | {row.static_error:+.2%}"
+        peak = "| | | | |"
+        if row.predicted_peak is not None and row.peak_error is not None and row.second_step_error is not None:
+            peak = (
+                f"{row.peak_bytes / GIB:.3f} | {row.predicted_peak / GIB:.3f} | {row.peak_error:+.2%} "
+                f"| {row.second_step_error:+.2%} | {row.rows_needed:.2f} |"
+            )
+        yield f"| {row.case} {row.result} | {static} | {peak}"
+    yield ""
+    yield "| not covered | why |"
+    yield "|---|---|"
+    for row in rows:
+        if row.not_covered:
+            part = "peak of " if row.predicted_static is not None else ""
+            yield f"| {part}{row.case} {row.result} | {row.not_covered} |"
+
+
+def points_table(points: list[Point]) -> Iterator[str]:
+    """Markdown: this profile beside the other estimators."""
+    names = list(points[0].others)
+    yield f"| point | measured GiB | pipermoe | {' | '.join(names)} |"
+    yield "|---" * (3 + len(names)) + "|"
+    for point in points:
+        others = " | ".join(f"{value:.2f} ({value / point.measured - 1:+.1%})" for value in point.others.values())
+        yield f"| {point.name} | {point.measured:.2f} | {point.predicted:.2f} ({point.error:+.1%}) | {others} |"
+    means = [mean(abs(point.others[name] / point.measured - 1) for point in points) for name in names]
+    own = mean(abs(point.error) for point in points)
+    yield f"| mean absolute error | | {own:.1%} | {' | '.join(f'{value:.1%}' for value in means)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write rows, points and summary")
+    arguments = parser.parse_args()
+    rows, points = evaluate(), evaluate_points()
+    summary = summarise(rows, points)
+    print("\n".join([*table(rows), "", *points_table(points), ""]))
+    for name, value in asdict(summary).items():
+        print(f"{name:20} {value:.2%}" if isinstance(value, float) else f"{name:20} {value}")
+    if arguments.json:
+        document = {
+            "summary": asdict(summary),
+            "rows": [asdict(row) for row in rows],
+            "points": list(map(asdict, points)),
+        }
+        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
