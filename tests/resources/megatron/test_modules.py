@@ -20,7 +20,7 @@ EXPRESSIBLE = [name for name in model_names() if not list(unsupported_parts(load
 def job_of(name="deepseek-v3", strategy="pp1 dp8 ep8 mbs1 1f1b z1", **arguments):
     plan = Strategy.parse(strategy)
     given = write_arguments(load_model(name), TRAIN, plan).given
-    return read_job(Arguments(given | arguments), plan.world_size)
+    return read_job(Arguments({**given, **arguments}), plan.world_size)
 
 
 def elements(job):

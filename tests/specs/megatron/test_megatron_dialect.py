@@ -144,12 +144,13 @@ def test_a_recipe_in_yaml_is_read_like_a_command_line():
 @given(st.lists(st.integers(0, 1), min_size=1, max_size=80))
 @settings(deadline=None, max_examples=100)
 def test_lists_of_layers_are_read_back(values):
-    assert read_flags(write_flags(values), len(values), "--moe-layer-freq") == values
+    assert read_flags(write_flags(values), len(values), "--moe-layer-freq", first=0) == values
 
 
 def test_lists_of_layers_are_read_as_megatron_documents_them():
-    assert read_flags("([1]*3+[0]*1)*3", 12, "--moe-layer-freq") == [1, 1, 1, 0] * 3
-    assert read_flags("2", 4, "--moe-layer-freq") == [0, 1, 0, 1]
+    assert read_flags("([1]*3+[0]*1)*3", 12, "--moe-layer-freq", first=0) == [1, 1, 1, 0] * 3
+    assert read_flags("2", 4, "--moe-layer-freq", first=0) == [1, 0, 1, 0]
+    assert read_flags("3", 7, "--window-attn-skip-freq", first=-1) == [0, 0, 1, 0, 0, 1, 0]
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,9 @@ def read_model(arguments: Arguments, name: str = "megatron") -> ModelSpec:
     tree = read_rows(MODEL, arguments)
     num_layers = arguments["num_layers"] or 0
     width = arguments["ffn_hidden_size"] or _default_width(arguments)
-    is_moe = read_flags(arguments["moe_layer_freq"], num_layers, "--moe-layer-freq") if arguments["num_experts"] else []
+    is_moe = []
+    if arguments["num_experts"]:
+        is_moe = read_flags(arguments["moe_layer_freq"], num_layers, "--moe-layer-freq", first=0)
     bias = arguments["add_bias_linear"]
     gated = bool(arguments["swiglu"] or arguments["quick_geglu"])
     put(tree, "name", name)
@@ -129,7 +131,7 @@ def _window(arguments: Arguments, num_layers: int) -> Tree | None:
     if skip is None:
         local = [1] * num_layers
     else:
-        local = read_flags(skip, num_layers, "--window-attn-skip-freq")
+        local = read_flags(skip, num_layers, "--window-attn-skip-freq", first=-1)
         if skip.isdigit():  # every N-th layer is the one that sees everything
             local = [1 - flag for flag in local]
     layers = [layer for layer, flag in enumerate(local) if flag]

@@ -19,13 +19,13 @@ def write_flags(values: Sequence[int]) -> str:
     return f"({'+'.join(f'[{value}]*{length}' if length > 1 else f'[{value}]' for value, length in runs)})"
 
 
-def read_flags(text: str, length: int, flag: str) -> list[int]:
-    """The `length` zeros and ones of a list expression, or of the integer N: every N-th layer is one."""
+def read_flags(text: str, length: int, flag: str, *, first: int) -> list[int]:
+    """The `length` zeros and ones of a list expression, or of the integer N: one are layers `first`, `first` + N, ..."""
     rule = f"must be a number of layers or a list expression such as ([0]*1+[1]*{length - 1}) of {length} layers"
     try:
         node = ast.parse(text[:LONGEST], mode="eval").body
         if isinstance(node, ast.Constant) and isinstance(node.value, int) and node.value > 0:
-            return [int((layer + 1) % node.value == 0) for layer in range(length)]
+            return [int(layer % node.value == first % node.value) for layer in range(length)]
         values = _evaluate(node, length)
     except (SyntaxError, ValueError, RecursionError):
         values = []
