@@ -20,7 +20,7 @@ def write_flags(values: Sequence[int]) -> str:
 
 
 def read_flags(text: str, length: int, flag: str, *, first: int) -> list[int]:
-    """The `length` zeros and ones of a list expression, or of the integer N: one are layers `first`, `first` + N, ..."""
+    """The `length` zeros and ones of a list expression, or of the integer N: ones at `first`, `first` + N, ..."""
     rule = f"must be a number of layers or a list expression such as ([0]*1+[1]*{length - 1}) of {length} layers"
     try:
         node = ast.parse(text[:LONGEST], mode="eval").body
