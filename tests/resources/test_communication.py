@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from tests.resources.cases import MODEL, TRAIN, link, machine
 
-from pipermoe.resources.communication import send_seconds, traffic
+from pipermoe.exchange.regular import planned_seconds
+from pipermoe.resources.communication import all_to_all_calls, all_to_all_seconds, send_seconds, traffic
 from pipermoe.resources.rates import collective_seconds
 from pipermoe.resources.states import state_elements
 from pipermoe.resources.step import shapes_of
@@ -79,3 +80,15 @@ def test_stages_that_share_a_block_of_ranks_send_over_its_link():
     assert send_seconds(platform, pipeline, np.array([1e6]))[0].tolist() == pytest.approx(
         [1e-3 + 1e-3, 2e-3 + 2e-3, 1e-3 + 1e-3]
     )
+
+
+def test_a_planned_exchange_is_priced_by_its_own_formulas():
+    strategy = Strategy(data_parallel=4, expert_parallel=4)
+    table = StrategyTable.of([strategy, strategy.model_copy(update={"exchange": "planned"})])
+    shapes, platform = shapes_of(MODEL, table), machine(ranks=4)
+    calls = all_to_all_calls(MODEL, TRAIN, shapes, table)
+    forward, backward = all_to_all_seconds(platform, calls, table)
+    by_hand = [planned_seconds(platform, 4, 4, call.bytes[1, 0], call.calls[1, 0]) for call in calls]
+    assert backward[1, 0] == pytest.approx(by_hand[0])
+    assert forward[1, 0] == pytest.approx(sum(by_hand))
+    assert backward[1, 0] < backward[0, 0]  # what stays in a pair of ranks takes its faster link

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from pipermoe.schedule.builders import RECIPES
 from pipermoe.specs.errors import UserError
 from pipermoe.specs.strategy import RECOMPUTE_MODULES, Strategy
-from pipermoe.specs.strategy_table import DISPATCHER_NAMES, SCHEDULE_NAMES, StrategyTable
+from pipermoe.specs.strategy_table import DISPATCHER_NAMES, EXCHANGE_NAMES, SCHEDULE_NAMES, StrategyTable
 from pipermoe.specs.strategy_text import strategy_text
 
 degree = st.integers(1, 64)
@@ -29,6 +29,7 @@ def strategies(draw) -> Strategy:
         micro_batch_size=draw(degree),
         schedule=draw(st.sampled_from(SCHEDULE_NAMES)),
         dispatcher=draw(st.sampled_from(DISPATCHER_NAMES)),
+        exchange=draw(st.sampled_from(EXCHANGE_NAMES)),
         layer_split=tuple(draw(st.lists(degree, max_size=4))),
         recompute=recompute,
         recompute_modules=tuple(draw(st.lists(st.sampled_from(RECOMPUTE_MODULES), min_size=1, max_size=3)))

@@ -1,4 +1,4 @@
-"""What an all-to-all costs in closed form: of a plan by its link loads, and of regular ones for arrays of strategies.
+"""What an exchange plan costs, by the loads of its links; `regular` prices even all-to-alls without a plan.
 
 No plan beats `limit_seconds`: the bytes that must cross a node's NICs and a pair of groups' link, over their bandwidth.
 The rest of a time is latency, work per message, and links that idle because of order and windows.
@@ -87,83 +87,3 @@ def _chunks(plan: ExchangePlan, moving) -> int:
             pairs = plan.source[here] * plan.num_ranks + plan.destination[here]
             most = max(most, int(np.bincount(np.unique(pairs, return_inverse=True)[1]).min()))
     return most
-
-
-# Regular all-to-alls: every rank sends `bytes_per_pair` to every rank. All arguments broadcast, so that a planner
-# prices a million strategies at once. R ranks a node, K NICs a node, N nodes in groups of n nodes.
-
-
-def regular_limit_seconds(bytes_per_pair, ranks, ranks_per_node, nics_per_node, nodes_per_group, links) -> np.ndarray:
-    """The bound max(R (P - R) m / (K B_nic), (n R)^2 m / B_global), and (R - 1) m / B_local inside a node.
-
-    `links` is anything with the bandwidths of a Topology (a Topology, or arrays under those names).
-    """
-    m, ranks, ranks_per_node = (
-        np.asarray(value, dtype=np.float64) for value in (bytes_per_pair, ranks, ranks_per_node)
-    )
-    inside = np.minimum(ranks, ranks_per_node)
-    across = inside * (ranks - inside) * m / (nics_per_node * links.nic_bandwidth)
-    in_group = np.minimum(ranks, nodes_per_group * ranks_per_node)
-    tapered = np.where(ranks > in_group, in_group**2 * m / links.global_bandwidth, 0.0)
-    return np.maximum(np.maximum(across, tapered), (inside - 1) * m / links.local_bandwidth)
-
-
-def regular_direct_seconds(bytes_per_pair, ranks, ranks_per_node, nics_per_node, nodes_per_group, links) -> np.ndarray:
-    """All messages at once: the bound, one latency, and 2 (P - 1) messages to handle."""
-    bound = regular_limit_seconds(bytes_per_pair, ranks, ranks_per_node, nics_per_node, nodes_per_group, links)
-    return bound + _latency(ranks, ranks_per_node, nodes_per_group, links) + 2 * (ranks - 1) * links.message_seconds
-
-
-def regular_pairwise_seconds(
-    bytes_per_pair, ranks, ranks_per_node, nics_per_node, nodes_per_group, links, *, window=1
-) -> np.ndarray:
-    """Rotation with a window: while W < n R a group sends to one or two others, so one global link of G - 1 works.
-
-    (P - R) / W windows, each as long as its bottleneck: W messages of every rank over a NIC, or n R W of a group over
-    one global link (exact for whole groups up to the two links of a straddling step, so an upper bound by at most 2).
-    """
-    m = np.asarray(bytes_per_pair, dtype=np.float64)
-    inside, in_group = np.minimum(ranks, ranks_per_node), np.minimum(ranks, nodes_per_group * ranks_per_node)
-    step = inside * m / (nics_per_node * links.nic_bandwidth)
-    far_step = np.where(ranks > in_group, np.maximum(step, in_group * m / links.global_bandwidth), 0.0)
-    bound = regular_limit_seconds(bytes_per_pair, ranks, ranks_per_node, nics_per_node, nodes_per_group, links)
-    time = (in_group - inside) * step + (ranks - in_group) * far_step
-    latency = _latency(ranks, ranks_per_node, nodes_per_group, links) * np.ceil((ranks - 1) / window)
-    return np.maximum(time, bound) + latency + 2 * (ranks - 1) * links.message_seconds
-
-
-def regular_hierarchical_seconds(
-    bytes_per_pair, ranks, ranks_per_node, nics_per_node, nodes_per_group, links, *, chunks=1
-) -> np.ndarray:
-    """Gather, cross, scatter with K carriers per node pair: about 2 (R - 1) + 2 (N - 1) K / R messages per rank."""
-    m = np.asarray(bytes_per_pair, dtype=np.float64)
-    inside = np.minimum(ranks, ranks_per_node)
-    nodes = ranks / inside
-    bound = regular_limit_seconds(bytes_per_pair, ranks, ranks_per_node, nics_per_node, nodes_per_group, links)
-    stage = np.where(nodes > 1, (ranks - inside) * m * (inside - 1) / inside / links.local_bandwidth, 0.0)
-    messages = 4 * (inside - 1) + 2 * (nodes - 1) * np.minimum(nics_per_node, inside) / inside * chunks
-    latency = 2 * links.local_latency + _latency(ranks, ranks_per_node, nodes_per_group, links)
-    longest = np.maximum(bound, stage)
-    return longest + (bound + 2 * stage - longest) / chunks + latency + messages * links.message_seconds
-
-
-def regular_log_step_seconds(
-    bytes_per_pair, ranks, ranks_per_node, nics_per_node, nodes_per_group, links
-) -> np.ndarray:
-    """ceil(log2 P) rounds; in round t a rank sends P / 2 segments to the rank 2^t ahead, 2^t of R across the node."""
-    m = np.asarray(bytes_per_pair, dtype=np.float64)
-    rounds = np.ceil(np.log2(np.maximum(ranks, 2)))
-    distance = 2.0 ** np.arange(int(rounds.max())).reshape(-1, *(1,) * np.ndim(rounds * m))
-    works = distance < np.asarray(ranks)
-    inside, in_group = np.minimum(ranks, ranks_per_node), np.minimum(ranks, nodes_per_group * ranks_per_node)
-    step = np.minimum(inside, distance) * (ranks / 2) * m / (nics_per_node * links.nic_bandwidth)
-    far = np.minimum(in_group, distance) * (ranks / 2) * m / links.global_bandwidth
-    step = np.maximum(np.where(ranks > inside, step, 0.0), np.where(ranks > in_group, far, 0.0))
-    latency = _latency(ranks, ranks_per_node, nodes_per_group, links) + 2 * links.message_seconds
-    return (step * works).sum(axis=0) + rounds * latency
-
-
-def _latency(ranks, ranks_per_node, nodes_per_group, links):
-    far = np.asarray(ranks) > np.asarray(nodes_per_group) * np.asarray(ranks_per_node)
-    near = links.nic_latency + far * links.global_latency
-    return np.where(np.asarray(ranks) > np.asarray(ranks_per_node), near, links.local_latency)

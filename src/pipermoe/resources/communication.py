@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from pipermoe.exchange.regular import planned_seconds
 from pipermoe.resources.rates import collective_seconds, level_send_seconds
 from pipermoe.resources.stages import StageShapes
 from pipermoe.resources.states import StateElements
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.network import Collective
 from pipermoe.specs.platform import Platform
-from pipermoe.specs.strategy_table import StrategyTable
+from pipermoe.specs.strategy_table import EXCHANGE_NAMES, StrategyTable
 from pipermoe.specs.train import TrainConfig
 
 COUNT_BYTES = 8  # routing counts travel as int64
@@ -61,18 +62,19 @@ def message_bytes(model: ModelSpec, train: TrainConfig, table: StrategyTable) ->
 
 
 def all_to_all_seconds(platform: Platform, calls: list[Call], table: StrategyTable) -> tuple[Any, Any]:
-    """Seconds of one micro-batch's exchanges in the forward and in the backward direction, per stage."""
-    exchange, counts = (
-        collective_seconds(
-            platform,
-            "all_to_all",
-            table.expert_parallel[:, None],
-            (table.expert_parallel * table.expert_tensor_parallel)[:, None],
-            call.bytes,
-            call.calls,
-        )
-        for call in calls
-    )
+    """Seconds of one micro-batch's exchanges in the forward and in the backward direction, per stage.
+
+    By the library's collective or by the cheapest exchange plan, as the strategy says.
+    """
+    ranks = table.expert_parallel[:, None]
+    span = (table.expert_parallel * table.expert_tensor_parallel)[:, None]
+    planned = (table.exchange == EXCHANGE_NAMES.index("planned"))[:, None]
+
+    def seconds(call: Call) -> Any:
+        library = collective_seconds(platform, "all_to_all", ranks, span, call.bytes, call.calls)
+        return np.where(planned, planned_seconds(platform, ranks, span, call.bytes, call.calls), library)
+
+    exchange, counts = map(seconds, calls)
     return exchange + counts, exchange
 
 

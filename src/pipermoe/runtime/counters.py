@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -209,15 +209,23 @@ class TrafficCounter(Counter):
             self._count(func._schema.name.removeprefix("c10d::"), args)
 
     def _count(self, operation: str, args: Any) -> None:
+        if operation == "alltoall_base_":
+            self.count_all_to_all(dist.ProcessGroup.unbox(args[2]), args[1], args[4])
         if operation not in _TRAFFIC:
             return
         collective, size, group_position = _TRAFFIC[operation]
         group = dist.ProcessGroup.unbox(args[group_position])
+        if group.size() > 1:
+            self.add(f"{collective}.{axis_of(group)}", size(args))
+
+    def count_all_to_all(self, group: dist.ProcessGroup, sent: Tensor, sent_rows: Sequence[int] | None) -> None:
+        """The bytes that leave this rank; no rows mean equal parts."""
         if group.size() == 1:
             return
-        if collective == "all_to_all" and args[1].dtype == torch.int64:
-            collective = "all_to_all_counts"
-        self.add(f"{collective}.{axis_of(group)}", size(args, group))
+        rows = list(sent_rows or ()) or [sent.shape[0] // group.size()] * group.size()
+        leaving = (sum(rows) - rows[group.rank()]) * math.prod(sent.shape[1:]) * sent.element_size()
+        collective = "all_to_all_counts" if sent.dtype == torch.int64 else "all_to_all"
+        self.add(f"{collective}.{axis_of(group)}", leaving)
 
     def add(self, key: str, sent_bytes: int) -> None:
         """Count one call of the collective `key`."""
@@ -229,18 +237,10 @@ def _size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _leaving(args: Any, group: dist.ProcessGroup) -> int:
-    """Bytes of an all-to-all's input that go to other ranks; no split sizes mean equal parts."""
-    _, outgoing, _, _, splits = args[:5]
-    rows = list(splits) or [outgoing.shape[0] // group.size()] * group.size()
-    return (sum(rows) - rows[group.rank()]) * math.prod(outgoing.shape[1:]) * outgoing.element_size()
-
-
 # Operation of c10d: (collective, its bytes, where its arguments hold the group).
-_TRAFFIC: dict[str, tuple[str, Callable[[Any, dist.ProcessGroup], int], int]] = {
-    "alltoall_base_": ("all_to_all", _leaving, 2),
-    "send": ("send", lambda args, _: sum(map(_size, args[0])), 1),
-    "allreduce_": ("all_reduce", lambda args, _: sum(map(_size, args[0])), 1),
-    "_allgather_base_": ("all_gather", lambda args, _: _size(args[0]), 2),
-    "_reduce_scatter_base_": ("reduce_scatter", lambda args, _: _size(args[1]), 2),
+_TRAFFIC: dict[str, tuple[str, Callable[[Any], int], int]] = {
+    "send": ("send", lambda args: sum(map(_size, args[0])), 1),
+    "allreduce_": ("all_reduce", lambda args: sum(map(_size, args[0])), 1),
+    "_allgather_base_": ("all_gather", lambda args: _size(args[0]), 2),
+    "_reduce_scatter_base_": ("reduce_scatter", lambda args: _size(args[1]), 2),
 }

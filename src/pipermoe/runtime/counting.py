@@ -16,8 +16,10 @@ Result = TypeVar("Result")
 def counted(rank: int, meter: Meter, optimizer: Optimizer, step: Callable[[], Result]) -> tuple[Result, RankReport]:
     """`step()`, and what it used on this rank; the report's seconds are left empty, for counting slows a step down."""
     memory, flops, traffic = MemoryCounter(meter, optimizer.tensors()), FlopCounter(), TrafficCounter()
+    meter.on_exchange = traffic.count_all_to_all
     with Counters(memory, flops, traffic):
         result = step()
+    meter.on_exchange = None
     return result, RankReport(
         rank=rank,
         peak_bytes=memory.peak_bytes,

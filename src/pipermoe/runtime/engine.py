@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import groupby
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipermoe.runtime.balance import Balance
@@ -16,6 +17,7 @@ from pipermoe.runtime.flight import Collective, Transport
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.meter import Meter
 from pipermoe.runtime.model import DTYPES, MoELayer
+from pipermoe.runtime.planned_exchange import PlannedExchange
 from pipermoe.runtime.sharding import Sharding, flatten, unit_of
 from pipermoe.runtime.stage import Stage
 from pipermoe.runtime.support import check_model
@@ -45,7 +47,7 @@ class Engine:
 
     `schedule` is lowered by schedule.communication.with_communication. `planned_counts[source][expert]`, if given, are
     the rows that each rank of the expert-parallel group sends to each expert, instead of what the router would choose.
-    `transport` carries the all-to-alls, torch's collective if not given.
+    `transport` carries the all-to-alls; if not given, what the strategy says.
     """
 
     def __init__(
@@ -73,7 +75,7 @@ class Engine:
             groups.ep.size(),
             model.moe.num_experts,
             model.moe.top_k,
-            transport or Collective(groups.ep),
+            transport or _transport(strategy, groups.ep, self.meter, dry=planned_counts is not None),
             self.meter,
             train.capacity_factor,
             planned_counts,
@@ -168,6 +170,13 @@ def _forward_only(schedule: Schedule) -> Schedule:
         tuple(part for part in schedule.parts(rank) if part.kind in FORWARD_ONLY) for rank in range(schedule.num_ranks)
     )
     return replace(schedule, ranks=kept)
+
+
+def _transport(strategy: Strategy, group: dist.ProcessGroup, meter: Meter, *, dry: bool) -> Transport:
+    """Where counts are planned nothing need travel, and torch's collective counts the same bytes."""
+    if strategy.exchange == "planned" and group.size() > 1 and not dry:
+        return PlannedExchange(group, meter)
+    return Collective(group)
 
 
 def _check_schedule(schedule: Schedule, strategy: Strategy) -> None:

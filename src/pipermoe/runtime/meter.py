@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import torch.distributed as dist
 from torch import Tensor
 
 from pipermoe.runtime.trace import Trace
@@ -27,6 +28,7 @@ class Meter:
         self.phase: MemoryCategory = "temporary"
         self.on_release: Callable[[Tensor], None] | None = None
         self.on_action: Callable[[Action | str], None] | None = None
+        self.on_exchange: Callable[[dist.ProcessGroup, Tensor, Sequence[int] | None], None] | None = None
         self.trace: Trace | None = None
         self._action: Action | str = ""
         self._term: Term | None = None
@@ -85,6 +87,11 @@ class Meter:
             yield
         finally:
             self.phase = outer
+
+    def exchanged(self, group: dist.ProcessGroup, sent: Tensor, sent_rows: Sequence[int] | None) -> None:
+        """An all-to-all begins that is none of torch's, which a counter would see by itself."""
+        if self.on_exchange is not None:
+            self.on_exchange(group, sent, sent_rows)
 
     def release(self, tensor: Tensor) -> None:
         """The caller drops the last reference to a collective's buffer.

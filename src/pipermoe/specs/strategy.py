@@ -11,6 +11,8 @@ from pipermoe.specs.base import Frozen
 Recompute = Literal["none", "selective", "full"]
 # How tokens travel to their experts: every choice as a row of its own, or one row per token and rank that holds any.
 Dispatcher = Literal["all_to_all", "deduplicated"]
+# Who moves an all-to-all's bytes: the communication library's collective, or exchange plans that know the network.
+Exchange = Literal["library", "planned"]
 
 # What selective recomputation drops after the forward and rebuilds once in the backward. A module is rebuilt up to the
 # input of its last product: what backward does not read is not computed again. Collectives are never repeated.
@@ -46,6 +48,7 @@ class Strategy(Frozen):
     micro_batch_size: PositiveInt = 1
     schedule: str = "1f1b"
     dispatcher: Dispatcher = "all_to_all"
+    exchange: Exchange = "library"
     layer_split: tuple[PositiveInt, ...] = ()
     recompute: Recompute = "none"
     recompute_modules: tuple[RecomputeModule, ...] = ()

@@ -17,6 +17,7 @@ SCHEDULE_NAMES: tuple[str, ...] = (
     *("v-half", "v-half-overlap", "v-min", "dualpipe", "dualpipe-v"),
 )
 DISPATCHER_NAMES: tuple[str, ...] = ("all_to_all", "deduplicated")
+EXCHANGE_NAMES: tuple[str, ...] = ("library", "planned")
 RECOMPUTE_NAMES: tuple[str, ...] = ("none", "selective", "full")
 UNKNOWN = -1  # the code of a name that is not in the tuples above
 
@@ -27,8 +28,8 @@ Column = NDArray[np.int64]
 class StrategyTable:
     """One row per strategy, one int64 array per field of `Strategy`.
 
-    `schedule`, `dispatcher` and `recompute` are indices into `SCHEDULE_NAMES` etc.; bit i of `recompute_modules` is
-    `RECOMPUTE_MODULES[i]`; `layer_split` is an index into `splits`, whose first entry is the even split `()`.
+    Names are indices into `NAMES`; bit i of `recompute_modules` is `RECOMPUTE_MODULES[i]`; `layer_split` is an index
+    into `splits`, whose first entry is the even split `()`.
     """
 
     pipeline_parallel: Column
@@ -42,6 +43,7 @@ class StrategyTable:
     micro_batch_size: Column
     schedule: Column
     dispatcher: Column
+    exchange: Column
     recompute: Column
     recompute_modules: Column
     zero_dense: Column
@@ -85,10 +87,8 @@ class StrategyTable:
         values = {name: int(getattr(self, name)[index]) for name in COLUMNS}
         return Strategy.model_validate(
             values
+            | {name: names[values[name]] for name, names in NAMES.items()}
             | {
-                "schedule": SCHEDULE_NAMES[values["schedule"]],
-                "dispatcher": DISPATCHER_NAMES[values["dispatcher"]],
-                "recompute": RECOMPUTE_NAMES[values["recompute"]],
                 "recompute_modules": tuple(
                     module for bit, module in enumerate(RECOMPUTE_MODULES) if values["recompute_modules"] >> bit & 1
                 ),
@@ -123,7 +123,16 @@ class StrategyTable:
 
 COLUMNS: tuple[str, ...] = tuple(field.name for field in fields(StrategyTable) if field.name != "splits")
 ZERO_BY_DEFAULT = {
-    *("schedule", "dispatcher", "recompute", "recompute_modules", "zero_dense", "zero_expert", "layer_split")
+    *("schedule", "dispatcher", "exchange", "recompute", "recompute_modules", "zero_dense", "zero_expert"),
+    "layer_split",
+}
+
+
+NAMES = {
+    "schedule": SCHEDULE_NAMES,
+    "dispatcher": DISPATCHER_NAMES,
+    "exchange": EXCHANGE_NAMES,
+    "recompute": RECOMPUTE_NAMES,
 }
 
 
@@ -133,7 +142,7 @@ def _encode(strategy: Strategy, name: str, splits: tuple[tuple[int, ...], ...]) 
         return splits.index(value)
     if name == "recompute_modules":
         return sum(1 << RECOMPUTE_MODULES.index(module) for module in value)
-    names = {"schedule": SCHEDULE_NAMES, "dispatcher": DISPATCHER_NAMES, "recompute": RECOMPUTE_NAMES}.get(name)
+    names = NAMES.get(name)
     if names is None:
         return value
     return names.index(value) if value in names else UNKNOWN

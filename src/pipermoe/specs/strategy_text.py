@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from pipermoe.specs.errors import UserError
 from pipermoe.specs.strategy import RECOMPUTE_MODULES, Strategy
-from pipermoe.specs.strategy_table import DISPATCHER_NAMES, SCHEDULE_NAMES
+from pipermoe.specs.strategy_table import DISPATCHER_NAMES, EXCHANGE_NAMES, SCHEDULE_NAMES
 
 DEGREES = {
     "pp": "pipeline_parallel",
@@ -25,8 +25,9 @@ DEGREES = {
     "mbs": "micro_batch_size",
 }
 ACCEPTED = (
-    f"a degree ({', '.join(f'{short}N' for short in DEGREES)}), z0 to z3 or z1/0 (dense/expert), deduplicated, full, "
-    f"selective:MODULE,... ({', '.join(RECOMPUTE_MODULES)}), split:N,N,... or a schedule ({', '.join(SCHEDULE_NAMES)})"
+    f"a degree ({', '.join(f'{short}N' for short in DEGREES)}), z0 to z3 or z1/0 (dense/expert), deduplicated, "
+    f"planned, full, selective:MODULE,... ({', '.join(RECOMPUTE_MODULES)}), split:N,N,... "
+    f"or a schedule ({', '.join(SCHEDULE_NAMES)})"
 )
 _DEGREE, _ZERO = re.compile(r"([a-z]+)(\d+)"), re.compile(r"z([0-3])(?:/([0-3]))?")
 
@@ -42,6 +43,8 @@ def strategy_text(strategy: Strategy) -> str:
     words += [strategy.schedule, f"z{dense}" if dense == expert else f"z{dense}/{expert}"]
     if strategy.dispatcher != "all_to_all":
         words.append(strategy.dispatcher)
+    if strategy.exchange != "library":
+        words.append(strategy.exchange)
     if strategy.recompute != "none":
         words.append(":".join((strategy.recompute, *filter(None, [",".join(strategy.recompute_modules)]))))
     if strategy.layer_split:
@@ -82,6 +85,8 @@ def _meaning(word: str) -> Iterator[tuple[str, Any]]:
         yield "schedule", word
     elif word in DISPATCHER_NAMES:
         yield "dispatcher", word
+    elif word in EXCHANGE_NAMES:
+        yield "exchange", word
     elif (match := _DEGREE.fullmatch(word)) and match[1] in DEGREES and 0 < int(match[2]) < 2**31:
         yield DEGREES[match[1]], int(match[2])
     elif word in ("full", "selective") or (name == "selective" and values):

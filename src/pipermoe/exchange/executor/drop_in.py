@@ -25,14 +25,14 @@ def all_to_all_single(
     """`torch.distributed.all_to_all_single` with its signature and semantics, by an exchange plan.
 
     All ranks first learn of all splits (one small exchange), so wrong arguments raise the same UserError on all of them
-    before any data moves. Who knows the splits of all ranks calls `Exchange.run` with a plan and saves that.
+    before any data moves; with `async_op`, when the handle is waited for. Who knows the splits of all ranks calls
+    `Exchange.run` with a plan and saves that.
     """
     exchange = exchange or exchange_of(group)
-    rows = exchange.agree(_request(exchange.size, output, input, output_split_sizes, input_split_sizes))
-    plan = exchange.plan(rows * row_bytes(input))
+    request = _request(exchange.size, output, input, output_split_sizes, input_split_sizes)
     if async_op:
-        return exchange.start(plan, output, input)
-    exchange.run(plan, output, input)
+        return exchange.later(input, lambda: exchange.run_agreed(request, output, input))
+    exchange.now(lambda: exchange.run_agreed(request, output, input))
     return None
 
 

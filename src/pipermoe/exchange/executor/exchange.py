@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -19,8 +18,9 @@ from pipermoe.exchange.agreement import Request, agree
 from pipermoe.exchange.builders import BUILDERS
 from pipermoe.exchange.checker import check
 from pipermoe.exchange.chooser import Chooser, candidates
+from pipermoe.exchange.executor.remembered import Remembered
 from pipermoe.exchange.executor.transport import Wanted, gather_places, open_transport
-from pipermoe.exchange.plan import ExchangePlan, Ints, byte_matrix
+from pipermoe.exchange.plan import ExchangePlan, byte_matrix
 from pipermoe.exchange.topology import Topology
 from pipermoe.specs.errors import MachineError, UserError
 
@@ -66,8 +66,10 @@ class Exchange:
         if self.topology.num_ranks != self.size:
             raise UserError(f"the topology has {self.topology.num_ranks} ranks, the process group {self.size}")
         self.transport = open_transport(self.group, places, self.topology, transport, timeout)
-        self._plans: OrderedDict[tuple, ExchangePlan] = OrderedDict()
-        self._prepared: OrderedDict[int, tuple[ExchangePlan, Any]] = OrderedDict()
+        self._plans = Remembered[ExchangePlan](REMEMBERED_PLANS)
+        # By id of a plan, which is kept as well, so that its id stays its own.
+        self._reversed = Remembered[tuple[ExchangePlan, ExchangePlan]](REMEMBERED_PLANS)
+        self._prepared = Remembered[tuple[ExchangePlan, Any]](2 * REMEMBERED_PLANS)
         self.chooser = Chooser(self.topology)
         self._staging = torch.empty(0, dtype=torch.uint8)
         self._worker: ThreadPoolExecutor | None = None
@@ -84,44 +86,53 @@ class Exchange:
             choice = self.chooser.choose(matrix)
             builder, parameters = choice.builder, dict(choice.parameters)
         key = (builder, tuple(sorted(parameters.items())), matrix.tobytes())
-        if key not in self._plans:
-            plan = BUILDERS[builder](matrix, self.topology, **parameters)
-            check(plan)
-            self._remember(key, plan)
-        self._plans.move_to_end(key)
-        return self._plans[key]
-
-    def _remember(self, key: tuple, plan: ExchangePlan) -> None:
-        self._plans[key] = plan
-        if len(self._plans) > REMEMBERED_PLANS:
-            self._plans.popitem(last=False)
+        return self._plans.get(key, lambda: _checked(BUILDERS[builder](matrix, self.topology, **parameters)))
 
     def run(self, plan: ExchangePlan, output: torch.Tensor, input: torch.Tensor) -> None:
         """Moves the bytes of `input` to `output`, both contiguous, sized as the plan's counts say."""
         self._check_sizes(plan, output, input)
-        if self._last is not None and not self._last.done():
-            self.start(plan, output, input).wait()
-            return
-        with self._lock:
-            self._run(plan, output, input)
+        self.now(lambda: self._run(plan, output, input))
 
     def start(self, plan: ExchangePlan, output: torch.Tensor, input: torch.Tensor) -> Handle:
         """Like `run`, in the background; exchanges of one Exchange run in the order in which they were started."""
         self._check_sizes(plan, output, input)
+        return self.later(input, lambda: self._run(plan, output, input))
+
+    def run_agreed(self, request: Request, output: torch.Tensor, input: torch.Tensor) -> None:
+        """What all ranks ask for, by the cheapest plan; the same UserError on all if they ask for different things.
+
+        To be called by `now` or `later`: it is two exchanges, between which no other may come.
+        """
+        rows = agree(request, self._gather_bytes)
+        self._run(self.plan(rows * row_bytes(input)), output, input)
+
+    def now(self, act: Callable[[], None]) -> None:
+        """Exchanges on this thread, after those that were started before."""
+        if self._last is not None and not self._last.done():
+            self._in_background(act).result()
+            return
+        with self._lock:
+            act()
+
+    def later(self, input: torch.Tensor, act: Callable[[], None]) -> Handle:
+        """Exchanges in the background, once the work that makes `input` on its device is done."""
         if self.transport.name == "device":  # asynchronous by itself: the work is queued on the stream
-            self._run(plan, output, input)
+            act()
             return Handle()
-        if self._worker is None:
-            self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="exchange")
         ready = _record_event(input)
 
         def work() -> None:
             ready()
             with self._lock:
-                self._run(plan, output, input)
+                act()
 
-        self._last = self._worker.submit(work)
-        return Handle(self._last)
+        return Handle(self._in_background(work))
+
+    def _in_background(self, act: Callable[[], None]) -> Future:
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="exchange")
+        self._last = self._worker.submit(act)
+        return self._last
 
     def learn(self, counts: ArrayLike, repeats: int = 3) -> dict[str, float]:
         """Measures all candidates for a byte matrix and remembers: seconds of the slowest rank. A collective call."""
@@ -145,17 +156,7 @@ class Exchange:
 
     def reverse(self, plan: ExchangePlan) -> ExchangePlan:
         """The checked plan of the way back, remembered."""
-        key = ("reverse", id(plan))
-        if key not in self._plans:
-            back = plan.reversed()
-            check(back)
-            self._remember(key, back)
-            self._prepare(plan)  # which keeps the plan, so that its id stays its own
-        return self._plans[key]
-
-    def agree(self, request: Request) -> Ints:
-        """What all ranks ask for, [P, P] rows from source to destination; the same UserError on all if they differ."""
-        return agree(request, self._gather_bytes)
+        return self._reversed.get(id(plan), lambda: (plan, _checked(plan.reversed())))[1]
 
     def _gather_bytes(self, mine: np.ndarray) -> np.ndarray:
         """The bytes of every rank, [P, len(mine)]: an exchange of equal rows, so nothing needs to be agreed before."""
@@ -166,10 +167,10 @@ class Exchange:
         if self.transport.name == "device":
             device = torch.device("cuda", torch.cuda.current_device())
             on_device = torch.empty_like(rows, device=device)
-            self.run(plan, on_device, rows.to(device))
+            self._run(plan, on_device, rows.to(device))
             gathered.copy_(on_device)
         else:
-            self.run(plan, gathered, rows)
+            self._run(plan, gathered, rows)
         return gathered.numpy().reshape(self.size, len(mine))
 
     def _check_sizes(self, plan: ExchangePlan, output: torch.Tensor, input: torch.Tensor) -> None:
@@ -185,13 +186,6 @@ class Exchange:
                 actual = tensor.numel() * tensor.element_size()
                 raise UserError(f"{name} has {actual} bytes, the plan moves {expected} on rank {self.rank}")
 
-    def _prepare(self, plan: ExchangePlan) -> Any:
-        if (remembered := self._prepared.get(id(plan))) is None:
-            remembered = self._prepared[id(plan)] = (plan, self.transport.prepare(plan))
-            if len(self._prepared) > 2 * REMEMBERED_PLANS:
-                self._prepared.popitem(last=False)
-        return remembered[1]
-
     def _run(self, plan: ExchangePlan, output: torch.Tensor, input: torch.Tensor) -> None:
         """GPU tensors on a group of CPU processes pass through pinned host memory."""
         if self.transport.name == "device" or not (input.is_cuda or output.is_cuda):
@@ -203,7 +197,7 @@ class Exchange:
         output.copy_(received)
 
     def _move(self, plan: ExchangePlan, output: torch.Tensor, input: torch.Tensor) -> None:
-        prepared = self._prepare(plan)
+        prepared = self._prepared.get(id(plan), lambda: (plan, self.transport.prepare(plan)))[1]
         buffers = as_bytes(input), as_bytes(output), self._staging_on(input.device, int(plan.staging_bytes[self.rank]))
         try:
             self.transport.run(prepared, buffers)
@@ -215,6 +209,11 @@ class Exchange:
         if self._staging.numel() < size or self._staging.device != device:
             self._staging = torch.empty(size, dtype=torch.uint8, device=device)
         return self._staging
+
+
+def _checked(plan: ExchangePlan) -> ExchangePlan:
+    check(plan)
+    return plan
 
 
 def row_bytes(tensor: torch.Tensor) -> int:
