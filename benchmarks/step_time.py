@@ -23,6 +23,7 @@ from rich.table import Table
 from pipermoe.measure import measure_platform
 from pipermoe.resources.step import predict
 from pipermoe.runtime.launch import launch
+from pipermoe.runtime.run import Run
 from pipermoe.specs.catalogue import load_model
 from pipermoe.specs.documents import load
 from pipermoe.specs.model import ModelSpec
@@ -62,7 +63,7 @@ def spearman(one: list[float], other: list[float]) -> float:
 def run(plan: Plan, steps: int) -> StepReport:
     """Train `plan` for `steps` steps and return what was measured."""
     with tempfile.TemporaryDirectory(prefix="pipermoe-step-time-") as folder:
-        measurement = launch(plan, Path(folder), steps=steps, quiet=True)
+        measurement = launch(plan, Run(Path(folder), steps=steps, quiet=True))
     assert measurement is not None
     return measurement.report
 

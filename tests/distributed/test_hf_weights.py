@@ -19,6 +19,7 @@ from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.hf_names import FAMILIES
 from pipermoe.runtime.hf_weights import INDEX, SINGLE, expected_shapes, load_weights, save_weights
 from pipermoe.runtime.launch import launch
+from pipermoe.runtime.run import Run
 from pipermoe.specs.errors import UserError
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.strategy import Strategy
@@ -75,9 +76,9 @@ def test_a_run_starts_from_published_weights_resumes_exactly_and_writes_them_aga
     strategy = Strategy(pipeline_parallel=2, data_parallel=2, expert_parallel=2, zero_dense=1, recompute="full")
     plan = tiny_plan(strategy, steps=4, checkpoint_every=2, balance_rate=0.01)
     plan = plan.model_copy(update={"model": model})
-    whole = launch(plan, tmp_path / "whole", weights=start, quiet=True)
-    launch(plan, tmp_path / "parts", steps=2, weights=start, quiet=True)
-    rest = launch(plan, tmp_path / "parts", resume=True, weights=start, quiet=True)
+    whole = launch(plan, Run(tmp_path / "whole", weights=start, quiet=True))
+    launch(plan, Run(tmp_path / "parts", steps=2, weights=start, quiet=True))
+    rest = launch(plan, Run(tmp_path / "parts", weights=start, quiet=True), resume=True)
     assert whole is not None
     assert rest is not None
     assert rest.losses == whole.losses[2:]
@@ -89,16 +90,9 @@ def test_a_run_starts_from_published_weights_resumes_exactly_and_writes_them_aga
     bias = "model.layers.1.mlp.gate.e_score_correction_bias"
     moved = (trained[bias] - numbers(bias, shapes[bias])) / 0.01
     torch.testing.assert_close(moved, moved.round(), rtol=0, atol=1e-3)
-    assert (
-        launch(
-            tiny_plan(strategy, steps=1).model_copy(update={"model": model}),
-            tmp_path / "again",
-            weights=tmp_path / "whole" / "weights",
-            quiet=True,
-        )
-        is not None
-    )
+    again = tiny_plan(strategy, steps=1).model_copy(update={"model": model})
+    assert launch(again, Run(tmp_path / "again", weights=tmp_path / "whole" / "weights", quiet=True)) is not None
     (start / SINGLE).unlink()
     with pytest.raises(UserError, match="holds neither"):
-        launch(plan, tmp_path / "never", weights=start)
+        launch(plan, Run(tmp_path / "never", weights=start))
     assert not (tmp_path / "never").exists()

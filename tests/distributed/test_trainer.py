@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import sys
+from itertools import pairwise
 
 import pytest
 from tests.plans import TINY_MODEL, tiny_plan
 
 from pipermoe.resources.flops import model_forward_flops
+from pipermoe.runtime.engine import Engine
 from pipermoe.runtime.launch import launch
+from pipermoe.runtime.run import Run
+from pipermoe.runtime.tensorboard import open_board
+from pipermoe.schedule.builders import build
 from pipermoe.specs.documents import load
 from pipermoe.specs.errors import UserError
+from pipermoe.specs.mesh import coordinates
 from pipermoe.specs.plan import Measurement
 from pipermoe.specs.report import TERMS
 from pipermoe.specs.strategy import Strategy
@@ -31,8 +38,8 @@ def text(tmp_path):
 def test_a_hybrid_run_learns_what_one_process_learns_and_reports_it(tmp_path, text, capfd):
     runs = {}
     for strategy in (Strategy(), HYBRID):
-        plan = tiny_plan(strategy, data=text, **FASTER)
-        runs[strategy] = launch(plan, tmp_path / strategy.compact().replace("/", "-"))
+        plan = tiny_plan(strategy, data=text, z_loss=0.01, **FASTER)
+        runs[strategy] = launch(plan, Run(tmp_path / strategy.compact().replace("/", "-")))
     one, hybrid = runs[Strategy()], runs[HYBRID]
     assert one is not None
     assert hybrid is not None
@@ -47,6 +54,16 @@ def test_a_hybrid_run_learns_what_one_process_learns_and_reports_it(tmp_path, te
     assert load(folder / "measurement.json", Measurement) == hybrid
     lines = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
     assert tuple(line["loss"] for line in lines) == hybrid.losses
+    assert [line["validation_loss"] for line in lines] == [None] * 5 + [hybrid.validation_loss_after]
+    for line in lines:
+        assert len(line["expert_load"]) == len(line["dead_experts"]) == 2
+        assert all(1 <= load <= 4 for load in line["expert_load"])
+        assert line["z_loss"] > 0
+        assert line["resident_bytes"] > 2**20
+    assert sum(lines[-1]["memory_bytes"].values()) == lines[-1]["peak_bytes"]
+    alone = json.loads((tmp_path / Strategy().compact() / "steps.jsonl").read_text().splitlines()[0])
+    for name in ("expert_load", "dead_experts", "z_loss", "auxiliary_loss", "grad_norm"):
+        assert lines[0][name] == pytest.approx(alone[name], rel=1e-5)
     out = capfd.readouterr().out
     assert "step:     6  loss:" in out
     assert "\33" not in out
@@ -63,9 +80,9 @@ def test_a_hybrid_run_learns_what_one_process_learns_and_reports_it(tmp_path, te
 
 def test_a_run_that_stopped_and_resumed_equals_one_that_did_not(tmp_path, text):
     plan = tiny_plan(HYBRID, data=text, checkpoint_every=2, **FASTER)
-    whole = launch(plan, tmp_path / "whole", quiet=True)
-    launch(plan, tmp_path / "parts", steps=4, quiet=True)
-    rest = launch(plan, tmp_path / "parts", resume=True, quiet=True)
+    whole = launch(plan, Run(tmp_path / "whole", quiet=True))
+    launch(plan, Run(tmp_path / "parts", steps=4, quiet=True))
+    rest = launch(plan, Run(tmp_path / "parts", quiet=True), resume=True)
     assert whole is not None
     assert rest is not None
     assert rest.losses == whole.losses[4:]
@@ -73,19 +90,79 @@ def test_a_run_that_stopped_and_resumed_equals_one_that_did_not(tmp_path, text):
     lines = (tmp_path / "parts" / "steps.jsonl").read_text().splitlines()
     assert tuple(json.loads(line)["loss"] for line in lines) == whole.losses
     with pytest.raises(UserError, match="has trained 6 of 6 steps already"):
-        launch(plan, tmp_path / "parts", resume=True)
+        launch(plan, Run(tmp_path / "parts"), resume=True)
     with pytest.raises(UserError, match="holds checkpoints of another run; add --resume"):
-        launch(plan, tmp_path / "parts")
+        launch(plan, Run(tmp_path / "parts"))
 
 
 def test_divergence_stops_every_rank_and_names_the_step(tmp_path, text):
     plan = tiny_plan(HYBRID, data=text, optimizer={"learning_rate": 1e30, "warmup_steps": 0, "gradient_clip": 0})
     with pytest.raises(UserError, match=r"^step [2-6]: (loss|grad_norm) = (nan|inf)"):
-        launch(plan, tmp_path / "run")
+        launch(plan, Run(tmp_path / "run"))
     assert not (tmp_path / "run" / "measurement.json").exists()
+
+
+def test_a_step_that_is_not_finite_is_skipped_by_all_ranks_and_changes_nothing(tmp_path, text, monkeypatch):
+    step, calls = Engine.step, []
+
+    def poisoned(self, batch):
+        result = step(self, batch)
+        calls.append(batch)
+        if len(calls) == 3 and self.groups.rank == 1:
+            gradient = next(parameter.grad for _, parameter in self.named_parameters())
+            assert gradient is not None
+            gradient[0] = float("inf")
+        return result
+
+    monkeypatch.setattr(Engine, "step", poisoned)
+    plan = tiny_plan(HYBRID, data=text, on_nonfinite="skip", validate_every=1, **FASTER)
+    measurement = launch(plan, Run(tmp_path / "skip", quiet=True))
+    assert measurement is not None
+    lines = [json.loads(line) for line in (tmp_path / "skip" / "steps.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in lines] == [False, False, True, False, False, False]
+    assert lines[2]["grad_norm"] is None
+    losses = [line["validation_loss"] for line in lines]
+    assert losses[2] == losses[1]
+    assert losses[3] < losses[2]
+    stopping = plan.model_copy(update={"train": plan.train.model_copy(update={"on_nonfinite": "stop"})})
+    with pytest.raises(UserError, match=r"^step 3: grad_norm = (inf|nan): training diverged"):
+        launch(stopping, Run(tmp_path / "stop", quiet=True))
+
+
+def test_the_trace_of_a_step_shows_the_actions_of_the_schedule_without_overlap(tmp_path, text):
+    launch(tiny_plan(HYBRID, data=text, steps=4), Run(tmp_path, trace_steps=frozenset({4}), quiet=True))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    lanes = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    schedule = build("1f1b", 2, 4)
+    for rank in range(4):
+        own = {lanes[e["pid"], e["tid"]] for e in events if e["ph"] == "X" and e["pid"] == rank}
+        assert {"compute", "all-to-all", "point-to-point", "reduce"} <= own
+        names = {
+            e["name"] for e in events if e["ph"] == "X" and e["cat"] in ("forward", "backward") and e["pid"] == rank
+        }
+        assert names == {str(action) for action in schedule.parts(coordinates(HYBRID, rank).pp)}
+    for lane in lanes:
+        spans = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e["ph"] == "X" and (e["pid"], e["tid"]) == lane)
+        assert all(end <= start + 1e-3 for (_, end), (start, _) in pairwise(spans))
+
+
+def test_tensorboard_shows_every_number(tmp_path, text):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    plan = tiny_plan(Strategy(), data=text, steps=2)
+    launch(plan, Run(tmp_path / "run", tensorboard=tmp_path / "board", quiet=True))
+    events = reader.EventAccumulator(str(tmp_path / "board")).Reload()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "steps.jsonl").read_text().splitlines()]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx([line["loss"] for line in lines])
+    assert {"expert_load/1", "seconds_by_term/forward"} <= set(events.Tags()["scalars"])
+
+
+def test_tensorboard_without_its_package_is_an_error_that_says_how_to_install_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", None)
+    with pytest.raises(UserError, match=r"pip install 'pipermoe\[tensorboard\]'"):
+        open_board(tmp_path)
 
 
 def test_a_peak_above_the_budget_is_a_warning_that_names_the_rank(tmp_path, text, capfd):
     plan = tiny_plan(Strategy(), data=text).model_copy(update={"memory_budget_bytes": 100_000})
-    launch(plan, tmp_path / "run", steps=2)
+    launch(plan, Run(tmp_path / "run", steps=2))
     assert "warning: rank 0 holds" in capfd.readouterr().out

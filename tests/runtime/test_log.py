@@ -15,7 +15,14 @@ from pipermoe.specs.units import GIB
 def line(step: int = 10, **values) -> StepLine:
     fields = {
         "loss": 1.5568,
+        "validation_loss": None,
         "auxiliary_loss": 1.0,
+        "z_loss": 0.0,
+        "skipped": False,
+        "memory_bytes": None,
+        "resident_bytes": 1,
+        "expert_load": (1.5,),
+        "dead_experts": (0,),
         "grad_norm": 0.8123,
         "learning_rate": 3e-4,
         "seconds": 1.0,

@@ -32,6 +32,14 @@ def memory_bytes(text: str | None) -> int | None:
     return value
 
 
+def step_numbers(text: str | None) -> frozenset[int]:
+    """The value of `--trace-steps`, such as "10,11". Raises `UserError`."""
+    try:
+        return frozenset(int(number) for number in (text or "").split(",") if number or text)
+    except ValueError:
+        raise UserError(f"--trace-steps = {text!r}: must be numbers of steps, such as 10,11") from None
+
+
 def training_job(
     path: Path | None, seq_len: int | None, global_batch: int | None, defaults: Mapping[str, Any] | None = None
 ) -> TrainConfig:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipermoe.cli.options import Output, Switch
+from pipermoe.cli.options import Output, Switch, step_numbers
+
+LONGEST_TIMEOUT = 86400.0  # seconds
 
 
 def train(
@@ -14,6 +16,10 @@ def train(
     steps: int | None = None,
     resume: Switch = False,
     weights: Path | None = None,
+    nproc: int | None = None,
+    timeout: float = 180.0,
+    trace_steps: str | None = None,
+    tensorboard: Path | None = None,
     json: Switch = False,
 ) -> None:
     """Train with exactly the strategy of a plan, and measure what the plan predicted.
@@ -33,13 +39,36 @@ def train(
     weights
         Start from the published weights in this folder (config.json and safetensors files of a Hugging Face model), and
         write the trained ones the same way, into the output folder.
+    nproc
+        Ranks to start on this machine; default and only choice: the plan's. Not with torchrun or srun.
+    timeout
+        Seconds after which a rank that does not answer counts as stalled, and the run ends.
+    trace_steps
+        Write these steps as a Chrome trace, output/trace.json: 10,11.
+    tensorboard
+        Write the numbers of every step into this folder for TensorBoard too.
     json
         Print the measurement as JSON.
     """
+    from datetime import timedelta
+
     from pipermoe.runtime.launch import launch
+    from pipermoe.runtime.run import Run
     from pipermoe.specs.documents import load, to_json
+    from pipermoe.specs.errors import UserError
     from pipermoe.specs.plan import Plan
 
-    measurement = launch(load(plan, Plan), output, steps=steps, resume=resume, weights=weights, quiet=json)
+    if not 0 < timeout <= LONGEST_TIMEOUT:
+        raise UserError(f"--timeout = {timeout:g}: must be positive, and at most a day")
+    run = Run(
+        output,
+        steps=steps,
+        weights=weights,
+        quiet=json,
+        timeout=timedelta(seconds=timeout),
+        trace_steps=step_numbers(trace_steps),
+        tensorboard=tensorboard,
+    )
+    measurement = launch(load(plan, Plan), run, resume=resume, nproc=nproc, where=str(plan))
     if measurement is not None and json:
         print(to_json(measurement))

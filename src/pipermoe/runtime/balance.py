@@ -54,13 +54,17 @@ class Balance:
         self._own.clear()
         self._global.clear()
 
+    def chosen(self, router: Router) -> Tensor:
+        """How often this rank's tokens of the last step chose each expert of a layer (E,)."""
+        return self._own[router]
+
     def observe(self, router: Router, experts_TK: Tensor, num_experts: int, *, training: bool) -> Load:
         """Count one micro-batch's choices and launch what has to be summed."""
         sequences = self.sequences(experts_TK.shape[0])
         first_T1 = torch.arange(sequences, device=experts_TK.device).repeat_interleave(self._seq_len)[:, None]
         apart_TK = experts_TK if sequences == 1 else experts_TK + num_experts * first_T1
         counts_BE = count_choices(apart_TK, sequences * num_experts).view(sequences, num_experts)
-        if training and router.correction_bias is not None:
+        if training:
             _add(self._own, router, counts_BE.sum(0))
         if self.level != "global_batch":
             return Load(counts_BE, None, self._meter)

@@ -4,92 +4,134 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from pipermoe.runtime.output_folder import lock_folder
 from pipermoe.runtime.world import World, existing_world
 from pipermoe.specs.errors import UserError
 from pipermoe.specs.legality import violations
 from pipermoe.specs.plan import Measurement, Plan
 
-TIMEOUT_SECONDS = 180.0  # of one collective: a rank that is silent for longer counts as stalled
+if TYPE_CHECKING:
+    from pipermoe.runtime.data.batches import TextData
+    from pipermoe.runtime.run import Run
 
 
 def launch(
-    plan: Plan,
-    output: Path,
-    *,
-    steps: int | None = None,
-    resume: bool = False,
-    weights: Path | None = None,
-    quiet: bool = False,
-    timeout_seconds: float = TIMEOUT_SECONDS,
+    plan: Plan, run: Run, *, resume: bool = False, nproc: int | None = None, where: str = "the plan"
 ) -> Measurement | None:
     """Train `plan` and return what was measured (None on ranks but 0 of a world that others started).
 
-    `steps` stops there instead of after the plan's steps; the learning rate follows the plan all the same, so that a
-    run stopped early and resumed equals one that was not. `resume` goes on from the newest checkpoint in `output`.
-    `weights` is a folder of published weights (config.json and safetensors) to start from; the trained ones are then
-    written the same way, into `output`/weights.
-    `quiet` keeps stdout free. Raises `UserError` for wrong input and `MachineError` when a rank fails, dies or stalls;
-    then every other rank has been stopped, and nothing half-written is left.
+    `run.steps` stops there instead of after the plan's steps; the learning rate follows the plan all the same, so that
+    a run stopped early and resumed equals one that was not. `resume` goes on from the newest checkpoint in
+    `run.output`. `nproc` is how many ranks to start here, which must be the plan's. `where` names the plan in errors.
+    Raises `UserError` for wrong input and `MachineError` when a rank fails, dies or stalls; then every other rank has
+    been stopped, and nothing half-written is left.
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # gloo prints a C++ stack for every closed connection
-    from pipermoe.runtime.checkpoint import check_resumable, checkpoints, find_newest, partial_folder
-    from pipermoe.runtime.data.batches import load_text
-    from pipermoe.runtime.hf_weights import check_weights
-    from pipermoe.runtime.local_ranks import run_local_ranks
-    from pipermoe.runtime.rank import device_for, run_rank
-    from pipermoe.runtime.support import check_supported
-    from pipermoe.runtime.trainer import MEASUREMENT_FILE, Run
-    from pipermoe.specs.documents import load
+    from pipermoe.runtime.checkpoint import partial_folder
+    from pipermoe.runtime.interrupt import end_on_signals
+    from pipermoe.runtime.progress import Display
+    from pipermoe.runtime.rank import run_rank
 
     world = existing_world(os.environ)
-    _check_world(plan, world)
-    if steps is not None and steps < 1:
-        raise UserError(f"steps = {steps}: must be at least 1")
-    if broken := violations(plan.strategy, plan.model, plan.train, plan.strategy.world_size):
-        raise UserError("\n".join(f"plan {plan.name}: {line}" for line in broken))
-    check_supported(plan.model, plan.train, plan.strategy)
-    newest = find_newest(output) if resume else None
-    if newest is not None:
-        check_resumable(newest, plan)
-    elif world is None and checkpoints(output):
-        raise UserError(f"{output}: holds checkpoints of another run; add --resume or choose another --output")
-    if weights is not None:
-        check_weights(weights, plan.model)
-    _make_folder(output)
-    if world is None or world.rank == 0:
-        for stale in (output / MEASUREMENT_FILE, *output.glob("rank-*.error.txt")):
-            stale.unlink(missing_ok=True)  # should this run fail, nobody shall take the last one's results for its own
-    data = load_text(plan.train, plan.model.vocab_size)
-    run = Run(output, steps, newest, weights, quiet, timedelta(seconds=timeout_seconds))
-
-    if world is not None:
-        return run_rank(plan, data, run, world)
-    device_for(plan.strategy.world_size)  # refuses more ranks than devices before any process starts
-    shutil.rmtree(partial_folder(output), ignore_errors=True)
-    try:
-        run_local_ranks(
-            plan.strategy.world_size, lambda local: run_rank(plan, data, run, local), output, timeout_seconds
-        )
-    finally:
-        shutil.rmtree(partial_folder(output), ignore_errors=True)
-    return load(output / MEASUREMENT_FILE, Measurement)
+    _check_world(plan, world, nproc, where)
+    _check_plan(plan, run, where)
+    run = _with_start(plan, run, resume)
+    with lock_folder(run.output) if world is None or world.rank == 0 else nullcontext():
+        if world is None or world.rank == 0:
+            _remove_stale(run.output)
+        with Display(shown=world is None or world.rank == 0).activity("reading the text"):
+            data = _load_text(plan)
+        if world is not None:
+            end_on_signals(say=world.rank == 0)
+            return run_rank(plan, data, run, world)
+        shutil.rmtree(partial_folder(run.output), ignore_errors=True)
+        try:
+            return _run_here(plan, data, run)
+        finally:
+            shutil.rmtree(partial_folder(run.output), ignore_errors=True)
 
 
-def _check_world(plan: Plan, world: World | None) -> None:
-    if world is not None and world.size != plan.strategy.world_size:
+def _run_here(plan: Plan, data: TextData, run: Run) -> Measurement:
+    from pipermoe.runtime.local_ranks import run_local_ranks
+    from pipermoe.runtime.rank import device_for, run_rank
+    from pipermoe.runtime.status_board import StatusBoard
+    from pipermoe.runtime.trainer import MEASUREMENT_FILE
+    from pipermoe.specs.documents import load
+
+    ranks = plan.strategy.world_size
+    device_for(ranks)  # refuses more ranks than devices before any process starts
+    board = StatusBoard(ranks)
+    run_local_ranks(
+        ranks,
+        lambda world: run_rank(plan, data, replace(run, tell=board.writer(world.rank)), world),
+        run.output,
+        run.timeout / timedelta(seconds=1),
+        doing=board.read,
+    )
+    return load(run.output / MEASUREMENT_FILE, Measurement)
+
+
+def _check_world(plan: Plan, world: World | None, nproc: int | None, where: str) -> None:
+    wanted, compact = plan.strategy.world_size, plan.strategy.compact()
+    if world is not None and world.size != wanted:
         raise UserError(
-            f"{world.starter} started {world.size} ranks, the plan is for {plan.strategy.world_size} "
-            f"({plan.strategy.compact()}); start {plan.strategy.world_size} or plan for {world.size}"
+            f"{world.starter} started {world.size} ranks, {where} is for {wanted} ({compact}); "
+            f"start {wanted} or plan for {world.size}"
         )
+    if nproc is not None and world is not None:
+        raise UserError(f"--nproc = {nproc}: {world.starter} has started the ranks already; leave it out")
+    if nproc is not None and nproc != wanted:
+        raise UserError(f"--nproc = {nproc}: {where} is for {wanted} ranks ({compact}); plan with --ranks {nproc}")
 
 
-def _make_folder(output: Path) -> None:
+def _check_plan(plan: Plan, run: Run, where: str) -> None:
+    """Everything about the plan that can be known to be wrong before a rank starts."""
+    from pipermoe.runtime.hf_weights import check_weights
+    from pipermoe.runtime.support import check_supported
+
+    if run.steps is not None and run.steps < 1:
+        raise UserError(f"--steps = {run.steps}: must be at least 1")
+    last = run.steps or plan.train.steps
+    if outside := [step for step in run.trace_steps if not 1 <= step <= last]:
+        raise UserError(f"--trace-steps: {outside[0]} is not a step of this run; they are 1 to {last}")
     try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{output}: cannot be made a folder: {error.strerror}") from None
-    if not os.access(output, os.W_OK):
-        raise UserError(f"{output}: cannot be written to; choose another --output")
+        if broken := violations(plan.strategy, plan.model, plan.train, plan.strategy.world_size):
+            raise UserError("\n".join(broken))
+        check_supported(plan.model, plan.train, plan.strategy)
+    except UserError as error:
+        raise UserError("\n".join(f"{where}: {line}" for line in str(error).splitlines())) from None
+    if run.weights is not None:
+        check_weights(run.weights, plan.model)
+
+
+def _with_start(plan: Plan, run: Run, resume: bool) -> Run:
+    """The run with the checkpoint it begins from. UserError for one of another job, and where one would be lost."""
+    from pipermoe.runtime.checkpoint import check_resumable, checkpoints, find_newest
+
+    if resume:
+        newest = find_newest(run.output)
+        check_resumable(newest, plan)
+        return replace(run, resume=newest)
+    if checkpoints(run.output):
+        raise UserError(f"{run.output}: holds checkpoints of another run; add --resume or choose another --output")
+    return run
+
+
+def _remove_stale(output: Path) -> None:
+    """Should this run fail, nobody shall take the last one's results for its own."""
+    from pipermoe.runtime.trainer import MEASUREMENT_FILE, TRACE_FILE
+
+    for stale in (output / MEASUREMENT_FILE, output / TRACE_FILE, *output.glob("rank-*.error.txt")):
+        stale.unlink(missing_ok=True)
+
+
+def _load_text(plan: Plan) -> TextData:
+    from pipermoe.runtime.data.batches import load_text
+
+    return load_text(plan.train, plan.model.vocab_size)

@@ -16,7 +16,8 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -82,15 +83,16 @@ def run_local_ranks(
     family = Family(noun, [], [], doing)
     with tempfile.TemporaryDirectory(prefix="pipermoe-") as folder:
         try:
-            for rank in range(world_size):
-                world = World("pipermoe", rank, world_size, rank, f"file://{folder}/store")
-                reader, writer = context.Pipe(duplex=False)
-                arguments = (target, world, noun, output, writer, alive_end, parent_end)
-                process = context.Process(target=_child, args=arguments, name=f"{noun} {rank}")
-                process.start()
-                writer.close()
-                family.processes.append(process)
-                family.readers.append(reader)
+            with _interrupts_held_back():
+                for rank in range(world_size):
+                    world = World("pipermoe", rank, world_size, rank, f"file://{folder}/store")
+                    reader, writer = context.Pipe(duplex=False)
+                    arguments = (target, world, noun, output, writer, alive_end, parent_end)
+                    process = context.Process(target=_child, args=arguments, name=f"{noun} {rank}")
+                    process.start()
+                    writer.close()
+                    family.processes.append(process)
+                    family.readers.append(reader)
             _watch(family, timeout_seconds, meanwhile)
         finally:
             for process in family.processes:
@@ -103,6 +105,16 @@ def run_local_ranks(
                 reader.close()
             os.close(alive_end)
             os.close(parent_end)
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Ctrl-C comes after the block: in it a process may have been started that nobody knows of yet."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _child(target, world: World, noun: str, output: Path, writer: Connection, alive_end: int, parent_end: int) -> None:

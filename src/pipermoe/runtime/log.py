@@ -1,23 +1,20 @@
-"""What a run says: a line for every step in the order that people grep for, the same and more as JSON lines, and a
-progress bar where someone watches."""
+"""What a run says of every step: a line in the order that people grep for; more as JSON lines and in TensorBoard."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+from pipermoe.runtime.tensorboard import Board, open_board
 from pipermoe.specs.documents import write_atomically
 from pipermoe.specs.errors import UserError
-from pipermoe.specs.report import Term
+from pipermoe.specs.report import MemoryCategory, Term
 from pipermoe.specs.units import GIB, MIB
 
 STEPS_FILE = "steps.jsonl"
@@ -30,18 +27,28 @@ _COLOURS = {"step": 31, "loss": 32, "grad_norm": 33, "memory": 36, "tps": 34, "t
 
 @dataclass(frozen=True, slots=True)
 class StepLine:
-    """One step of the whole job. Steps count from 1, as people do. `seconds_by_term` are those of rank 0."""
+    """One step of the whole job. Steps count from 1, as people do. docs/training.md says what each field is.
+
+    None: not known, or not evaluated after this step. `seconds_by_term` are those of rank 0.
+    """
 
     step: int
     loss: float
+    validation_loss: float | None
     auxiliary_loss: float
+    z_loss: float
     grad_norm: float
     learning_rate: float
+    skipped: bool
     seconds: float
     tokens_per_second: float
     flops_per_second: float
     mfu: float | None
     peak_bytes: int | None
+    memory_bytes: dict[MemoryCategory, int] | None
+    resident_bytes: int
+    expert_load: tuple[float, ...]
+    dead_experts: tuple[int, ...]
     seconds_by_term: dict[Term, float]
 
 
@@ -62,10 +69,22 @@ def format_line(line: StepLine, budget_bytes: int, *, coloured: bool = False) ->
 
 
 class StepLog:
-    """The lines of a run: on stdout (`quiet`: on stderr) for people, in `steps.jsonl` for programs. On rank 0 only."""
+    """The lines of a run: on stdout (`quiet`: on stderr) for people, in `steps.jsonl` for programs. On rank 0 only.
 
-    def __init__(self, output: Path, budget_bytes: int, first_step: int, *, quiet: bool = False) -> None:
+    With `tensorboard`, the folder to write to, the numbers go there too.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        budget_bytes: int,
+        first_step: int,
+        *,
+        quiet: bool = False,
+        tensorboard: Path | None = None,
+    ) -> None:
         self._quiet, self._budget = quiet, budget_bytes
+        self._board: Board | None = None if tensorboard is None else open_board(tensorboard)
         self._coloured = self._stream.isatty() and "NO_COLOR" not in os.environ
         self._path = output / STEPS_FILE
         write_atomically(self._path, "".join(_lines_before(self._path, first_step)))
@@ -76,8 +95,14 @@ class StepLog:
 
     def step(self, line: StepLine) -> None:
         self.say(format_line(line, self._budget, coloured=self._coloured))
-        self._file.write(json.dumps(asdict(line)) + "\n")
-        self._file.flush()
+        values = _known(asdict(line))
+        try:
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot be written: {error.strerror}") from None
+        if self._board is not None:
+            self._board.step(values)
 
     def say(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
@@ -88,6 +113,15 @@ class StepLog:
 
     def close(self) -> None:
         self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _known(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no number that is not finite: null stands for it."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
+    }
 
 
 def _lines_before(path: Path, first_step: int) -> Iterator[str]:
@@ -101,17 +135,3 @@ def _lines_before(path: Path, first_step: int) -> Iterator[str]:
             continue
         if step <= first_step:
             yield line
-
-
-@contextmanager
-def progress_bar(title: str, total: int, *, shown: bool) -> Iterator[Progress | None]:
-    """A bar on stderr while a person watches; None where stderr is no terminal or `shown` is false."""
-    console = Console(stderr=True)
-    if not shown or not console.is_terminal:
-        yield None
-        return
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    # stdout passes through the bar's console only where both are the terminal: a redirected stdout stays untouched.
-    with Progress(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty()) as progress:
-        progress.add_task(title, total=total)
-        yield progress

@@ -12,7 +12,8 @@ import torch.distributed as dist
 import torch.fx.experimental.symbolic_shapes
 
 from pipermoe.runtime.data.batches import TextData
-from pipermoe.runtime.trainer import Run, train
+from pipermoe.runtime.run import Run
+from pipermoe.runtime.trainer import train
 from pipermoe.runtime.world import World
 from pipermoe.specs.errors import MachineError, UserError
 from pipermoe.specs.plan import Measurement, Plan
@@ -20,6 +21,7 @@ from pipermoe.specs.plan import Measurement, Plan
 
 def run_rank(plan: Plan, data: TextData, run: Run, world: World) -> Measurement | None:
     """Join `world` and train. Raises `UserError` as `train` does, and `MachineError` naming the rank otherwise."""
+    run.tell("meeting the other ranks")
     device = device_for(local_rank=world.local_rank)
     try:
         if device.type == "cuda":

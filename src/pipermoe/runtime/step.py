@@ -17,12 +17,13 @@ AFTER_PIPELINE = (REDUCE, AGREE, UPDATE, GATHER, CLEAR)
 
 
 def training_step(
-    engine: Engine, optimizer: Optimizer, batch: Tensor, agree: Callable[[Tensor], float], learning_rate: float
+    engine: Engine, optimizer: Optimizer, batch: Tensor, agree: Callable[[Tensor], float | None], learning_rate: float
 ) -> None:
     """Forward and backward of every micro-batch, reduce, agree, update, gather. Collective: every rank calls it.
 
-    `agree` takes sums over all ranks (squared gradient norm, loss, auxiliary loss; float64) and returns the gradient
-    norm to clip by. It is where a rank reads its tensors; what it raises ends the step before the weights change.
+    `agree` takes sums over all ranks (squared gradient norm, loss, auxiliary loss, z-loss; float64) and returns the
+    gradient norm to clip by, or None to leave weights and optimizer as they are. It is where a rank reads its tensors;
+    what it raises ends the step before the weights change.
     """
     meter = engine.meter
     result = engine.step(batch)
@@ -30,16 +31,18 @@ def training_step(
         meter.action = REDUCE
         optimizer.reduce_gradients()
         meter.action = AGREE
-        totals = torch.stack([optimizer.owned_squared_norm(), result.loss.double(), result.auxiliary.double()])
+        losses = (result.loss, result.auxiliary, result.z_loss)
+        totals = torch.stack([optimizer.owned_squared_norm(), *(loss.double() for loss in losses)])
         dist.all_reduce(totals, group=engine.groups.world)
         norm = agree(totals)
-    with meter.term("optimizer"), meter.born("temporary"):
-        meter.action = UPDATE
-        optimizer.update(norm, learning_rate)
-    with meter.term("gradient_sync"):
-        meter.action = GATHER
-        optimizer.gather_weights()
-        engine.move_correction_biases()
+    if norm is not None:
+        with meter.term("optimizer"), meter.born("temporary"):
+            meter.action = UPDATE
+            optimizer.update(norm, learning_rate)
+        with meter.term("gradient_sync"):
+            meter.action = GATHER
+            optimizer.gather_weights()
+            engine.move_correction_biases()
     with meter.term("optimizer"):
         meter.action = CLEAR
         optimizer.zero_gradients()

@@ -5,10 +5,6 @@ from __future__ import annotations
 import math
 import platform as host
 import time
-from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import pipermoe
+from pipermoe.exchange.executor.gather_json import all_gather_json
 from pipermoe.resources.flops import model_forward_flops
 from pipermoe.runtime.checkpoint import load_checkpoint
 from pipermoe.runtime.checkpoint_writer import CheckpointWriter
@@ -27,47 +24,28 @@ from pipermoe.runtime.engine import Engine
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.hf_weights import load_weights, save_weights
 from pipermoe.runtime.learning_rate import learning_rate
-from pipermoe.runtime.log import CONVENTION, StepLine, StepLog, progress_bar
+from pipermoe.runtime.log import CONVENTION, StepLine, StepLog
 from pipermoe.runtime.measurement import StepSeconds, counted_step, measured_steps, step_report
+from pipermoe.runtime.metrics import StepResult, take_census
 from pipermoe.runtime.optimizer import Optimizer
+from pipermoe.runtime.progress import Display
+from pipermoe.runtime.run import Run
 from pipermoe.runtime.step import training_step
+from pipermoe.runtime.trace import Trace, spans_of
+from pipermoe.schedule.action import Action
 from pipermoe.schedule.builders import build
 from pipermoe.schedule.communication import with_communication
+from pipermoe.specs.chrome_trace import write_chrome_trace
 from pipermoe.specs.documents import save
-from pipermoe.specs.errors import UserError
+from pipermoe.specs.errors import MachineError, UserError
 from pipermoe.specs.plan import Measurement, Plan
 from pipermoe.specs.report import RankReport
 from pipermoe.specs.units import format_bytes, format_seconds
 
 MEASUREMENT_FILE = "measurement.json"
+TRACE_FILE = "trace.json"
 WEIGHTS_FOLDER = "weights"
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """How a plan is run, beside what it says. `steps`: where to stop, if not where the plan does.
-
-    `weights`: a folder of published weights to start from; the trained ones are written the same way.
-    """
-
-    output: Path
-    steps: int | None = None
-    resume: Path | None = None
-    weights: Path | None = None
-    quiet: bool = False
-    timeout: timedelta = timedelta(seconds=180)
-    device: str = "cpu"
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """Exact values of the whole job, equal on every rank, and this rank's times."""
-
-    loss: float
-    auxiliary: float
-    grad_norm: float
-    rate: float
-    timing: StepSeconds
+MOST_SKIPPED = 10  # steps in a row; a run that skips more does not recover
 
 
 def train(plan: Plan, data: TextData, run: Run) -> Measurement | None:
@@ -84,43 +62,56 @@ class Trainer:
     def __init__(self, plan: Plan, data: TextData, run: Run) -> None:
         self.plan, self.data, self.run = plan, data, run
         strategy, job = plan.strategy, plan.train
-        self.groups = ProcessGroups.create(strategy, run.timeout)
-        microbatches = job.global_batch_size // (strategy.data_parallel * strategy.micro_batch_size)
-        schedule = build(strategy.schedule, strategy.pipeline_parallel, microbatches, strategy.virtual_stages)
-        self.engine = Engine(plan.model, job, strategy, with_communication(schedule), self.groups, device=run.device)
+        self.display = Display(shown=dist.get_rank() == 0)
+        with self._phase("building the model"):
+            self.groups = ProcessGroups.create(strategy, run.timeout)
+            microbatches = job.global_batch_size // (strategy.data_parallel * strategy.micro_batch_size)
+            schedule = build(strategy.schedule, strategy.pipeline_parallel, microbatches, strategy.virtual_stages)
+            self.engine = Engine(
+                plan.model, job, strategy, with_communication(schedule), self.groups, device=run.device
+            )
         self.meter = self.engine.meter
         if run.weights is not None and run.resume is None:
-            first_expert = self.groups.coordinates.ep * self.engine.local_experts
-            load_weights(run.weights, plan.model, self.engine.named_state(), first_expert)
+            with self._phase(f"loading {run.weights}"):
+                first_expert = self.groups.coordinates.ep * self.engine.local_experts
+                load_weights(run.weights, plan.model, self.engine.named_state(), first_expert)
         self.optimizer = Optimizer(self.engine.flats, job.optimizer)  # copies the weights if they are not fp32
         self.checkpoints = CheckpointWriter(run.output, plan, self.groups)
         self.steps = run.steps or job.steps
         self.first = self._resume()
+        self.skipped = 0  # steps in a row
         self.reports: list[RankReport] = []
+        self.trace = Trace(self.groups.rank)
         self.log: StepLog | None = None
+
+    def _phase(self, title: str, total: int | None = None):
+        """What this rank is doing outside of steps: shown on a terminal, and told to whoever watches over it."""
+        self.run.tell(title)
+        return self.display.activity(title, total)
 
     def _resume(self) -> int:
         if self.run.resume is None:
             return 0
-        biases = self.engine.correction_biases()
-        first = load_checkpoint(self.run.resume, self.plan, self.optimizer, biases, self.groups)
+        with self._phase(f"loading {self.run.resume}"):
+            biases = self.engine.correction_biases()
+            first = load_checkpoint(self.run.resume, self.plan, self.optimizer, biases, self.groups)
         if first >= self.steps:
             raise UserError(f"{self.run.resume}: has trained {first} of {self.steps} steps already; use --steps")
         return first
 
     def train(self) -> Measurement | None:
         if self.groups.rank == 0:
-            budget = self.plan.memory_budget_bytes
-            self.log = StepLog(self.run.output, budget, self.first, quiet=self.run.quiet)
+            budget, run = self.plan.memory_budget_bytes, self.run
+            self.log = StepLog(run.output, budget, self.first, quiet=run.quiet, tensorboard=run.tensorboard)
         self._say(self._introduction())
         before = self.validation_loss()
         self._say(f"validation loss before: {before:.5f}")
-        results = self._all_steps()
-        after = self.validation_loss()
+        results, after = self._all_steps()
         self._say(f"validation loss after: {after:.5f}")
         if self.run.weights is not None:
             written = self.run.output / WEIGHTS_FOLDER
-            save_weights(written, self.plan.model, self.run.weights, self.engine.named_state(), self.groups)
+            with self._phase(f"writing {written}"):
+                save_weights(written, self.plan.model, self.run.weights, self.engine.named_state(), self.groups)
             self._say(f"weights: {written}")
         measurement = self._measurement(results, before, after)
         if measurement is not None and self.log is not None:
@@ -128,48 +119,82 @@ class Trainer:
             self.log.close()
         return measurement
 
-    def _all_steps(self) -> list[StepResult]:
-        results = []
-        under_counters, every = counted_step(self.first, self.steps), self.plan.train.checkpoint_every
-        with progress_bar("training", self.steps - self.first, shown=self.groups.rank == 0) as bar:
+    def _all_steps(self) -> tuple[list[StepResult], float]:
+        """Every step's result, and the validation loss after the last."""
+        results, validation = [], math.nan
+        under_counters, job = counted_step(self.first, self.steps), self.plan.train
+        with self._phase("training", self.steps - self.first) as show:
             for step in range(self.first, self.steps):
-                result = self._counted_step(step) if step == under_counters else self.step(step)
-                results.append(result)
-                self._log_step(step, result)
-                if bar is not None:
-                    bar.advance(bar.task_ids[0])
                 done = step + 1
-                if every and (done % every == 0 or done == self.steps):
-                    self.checkpoints.save(done, self.optimizer, self.engine.correction_biases())
-        self.checkpoints.finish()
-        return results
+                self.meter.trace = self.trace if done in self.run.trace_steps else None
+                result = self._counted_step(step) if step == under_counters else self.step(step)
+                self.meter.trace = None
+                results.append(result)
+                validated = _due(done, job.validate_every) or done == self.steps
+                validation = self.validation_loss() if validated else math.nan
+                self._log_step(step, result, validation if validated else None)
+                show(done - self.first)
+                if done == max(self.run.trace_steps, default=0):
+                    self._write_trace()
+                if job.checkpoint_every and (_due(done, job.checkpoint_every) or done == self.steps):
+                    with self._phase(f"saving the checkpoint of step {done}"):
+                        self.checkpoints.save(done, self.optimizer, self.engine.correction_biases())
+            with self._phase("finishing the last checkpoint"):
+                self.checkpoints.finish()
+        return results, validation
 
     def step(self, step: int) -> StepResult:
-        """One training step: forward and backward, reduce, update. Raises `UserError` where the loss is not finite."""
+        """One training step: forward and backward, reduce, update. Errors name the step."""
         start = time.perf_counter()
         self.meter.reset()
+        self.meter.on_action = lambda action: self.run.tell(f"step {step + 1}, {_describe(action)}")
         agreed: list[float] = []
 
-        def agree(totals: Tensor) -> float:
-            squared_norm, loss, auxiliary = totals.tolist()
+        def agree(totals: Tensor) -> float | None:
+            squared_norm, *losses = totals.tolist()
             norm = math.sqrt(squared_norm) if squared_norm >= 0 else math.nan
-            self._check_finite(step, loss, norm)
-            agreed[:] = loss, auxiliary, norm
-            return norm
+            agreed[:] = norm, *losses
+            return norm if self._is_finite(step, losses[0], norm) else None
 
         rate = learning_rate(step, self.plan.train.optimizer, self.plan.train.steps)
         batch = self._share(self.data.train, self.data.training_numbers(step))
-        training_step(self.engine, self.optimizer, batch, agree, rate)
-        loss, auxiliary, norm = agreed
-        seconds = time.perf_counter() - start
-        return StepResult(loss, auxiliary, norm, rate, StepSeconds(step, seconds, dict(self.meter.seconds)))
+        try:
+            training_step(self.engine, self.optimizer, batch, agree, rate)
+        except MachineError as error:
+            raise MachineError(f"step {step + 1}: {error}") from error
+        except UserError:
+            raise
+        except Exception as error:
+            where = f"step {step + 1}: rank {self.groups.rank}: {_describe(self.meter.action)}"
+            raise MachineError(f"{where} failed: {type(error).__name__}: {error}") from error
+        norm, loss, auxiliary, z_loss = agreed
+        timing = StepSeconds(step, time.perf_counter() - start, dict(self.meter.seconds))
+        return StepResult(loss, auxiliary, z_loss, norm, rate, timing, skipped=self.skipped > 0)
+
+    def _is_finite(self, step: int, loss: float, norm: float) -> bool:
+        """Whether the step may change the weights; every rank sees the same numbers. Raises `UserError` to stop."""
+        name, value = ("grad_norm", norm) if math.isfinite(loss) else ("loss", loss)
+        if math.isfinite(value):
+            self.skipped = 0
+            return True
+        self.skipped += 1
+        config = self.plan.train.optimizer
+        advice = (
+            f"training diverged; lower optimizer.learning_rate = {config.learning_rate:g} or raise "
+            f"optimizer.warmup_steps = {config.warmup_steps}"
+        )
+        if self.plan.train.on_nonfinite == "stop":
+            raise UserError(f'step {step + 1}: {name} = {value}: {advice}, or set on_nonfinite = "skip"')
+        if self.skipped > MOST_SKIPPED:
+            raise UserError(f"step {step + 1}: {name} = {value}, like in the {MOST_SKIPPED} steps before: {advice}")
+        self._say(f"warning: step {step + 1}: {name} = {value}: skipped, the weights stay as they were")
+        return False
 
     def _counted_step(self, step: int) -> StepResult:
         """The step that runs under the counters: everything of it is counted, its time is not."""
         result, own = counted(self.groups.rank, self.meter, self.optimizer, lambda: self.step(step))
-        gathered: list[Any] = [None] * self.plan.strategy.world_size
-        dist.all_gather_object(gathered, own, group=self.groups.world)
-        self.reports = gathered
+        gathered = all_gather_json(own.model_dump(mode="json"), self.groups.world)
+        self.reports = [RankReport.model_validate(report) for report in gathered]
         worst = max(self.reports, key=lambda report: report.peak_bytes)
         budget = self.plan.memory_budget_bytes
         if worst.peak_bytes > budget:
@@ -179,10 +204,13 @@ class Trainer:
 
     def validation_loss(self) -> float:
         """Mean cross-entropy over the held-back batches, nats per token; the same on every rank and arrangement."""
+        self.meter.on_action = None
         total = torch.zeros((), dtype=torch.float64, device=self.run.device)
-        for index in range(self.data.validation_batches):
-            batch = self._share(self.data.validation, self.data.validation_numbers(index))
-            total += self.engine.evaluate(batch).loss.double()
+        with self._phase("validating", self.data.validation_batches) as show:
+            for index in range(self.data.validation_batches):
+                batch = self._share(self.data.validation, self.data.validation_numbers(index))
+                total += self.engine.evaluate(batch).loss.double()
+                show(index + 1)
         dist.all_reduce(total, group=self.groups.world)
         return total.item() / self.data.validation_batches
 
@@ -192,14 +220,13 @@ class Trainer:
         own = micro_batches(numbers_B, strategy.data_parallel, dp, strategy.micro_batch_size)
         return torch.from_numpy(sequences[own]).to(self.run.device)
 
-    def _check_finite(self, step: int, loss: float, norm: float) -> None:
-        for name, value in (("loss", loss), ("grad_norm", norm)):
-            if not math.isfinite(value):
-                rate = self.plan.train.optimizer.learning_rate
-                raise UserError(
-                    f"step {step + 1}: {name} = {value}: training diverged; lower optimizer.learning_rate = {rate:g} "
-                    f"or raise optimizer.warmup_steps = {self.plan.train.optimizer.warmup_steps}"
-                )
+    def _write_trace(self) -> None:
+        """The chosen steps of all ranks in one file. Collective."""
+        gathered = all_gather_json(self.trace.to_json(), self.groups.world)
+        if self.groups.rank == 0:
+            path = self.run.output / TRACE_FILE
+            write_chrome_trace(path, [span for rank, rows in enumerate(gathered) for span in spans_of(rank, rows)])
+            self._say(f"trace: {path} (open in ui.perfetto.dev)")
 
     def _flops_per_second(self, seconds: float) -> float:
         """Model FLOP/s per rank: causal attention, forward and twice that backward, no recompute."""
@@ -212,22 +239,31 @@ class Trainer:
         peak = self.plan.inputs.get("peak_flops_per_s")
         return self._flops_per_second(seconds) / float(peak.value) if peak is not None else None
 
-    def _log_step(self, step: int, result: StepResult) -> None:
+    def _log_step(self, step: int, result: StepResult, validation: float | None) -> None:
+        census = take_census(self.engine, self.groups)
         if self.log is None:
             return
         seconds = result.timing.seconds
+        worst = max(self.reports, key=lambda report: report.peak_bytes, default=None)
         self.log.step(
             StepLine(
                 step=step + 1,
                 loss=result.loss,
+                validation_loss=validation,
                 auxiliary_loss=result.auxiliary,
+                z_loss=result.z_loss,
                 grad_norm=result.grad_norm,
                 learning_rate=result.rate,
+                skipped=result.skipped,
                 seconds=seconds,
                 tokens_per_second=self.plan.train.tokens_per_step / seconds,
                 flops_per_second=self._flops_per_second(seconds),
                 mfu=self._utilization(seconds),
-                peak_bytes=max((report.peak_bytes for report in self.reports), default=None),
+                peak_bytes=worst.peak_bytes if worst else None,
+                memory_bytes=worst.memory_bytes if worst else None,
+                resident_bytes=census.resident_bytes,
+                expert_load=census.expert_load,
+                dead_experts=census.dead_experts,
                 seconds_by_term=result.timing.terms,
             )
         )
@@ -236,10 +272,11 @@ class Trainer:
         """The measurement, put together on rank 0 from what every rank timed and counted."""
         measured = measured_steps(self.first, self.steps)
         own = [result.timing for result in results if result.timing.step in measured]
-        timings: list[list[StepSeconds]] = [own] * self.plan.strategy.world_size
-        dist.gather_object(own, timings if self.groups.rank == 0 else None, dst=0, group=self.groups.world)
+        rows = [(timing.step, timing.seconds, timing.terms) for timing in own]
+        gathered = all_gather_json(rows, self.groups.world)
         if self.groups.rank != 0:
             return None
+        timings = [[StepSeconds(*row) for row in rank] for rank in gathered]
         report = step_report(self.reports, timings)
         walls = tuple(max(rank.seconds for rank in step) for step in zip(*timings, strict=True))
         self._say(_summary(report.step_seconds, self.plan.prediction.step_seconds, len(measured), self.reports))
@@ -250,7 +287,7 @@ class Trainer:
             measured_steps=len(measured),
             report=report,
             step_seconds=walls,
-            losses=tuple(result.loss for result in results),
+            losses=tuple(result.loss if math.isfinite(result.loss) else None for result in results),
             validation_loss_before=before,
             validation_loss_after=after,
             tokens_per_second=self.plan.train.tokens_per_step / report.step_seconds,
@@ -274,6 +311,16 @@ class Trainer:
     def _say(self, text: str) -> None:
         if self.log is not None:
             self.log.say(text)
+
+
+def _due(done: int, every: int) -> bool:
+    return every > 0 and done % every == 0
+
+
+def _describe(action: Action | str) -> str:
+    if isinstance(action, str):
+        return action
+    return f"action {action} (stage {action.stage}, micro-batch {action.microbatch})"
 
 
 def _summary(seconds: float, predicted: float, steps: int, reports: list[RankReport]) -> str:

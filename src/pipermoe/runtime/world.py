@@ -24,12 +24,32 @@ def existing_world(environment: Mapping[str, str]) -> World | None:
     """The world of torchrun (RANK, WORLD_SIZE) or srun (SLURM_PROCID, SLURM_NTASKS); None if this process is alone."""
     if "RANK" in environment and "WORLD_SIZE" in environment:
         rank, size = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
+        if rank >= size:
+            raise UserError(f"RANK = {rank}: must be below WORLD_SIZE = {size}")
+        if _inside_srun(environment) and "TORCHELASTIC_RUN_ID" not in environment:
+            _must_agree(environment, rank, size)
         return World("torchrun", rank, size, _number(environment, "LOCAL_RANK", rank), _meeting_point(environment))
     if _inside_srun(environment):
-        size = _number(environment, "SLURM_STEP_NUM_TASKS", _number(environment, "SLURM_NTASKS"))
-        rank = _number(environment, "SLURM_PROCID")
+        rank, size = _number(environment, "SLURM_PROCID"), _tasks(environment)
+        if rank >= size:
+            raise UserError(f"SLURM_PROCID = {rank}: must be below the {size} tasks of the step")
         return World("srun", rank, size, _number(environment, "SLURM_LOCALID", rank), _slurm_meeting_point(environment))
     return None
+
+
+def _tasks(environment: Mapping[str, str]) -> int:
+    """Those of this job step; SLURM_NTASKS may be those of the whole job."""
+    return _number(environment, "SLURM_STEP_NUM_TASKS", _number(environment, "SLURM_NTASKS"))
+
+
+def _must_agree(environment: Mapping[str, str], rank: int, size: int) -> None:
+    """A task of srun is one rank unless torchrun starts several: a RANK left over from elsewhere would hang the job."""
+    task, tasks = _number(environment, "SLURM_PROCID"), _tasks(environment)
+    if (rank, size) != (task, tasks):
+        raise UserError(
+            f"RANK = {rank} of WORLD_SIZE = {size}, but SLURM_PROCID = {task} of {tasks} tasks: unset RANK and "
+            "WORLD_SIZE, or start torchrun inside srun"
+        )
 
 
 def _inside_srun(environment: Mapping[str, str]) -> bool:

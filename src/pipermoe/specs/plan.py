@@ -32,7 +32,7 @@ class Plan(Frozen):
 
 
 class Measurement(Frozen):
-    """What a run of a plan measured, in the plan's own terms."""
+    """What a run of a plan measured, in the plan's own terms. A loss is None where it was not finite."""
 
     plan: str
     strategy: Strategy
@@ -40,7 +40,7 @@ class Measurement(Frozen):
     measured_steps: int
     report: StepReport
     step_seconds: tuple[float, ...]
-    losses: tuple[float, ...]
+    losses: tuple[float | None, ...]
     validation_loss_before: float
     validation_loss_after: float
     tokens_per_second: float

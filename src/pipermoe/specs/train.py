@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from pipermoe.specs.base import Frozen
 from pipermoe.specs.precision import RECIPES, Precision, Recipe, StateBytes
 
+OnNonfinite = Literal["stop", "skip"]
 Packing = Literal["stream", "documents"]
 AuxiliaryLossLevel = Literal["micro_batch", "sequence", "global_batch"]
 
@@ -49,6 +50,8 @@ class TrainConfig(Frozen):
     the global batch (`auxiliary_loss_level`); `z_loss` weighs the router z-loss. A router's correction bias, if it has
     one, moves by `balance_rate` after every step (DeepSeek-V3: 0.001). `state_bytes` replaces the bytes per parameter
     that the precision's recipe has, for another optimizer or other storage.
+    Held-back text is evaluated before the first and after the last step, and after every `validate_every`. A step whose
+    loss or gradient is not finite ends the run, or with `on_nonfinite = "skip"` changes nothing.
     """
 
     seq_len: PositiveInt
@@ -65,7 +68,9 @@ class TrainConfig(Frozen):
     optimizer: Optimizer = Optimizer()
     data: Data = Data()
     validation_batches: PositiveInt = 4
+    validate_every: NonNegativeInt = 0
     checkpoint_every: NonNegativeInt = 0
+    on_nonfinite: OnNonfinite = "stop"
 
     @property
     def tokens_per_step(self) -> int:

@@ -1,0 +1,82 @@
+"""What one step says of itself: exact values of the whole job, equal on every rank, and how its experts were loaded.
+
+L MoE layers, E experts, P ranks
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipermoe.runtime.engine import Engine
+from pipermoe.runtime.groups import ProcessGroups
+from pipermoe.runtime.measurement import StepSeconds
+from pipermoe.runtime.model import MoELayer
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """The losses and the gradient norm of one step of the whole job, and this rank's times.
+
+    `skipped`: loss or gradient were not finite, and the weights stayed what they were.
+    """
+
+    loss: float
+    auxiliary: float
+    z_loss: float
+    grad_norm: float
+    rate: float
+    timing: StepSeconds
+    skipped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StepCensus:
+    """Over all ranks: for each MoE layer the load of the busiest expert by the mean, and how many had no token at all.
+
+    `resident_bytes` is the largest memory of a rank's process, or on a GPU of its allocator's peak.
+    """
+
+    expert_load: tuple[float, ...]
+    dead_experts: tuple[int, ...]
+    resident_bytes: int
+
+
+def take_census(engine: Engine, groups: ProcessGroups) -> StepCensus:
+    """Sum what every rank has counted in the last step. Collective over the world, on every rank the same."""
+    counts_LE = _choices(engine)
+    resident_P = torch.zeros(groups.world.size(), dtype=torch.float64, device=engine.device)
+    resident_P[groups.rank] = _resident_bytes(engine.device)
+    totals = torch.cat([counts_LE.flatten(), resident_P])
+    dist.all_reduce(totals, group=groups.world)
+    counts_LE = totals[: counts_LE.numel()].view_as(counts_LE)
+    return StepCensus(
+        expert_load=tuple((counts_LE.amax(1) / counts_LE.mean(1)).tolist()),
+        dead_experts=tuple((counts_LE == 0).sum(1).tolist()),
+        resident_bytes=int(totals[-groups.world.size() :].max()),
+    )
+
+
+def _choices(engine: Engine) -> Tensor:
+    """How often this rank's tokens chose each expert (L, E), float64; zero in the layers of other ranks."""
+    layers = engine.model.moe_layers
+    counts_LE = torch.zeros(len(layers), engine.model.moe.num_experts, dtype=torch.float64, device=engine.device)
+    for stage in engine.stages.values():
+        for name, layer in stage.model.layers.items():
+            if isinstance(layer, MoELayer):
+                counts_LE[layers.index(int(name))] = engine.balance.chosen(layer.router).double()
+    return counts_LE
+
+
+def _resident_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # not Linux
+        return 0

@@ -1,0 +1,171 @@
+"""What happens to a run when something breaks in its middle: it ends, soon, with one line that says what and where."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from datetime import timedelta
+from multiprocessing import get_context
+from threading import Event
+
+import pytest
+from tests.plans import tiny_plan
+
+from pipermoe.cli import main
+from pipermoe.runtime.engine import Engine
+from pipermoe.runtime.launch import launch
+from pipermoe.runtime.output_folder import lock_folder
+from pipermoe.runtime.run import Run
+from pipermoe.runtime.status_board import StatusBoard
+from pipermoe.specs.documents import save
+from pipermoe.specs.errors import MachineError, UserError
+from pipermoe.specs.strategy import Strategy
+
+pytestmark = pytest.mark.distributed
+PIPELINE = Strategy(pipeline_parallel=2)
+TIMEOUT = timedelta(seconds=3)
+
+
+@pytest.fixture
+def plan(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"the square of {n} is {n * n}.\n" for n in range(2000)))
+    return tiny_plan(PIPELINE, data={"paths": (str(text),)}, checkpoint_every=2)
+
+
+def at(moment: str, rank: int, act, monkeypatch) -> None:
+    """Let `act` happen on `rank` when it says that it is about to do what begins with `moment`."""
+    writer = StatusBoard.writer
+
+    def watched(self, process):
+        write = writer(self, process)
+
+        def tell(text: str) -> None:
+            write(text)
+            if process == rank and text.startswith(moment):
+                act()
+
+        return tell
+
+    monkeypatch.setattr(StatusBoard, "writer", watched)
+
+
+def fail() -> None:
+    raise ValueError("a bug on this rank")
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (
+            fail,
+            r"^step 2: rank 1: action 1F1 \(stage 1, micro-batch 1\) failed: ValueError: a bug on this rank "
+            r"\(traceback in .*rank-1\.error\.txt\)$",
+        ),
+        (
+            lambda: os.kill(os.getpid(), signal.SIGKILL),
+            r"^rank 1 \(step 2, action 1F1 \(stage 1, micro-batch 1\)\) was killed by SIGKILL without a word",
+        ),
+        (
+            lambda: os.kill(os.getpid(), signal.SIGSTOP),
+            r"^rank 1 \(step 2, action 1F1 \(stage 1, micro-batch 1\)\) stalled: no answer within 3 s \(step 2: rank 0",
+        ),
+    ],
+    ids=["raises", "dies", "stalls"],
+)
+def test_the_failing_rank_its_action_and_micro_batch_are_named(plan, tmp_path, monkeypatch, act, message):
+    at("step 2, action 1F1", 1, act, monkeypatch)
+    before = time.monotonic()
+    with pytest.raises(MachineError, match=message) as caught:
+        launch(plan, Run(tmp_path / "run", quiet=True, timeout=TIMEOUT))
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - before < 30  # not a hang; the machine may be busy
+    assert not (tmp_path / "run" / "measurement.json").exists()
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_leaves_the_one_before(plan, tmp_path, monkeypatch):
+    output = tmp_path / "run"
+
+    def block() -> None:  # root may write everywhere, so a file lies where the folder is to be
+        if (output / "checkpoints" / "step-000002").exists():
+            (output / "checkpoints" / ".partial").write_text("in the way")
+
+    at("step 4, update", 0, block, monkeypatch)
+    with pytest.raises(UserError, match="checkpoint"):
+        launch(plan, Run(output, quiet=True, timeout=TIMEOUT))
+    assert [path.name for path in (output / "checkpoints").glob("step-*")] == ["step-000002"]
+
+
+def interrupted_at(moment: str, arguments: list[str], say: int) -> None:
+    """The command as a process of its own whose rank 0 stops and tells when it comes to `moment`."""
+    os.dup2(say, 1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell in the background ignores
+
+    def stop() -> None:
+        os.write(1, b"there\n")
+        signal.pause()
+
+    with pytest.MonkeyPatch.context() as patch:
+        at(moment, 0, stop, patch)
+        main(arguments)
+
+
+@pytest.mark.parametrize("moment", ["meeting", "building", "validating", "step 1, action 0F0", "saving"])
+def test_an_interrupt_ends_every_process_whatever_they_are_doing(plan, tmp_path, moment):
+    save(tmp_path / "plan.toml", plan)
+    reader, writer = os.pipe()
+    arguments = ["train", "--plan", str(tmp_path / "plan.toml"), "-o", str(tmp_path / "run"), "--json"]
+    command = get_context("fork").Process(target=interrupted_at, args=(moment, arguments, writer))
+    command.start()
+    os.close(writer)
+    with open(reader, "rb") as said:
+        assert said.readline() == b"there\n"
+        assert command.pid is not None
+        os.kill(command.pid, signal.SIGINT)
+        assert said.read() == b""  # ends when the last process that could write has ended
+    command.join()
+    assert command.exitcode == 130
+    assert not (tmp_path / "run" / "checkpoints" / ".partial").exists()
+
+
+def test_a_folder_that_another_run_is_writing_to_is_refused(plan, tmp_path):
+    with lock_folder(tmp_path / "run"), pytest.raises(UserError, match=r"run: another pipermoe is writing there"):
+        launch(plan, Run(tmp_path / "run"))
+
+
+def rank_of_torchrun(rank: int, port: int, arguments: list[str], say: int, stops: bool) -> None:
+    os.dup2(say, 1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    with pytest.MonkeyPatch.context() as patch:
+        if stops:
+            patch.setattr(Engine, "step", lambda self, batch: (os.kill(os.getpid(), signal.SIGINT), Event().wait()))
+        main(arguments)
+
+
+@pytest.mark.parametrize("stops", [False, True], ids=["undisturbed", "interrupted"])
+def test_ranks_that_torchrun_started_train_together_and_end_together(plan, tmp_path, stops):
+    save(tmp_path / "plan.toml", plan)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = ["train", "--plan", str(tmp_path / "plan.toml"), "-o", str(tmp_path / "run"), "--json"]
+    reader, writer = os.pipe()
+    context = get_context("fork")
+    ranks = [
+        context.Process(target=rank_of_torchrun, args=(rank, port, arguments, writer, stops and rank == 1))
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        rank.start()
+    os.close(writer)
+    with open(reader, "rb") as said:
+        said.read()  # ends when the last process has ended
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == ([4, 130] if stops else [0, 0])
+    assert (tmp_path / "run" / "measurement.json").exists() != stops
