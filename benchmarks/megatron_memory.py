@@ -23,7 +23,7 @@ from pipermoe.resources.megatron.reader import read_job, undescribed
 from pipermoe.specs.megatron.arguments import Arguments
 
 DATA = Path(__file__).parent / "data" / "megatron_memory.json"
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 OLD_RELEASE = "long-term-support container of an older release (TransformerEngine 1.x)"
 LOADED = "peak of loading a checkpoint: constant from the first step of a resumed run"
 
@@ -102,6 +102,7 @@ class Point:
     measured: float
     predicted: float
     others: dict[str, float]
+    stage_errors: tuple[float, ...] = ()  # where the stages were measured one by one
 
     @property
     def error(self) -> float:
@@ -115,8 +116,10 @@ def evaluate_points() -> list[Point]:
         arguments = Arguments.of(record["arguments"])
         job = read_job(arguments, record["world_size"], record["compute_capability"])
         machine = Machine.of(record["compute_capability"])
-        largest = max(peak_memory(job, machine, rank).total for rank in range(job.strategy.pipeline_parallel))
-        points.append(Point(record["name"], record["peak_gib"], largest / GIB, record["estimates_gib"]))
+        peaks = [peak_memory(job, machine, rank).total for rank in range(job.strategy.pipeline_parallel)]
+        measured = record.get("peak_mib_by_stage", [])
+        errors = tuple(peak / MIB / mib - 1 for peak, mib in zip(peaks, measured, strict=False))
+        points.append(Point(record["name"], record["peak_gib"], max(peaks) / GIB, record["estimates_gib"], errors))
     return points
 
 

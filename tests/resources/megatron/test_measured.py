@@ -27,8 +27,8 @@ def test_static_bytes_are_within_half_a_percent_on_average():
 def test_peaks_are_within_one_and_a_half_percent_on_average():
     summary = summarise(rows(), evaluate_points())
     assert summary.covered_peak == 34
-    assert summary.peak_mean < 0.0135
-    assert sorted(abs(row.peak_error or 0) for row in rows())[-2] < 0.034  # the worst: see docs/megatron.md
+    assert summary.peak_mean < 0.0140
+    assert sorted(abs(row.peak_error or 0) for row in rows())[-2] < 0.035  # the worst: see docs/megatron.md
     assert summary.peak_worst < 0.056
 
 
@@ -38,8 +38,13 @@ def test_peaks_before_routing_has_moved_are_closer():
     assert summary.second_step_worst < 0.033
 
 
-def test_with_balanced_routing_peaks_are_within_a_percent():
-    assert [point.error for point in evaluate_points()] == pytest.approx([0, 0, 0, 0], abs=0.006)
+def test_with_balanced_routing_peaks_are_within_a_permille():
+    assert [point.error for point in evaluate_points()] == pytest.approx([0, 0, 0, 0], abs=0.0011)
+
+
+def test_the_first_stage_is_predicted_as_well_as_the_last():
+    [errors] = [point.stage_errors for point in evaluate_points() if point.stage_errors]
+    assert errors == pytest.approx([0, 0], abs=0.0025)
 
 
 def test_the_largest_models_meet_their_static_bytes_to_a_tenth_of_a_permille():

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from pipermoe.resources.megatron.head import loss_forward_extra, stage_modules
+from pipermoe.resources.megatron.head import loss, stage_modules
 from pipermoe.resources.megatron.job import Machine
 from pipermoe.resources.megatron.peak import peak_memory, schedule_of
 from pipermoe.resources.megatron.static import static_memory
@@ -56,7 +56,7 @@ def test_interleaving_keeps_29_chunks_on_the_last_of_four_ranks():
 
 def test_the_peak_of_the_last_rank_is_in_the_loss():
     job = job_of("mixtral-8x7b", MIXTRAL, create_attention_mask_in_dataloader=False)
-    assert peak_memory(job, MACHINE, 3).transient == loss_forward_extra(job) == 4096 * 32000 / 2 * 2
+    assert peak_memory(job, MACHINE, 3).transient == loss(job).forward_extra == 4096 * 32000 / 2 * 2
 
 
 def test_more_rows_cost_what_their_tensors_cost():

@@ -12,6 +12,8 @@ from pipermoe.resources.megatron.layout import StageLayout
 from pipermoe.resources.megatron.mlp import mlp_modules
 from pipermoe.resources.megatron.tensors import BF16, BOOL, FP32, Module, Saved, Weight
 
+EMBEDDING, LOSS = "embedding", "loss"
+
 
 def stage_modules(job: MegatronJob, stage: StageLayout) -> tuple[Module, ...]:
     """Every module of one pipeline stage, in the order of its forward."""
@@ -50,7 +52,8 @@ def embedding(job: MegatronJob) -> Module:
         positions = (job.options.learned_positions, hidden)
         weights.append(Weight("embedding.position_embeddings.weight", positions, fused_gradient=False))
     mask = Saved.of("dropout mask", job.shard, hidden, element=BOOL)
-    return Module("embedding", tuple(weights), (mask,) if job.options.hidden_dropout else ())
+    kept = (mask,) if job.options.hidden_dropout else ()
+    return Module(EMBEDDING, tuple(weights), kept, backward_extra=weights[0].elements * BF16)  # its dense gradient
 
 
 def final_norm(job: MegatronJob) -> Module:
@@ -66,15 +69,10 @@ def output_layer(job: MegatronJob, *, shared: bool) -> Module:
 def loss(job: MegatronJob) -> Module:
     """Cross entropy over T x V / tp: softmax in fp32, or with TransformerEngine's kernel the bf16 logits themselves."""
     element = BF16 if job.options.cross_entropy == "te" else FP32
-    return Module("loss", saved=(Saved("softmax of the logits", _logits(job) * element),))
-
-
-def loss_forward_extra(job: MegatronJob) -> float:
-    """Bytes that computing the loss holds beside what it saves.
-
-    The bf16 logits; compiled ("native"), the fp32 copy too, because its in-place exponential writes a new tensor.
-    """
-    return _logits(job) * {"te": 0, "unfused": BF16, "native": BF16 + FP32}[job.options.cross_entropy]
+    # The bf16 logits; compiled ("native") the fp32 copy too, because the in-place exponential writes a new tensor.
+    extra = {"te": 0, "unfused": BF16, "native": BF16 + FP32}[job.options.cross_entropy]
+    kept = (Saved("softmax of the logits", _logits(job) * element),)
+    return Module(LOSS, saved=kept, forward_extra=_logits(job) * extra)
 
 
 def prediction_modules(job: MegatronJob, *, own_embedding: bool) -> tuple[Module, ...]:

@@ -104,14 +104,18 @@ class MegatronJob:
         return self.shard * self.strategy.expert_parallel * self.strategy.expert_tensor_parallel
 
     @property
+    def sent_rows(self) -> float:
+        """Rows that leave this rank: each of its tokens k times; or what fills every expert's capacity."""
+        moe, factor = self.model.moe, self.options.capacity_factor
+        if factor:
+            return math.ceil(self.shard * moe.top_k / moe.num_experts * factor) * moe.num_experts
+        return self.shard * moe.top_k
+
+    @property
     def rows(self) -> float:
-        """Rows that reach the experts of this rank: each token k times, divided over ep; or the experts' capacity."""
-        moe, options = self.model.moe, self.options
-        if options.capacity_factor:
-            capacity = math.ceil(self.shard * moe.top_k / moe.num_experts * options.capacity_factor)
-            return capacity * moe.num_experts * self.strategy.expert_tensor_parallel
-        share = self.expert_group_tokens * moe.top_k / self.strategy.expert_parallel
-        return share * self.routing_imbalance
+        """Rows that reach the experts of this rank: as many as leave, from every expert-tensor-parallel rank."""
+        imbalance = 1.0 if self.options.capacity_factor else self.routing_imbalance
+        return self.sent_rows * self.strategy.expert_tensor_parallel * imbalance
 
     @property
     def local_experts(self) -> int:

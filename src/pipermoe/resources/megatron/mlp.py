@@ -83,7 +83,7 @@ def _dispatcher(job: MegatronJob) -> Iterator[Saved]:
         yield Saved.of("token of each row", job.rows, element=INT64)
     yield Saved.of("probability of each row", job.rows, element=FP32)
     if options.deterministic and not options.moe_permute_fusion:
-        returned = job.rows if options.moe_dispatcher == "allgather" else job.shard * job.model.moe.top_k
+        returned = job.rows if options.moe_dispatcher == "allgather" else job.sent_rows
         yield Saved.of("returned rows, which index_add keeps", returned, job.model.hidden_size)
 
 
@@ -97,10 +97,21 @@ def _experts(job: MegatronJob) -> Module:
     weights = _gemms(
         job, "experts", width, moe.expert_matrices, bias=moe.expert_bias, copies=job.local_experts, routed=True
     )
-    first_gradient = job.rows * width * (2 if gated else 1) * BF16
+    rows, first_gradient = inputs.bytes, job.rows * width * (2 if gated else 1) * BF16
     return Module(
-        "mlp.experts", weights, (inputs, *kept), backward_extra=first_gradient + job.rows * model.hidden_size * BF16
+        "mlp.experts",
+        weights,
+        (inputs, *kept),
+        forward_extra=_still_named(job, rows) + 2 * rows,  # and the result, and on its way back
+        backward_extra=max(2 * rows, first_gradient + rows),
     )
+
+
+def _still_named(job: MegatronJob, rows: float) -> float:
+    """Rows that the layer's forward still refers to while the experts work: as sent, and as they came to be sorted."""
+    if job.options.moe_dispatcher == "allgather":
+        return 0  # the gathered tokens lie in the gather buffer
+    return job.sent_rows * job.model.hidden_size * BF16 + rows * (job.local_experts > 1)
 
 
 def _gemms(

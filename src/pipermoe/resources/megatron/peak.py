@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pipermoe.resources.megatron.head import loss_forward_extra, stage_modules
+from pipermoe.resources.megatron.head import EMBEDDING, LOSS, stage_modules
 from pipermoe.resources.megatron.job import Machine, MegatronJob
 from pipermoe.resources.megatron.static import StaticMemory, rank_stages, static_memory
-from pipermoe.resources.megatron.tensors import BOOL
+from pipermoe.resources.megatron.tensors import BOOL, Module
 from pipermoe.schedule.action import Kind, Schedule
 from pipermoe.schedule.builders import build
 from pipermoe.schedule.memory import ends_life
@@ -41,21 +42,51 @@ def schedule_of(job: MegatronJob) -> Schedule:
     return build(strategy.schedule, strategy.pipeline_parallel, job.microbatches, strategy.virtual_stages)
 
 
-def _instants(job: MegatronJob, pipeline_rank: int) -> list[tuple[float, float]]:
-    """(activations in flight, bytes on top) at the end of every forward and in every backward of the rank."""
-    pipeline = job.strategy.pipeline_parallel
-    kept, forward_extra, backward_extra = {}, {}, {}
-    for chunk, stage in enumerate(rank_stages(job, pipeline_rank)):
-        index, modules = chunk * pipeline + pipeline_rank, stage_modules(job, stage)
-        kept[index] = sum(module.saved_bytes for module in modules)
-        forward_extra[index] = loss_forward_extra(job) * stage.loss
-        backward_extra[index] = max(module.backward_extra for module in modules)
-    held, instants = 0.0, []
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Bytes of one chunk and micro-batch: kept by its layers and by the loss, and what each holds for a moment."""
+
+    layers: float
+    loss: float
+    forward_extra: float
+    loss_extra: float
+    backward_extra: float
+    embedding_gradient: float
+
+    @classmethod
+    def of(cls, modules: tuple[Module, ...]) -> _Chunk:
+        losses = [module for module in modules if module.name == LOSS]
+        others = [module for module in modules if module.name != LOSS]
+        return cls(
+            layers=sum(module.saved_bytes for module in others),
+            loss=sum(module.saved_bytes for module in losses),
+            forward_extra=max(module.forward_extra for module in others),
+            loss_extra=max((module.forward_extra for module in losses), default=0.0),
+            backward_extra=max(module.backward_extra for module in others if module.name != EMBEDDING),
+            embedding_gradient=max((m.backward_extra for m in others if m.name == EMBEDDING), default=0.0),
+        )
+
+
+def _instants(job: MegatronJob, pipeline_rank: int) -> Iterator[tuple[float, float]]:
+    """(activations in flight, bytes on top) where a rank can be at its peak.
+
+    In a forward: in the last layer, and in the loss. In a backward: in the last layer, the loss done, and in the
+    embedding, the layers done.
+    """
+    chunks = {
+        number * job.strategy.pipeline_parallel + pipeline_rank: _Chunk.of(stage_modules(job, stage))
+        for number, stage in enumerate(rank_stages(job, pipeline_rank))
+    }
+    held = 0.0
     for part in schedule_of(job).parts(pipeline_rank):
+        chunk = chunks[part.stage]
         if part.kind is Kind.FORWARD:
-            held += kept[part.stage]
-            instants.append((held, forward_extra[part.stage]))
+            held += chunk.layers
+            yield held, chunk.forward_extra
+            held += chunk.loss
+            yield held, chunk.loss_extra
         elif ends_life(part):
-            instants.append((held, backward_extra[part.stage] if not forward_extra[part.stage] else 0.0))
-            held -= kept[part.stage]
-    return instants
+            held -= chunk.loss
+            yield held, chunk.backward_extra
+            held -= chunk.layers
+            yield held, chunk.embedding_gradient

@@ -40,11 +40,12 @@ class Saved:
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """One module of a stage. `backward_extra`: bytes that its backward holds on top of what is saved."""
+    """One module of a stage. `forward_extra`, `backward_extra`: bytes it holds for a moment beside what is saved."""
 
     name: str
     weights: tuple[Weight, ...] = ()
     saved: tuple[Saved, ...] = ()
+    forward_extra: float = 0
     backward_extra: float = 0
 
     @property
