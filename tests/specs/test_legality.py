@@ -74,11 +74,6 @@ def test_a_legal_strategy_has_no_violations():
             "strategy.tensor_parallel = 2: this runtime executes 1 only",
         ),
         ({"schedule": "zb-v"}, 1, "strategy.schedule = 'zb-v': this runtime executes gpipe or 1f1b only"),
-        (
-            {"recompute": "selective", "recompute_modules": ("norm",)},
-            1,
-            "strategy.recompute = 'selective': this runtime executes none or full only",
-        ),
     ],
 )
 def test_every_broken_rule_is_one_line_that_names_key_value_rule_and_way_out(changes, world_size, line):

@@ -13,21 +13,38 @@ from pipermoe.runtime.attention_core import Sinks, causal_attention
 from pipermoe.runtime.gradients import WeightGradients
 from pipermoe.runtime.linear import Linear
 from pipermoe.runtime.norm import RMSNorm, unit_rms
+from pipermoe.runtime.rebuild import rebuilding
 from pipermoe.runtime.rotary import Rotation, rotate
 from pipermoe.specs import model as specs
 
 
 def build_attention(
-    model: specs.ModelSpec, layer: int, seq_len: int, gradients: WeightGradients, dtype: torch.dtype
-) -> GroupedQueryAttention | LatentAttention:
+    model: specs.ModelSpec, layer: int, seq_len: int, gradients: WeightGradients, dtype: torch.dtype, *, drop: bool
+) -> Attention:
     """The attention of `layer`, the index of which decides whether it is local."""
-    local = model.local_attention if model.is_local(layer) else None
-    if isinstance(model.attention, specs.LatentAttention):
-        return LatentAttention(model, model.attention, local, seq_len, gradients, dtype)
-    return GroupedQueryAttention(model, model.attention, local, seq_len, gradients, dtype)
+    spec, local = model.attention, model.local_attention if model.is_local(layer) else None
+    if isinstance(spec, specs.LatentAttention):
+        attention = LatentAttention(model, spec, local, seq_len, gradients, dtype)
+    else:
+        attention = GroupedQueryAttention(model, spec, local, seq_len, gradients, dtype)
+    attention.drop = drop
+    return attention
 
 
-class GroupedQueryAttention(nn.Module):
+class Attention(nn.Module):
+    """`output(gathered(x))`; with `drop` what lies between is rebuilt in backward."""
+
+    output: Linear
+    drop = False
+
+    def gathered(self, x_TD: Tensor, rotation: Rotation) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x_TD: Tensor, rotation: Rotation) -> Tensor:
+        return rebuilding(self.drop, lambda x_TD: self.gathered(x_TD, rotation), self.output, x_TD)
+
+
+class GroupedQueryAttention(Attention):
     """Causal self-attention (GQA: Ainslie et al. 2023) with rotary positions and optional query and key norms."""
 
     def __init__(
@@ -53,7 +70,8 @@ class GroupedQueryAttention(nn.Module):
             self.key_norm = RMSNorm(spec.head_dim if head else key_value, model.norm_epsilon, gradients, dtype=dtype)
         self.sinks = nn.Parameter(torch.empty(spec.num_heads, dtype=dtype)) if spec.sinks else None
 
-    def forward(self, x_TD: Tensor, rotation: Rotation) -> Tensor:
+    def gathered(self, x_TD: Tensor, rotation: Rotation) -> Tensor:
+        """What the heads gather for every token (T, H * C), the input of the output projection."""
         query, key, value = self.query(x_TD), self.key(x_TD), self.value(x_TD)
         if self.spec.qk_norm == "full":
             query, key = self.query_norm(query), self.key_norm(key)
@@ -70,14 +88,14 @@ class GroupedQueryAttention(nn.Module):
             local=self.local,
             sinks=None if self.sinks is None else Sinks(self.sinks, self.gradients),
         )
-        return self.output(out_BHSC.transpose(1, 2).reshape(x_TD.shape[0], -1))
+        return out_BHSC.transpose(1, 2).reshape(x_TD.shape[0], -1)
 
     def _heads(self, x: Tensor) -> Tensor:
         """(T, heads * C) -> (B, heads, S, C)."""
         return x.view(-1, self.seq_len, x.shape[1] // self.spec.head_dim, self.spec.head_dim).transpose(1, 2)
 
 
-class LatentAttention(nn.Module):
+class LatentAttention(Attention):
     """Multi-head latent attention as trained (MLA: DeepSeek-V2, arXiv 2405.04434, equations 37 to 47).
 
     Keys and values of all heads are expanded from a normalised latent vector; the key's rotary part is one for all.
@@ -107,7 +125,8 @@ class LatentAttention(nn.Module):
         self.key_value = Linear(rank, heads * (spec.qk_nope_head_dim + spec.v_head_dim), gradients, dtype=dtype)
         self.output = Linear(heads * spec.v_head_dim, hidden, gradients, bias=spec.bias, dtype=dtype)
 
-    def forward(self, x_TD: Tensor, rotation: Rotation) -> Tensor:
+    def gathered(self, x_TD: Tensor, rotation: Rotation) -> Tensor:
+        """What the heads gather for every token (T, H * V), the input of the output projection."""
         spec = self.spec
         query = self.query_up(self.query_norm(self.query_down(x_TD))) if spec.q_lora_rank else self.query(x_TD)
         query_BHSN, query_BHSP = self._heads(query, spec.qk_nope_head_dim, spec.qk_rope_head_dim)
@@ -122,7 +141,7 @@ class LatentAttention(nn.Module):
             scale=self.scale,
             local=self.local,
         )
-        return self.output(out_BHSV.transpose(1, 2).reshape(x_TD.shape[0], -1))
+        return out_BHSV.transpose(1, 2).reshape(x_TD.shape[0], -1)
 
     def _heads(self, x: Tensor, first: int, second: int) -> tuple[Tensor, ...]:
         """(T, H * (first + second)) -> (B, H, S, first) and (B, H, S, second)."""

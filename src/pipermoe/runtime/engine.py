@@ -94,7 +94,7 @@ class Engine:
                 seq_len=train.seq_len,
                 dtype=self.dtype,
                 device=self.device,
-                recompute=strategy.recompute == "full",
+                strategy=strategy,
                 balance=self.balance,
                 auxiliary_weight=train.auxiliary_loss / len(model.moe_layers),
                 z_weight=train.z_loss / len(model.moe_layers),

@@ -5,6 +5,7 @@ T tokens, R rows sorted by expert, D hidden size, F width
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from pipermoe.runtime.gradients import WeightGradients
 from pipermoe.runtime.linear import GroupedLinear, Linear
+from pipermoe.runtime.rebuild import rebuilding
 from pipermoe.specs.model import ModelSpec
+from pipermoe.specs.strategy import RecomputeModule
 
 CLAMPED_GAIN = 1.702  # sigmoid(1.702 x) approximates the normal distribution function (GELU, arXiv 1606.08415)
 
@@ -22,7 +25,7 @@ CLAMPED_GAIN = 1.702  # sigmoid(1.702 x) approximates the normal distribution fu
 class FeedForward(nn.Module):
     """`down(silu(gate(x)) * up(x))` (Shazeer 2020), gate and up in one product; with 2 matrices `down(relu(up(x)))`.
 
-    With `output_gate` the result is scaled by sigmoid(x w).
+    With `output_gate` the result is scaled by sigmoid(x w). With `drop` what lies inside is rebuilt in backward.
     """
 
     def __init__(
@@ -35,6 +38,7 @@ class FeedForward(nn.Module):
         matrices: int = 3,
         bias: bool = False,
         output_gate: bool = False,
+        drop: bool = False,
     ):
         super().__init__()
         if matrices == 3:
@@ -43,20 +47,34 @@ class FeedForward(nn.Module):
             self.up = Linear(hidden, width, gradients, bias=bias, dtype=dtype)
         self.down = Linear(width, hidden, gradients, bias=bias, dtype=dtype)
         self.gate = Linear(hidden, 1, gradients, dtype=dtype) if output_gate else None
-        self.gated = matrices == 3
+        self.gated, self.drop = matrices == 3, drop
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        y_TD = self.down(swiglu(self.gate_up(x_TD)) if self.gated else self.up(x_TD).relu_())
+        y_TD = rebuilding(self.drop, self._inside, self.down, x_TD)
         return y_TD if self.gate is None else self.gate(x_TD).sigmoid() * y_TD
+
+    def _inside(self, x_TD: Tensor) -> Tensor:
+        return swiglu(self.gate_up(x_TD)) if self.gated else self.up(x_TD).relu_()
 
 
 class Experts(nn.Module):
-    """The routed experts that one rank holds, a feed-forward block each, over rows sorted by expert."""
+    """The routed experts that one rank holds, a feed-forward block each, over rows sorted by expert.
 
-    def __init__(self, model: ModelSpec, experts: int, gradients: WeightGradients, dtype: torch.dtype):
+    `drops` names what is rebuilt in backward: "moe_act" their activation product, "experts" all that lies inside.
+    """
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        experts: int,
+        gradients: WeightGradients,
+        dtype: torch.dtype,
+        drops: Collection[RecomputeModule] = (),
+    ):
         super().__init__()
         moe, hidden = model.moe, model.hidden_size
         self.gated, self.limit = moe.expert_matrices == 3, moe.swiglu_limit
+        self.drops_all, self.drops_product = "experts" in drops, "moe_act" in drops
         if self.gated:
             self.gate_up = GroupedLinear(
                 experts, hidden, 2 * moe.expert_width, gradients, bias=moe.expert_bias, dtype=dtype
@@ -66,13 +84,20 @@ class Experts(nn.Module):
         self.down = GroupedLinear(experts, moe.expert_width, hidden, gradients, bias=moe.expert_bias, dtype=dtype)
 
     def forward(self, x_RD: Tensor, rows: list[int]) -> Tensor:
-        return self.down(self._inside(x_RD, rows), rows)
+        def first(x_RD: Tensor) -> Tensor:
+            return self.gate_up(x_RD, rows) if self.gated else self.up(x_RD, rows)
 
-    def _inside(self, x_RD: Tensor, rows: list[int]) -> Tensor:
+        def down(product_RF: Tensor) -> Tensor:
+            return self.down(product_RF, rows)
+
+        if self.drops_all:
+            return rebuilding(True, lambda x_RD: self._activation(first(x_RD)), down, x_RD)
+        return rebuilding(self.drops_product, self._activation, down, first(x_RD))
+
+    def _activation(self, first: Tensor) -> Tensor:
         if not self.gated:
-            return self.up(x_RD, rows).relu_()
-        gate_up = self.gate_up(x_RD, rows)
-        return clamped_swiglu(gate_up, self.limit) if self.limit else swiglu(gate_up)
+            return first.relu() if self.drops_product else first.relu_()
+        return clamped_swiglu(first, self.limit) if self.limit else swiglu(first)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

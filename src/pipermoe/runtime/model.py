@@ -8,7 +8,8 @@ Global names: `embedding.weight`, `layers.7.attention.query.weight`, `layers.7.r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,12 @@ from pipermoe.runtime.gradients import WeightGradients, accumulate_rows
 from pipermoe.runtime.linear import Linear
 from pipermoe.runtime.loss import cross_entropy
 from pipermoe.runtime.norm import build_norm
+from pipermoe.runtime.rebuild import rebuilding
 from pipermoe.runtime.rotary import Rotation
 from pipermoe.runtime.router import Router
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.precision import Precision
+from pipermoe.specs.strategy import RecomputeModule
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -47,10 +50,19 @@ class Embedding(nn.Module):
 class DenseLayer(nn.Module):
     """Attention and a dense MLP: one piece, with no collective inside."""
 
-    def __init__(self, model: ModelSpec, layer: int, seq_len: int, gradients: WeightGradients, dtype: torch.dtype):
+    def __init__(
+        self,
+        model: ModelSpec,
+        layer: int,
+        seq_len: int,
+        gradients: WeightGradients,
+        dtype: torch.dtype,
+        drops: Collection[RecomputeModule],
+    ):
         super().__init__()
+        self.drops_norm = "norm" in drops
         self.attention_norm = build_norm(model, gradients, dtype)
-        self.attention = build_attention(model, layer, seq_len, gradients, dtype)
+        self.attention = build_attention(model, layer, seq_len, gradients, dtype, drop="attention" in drops)
         self.ffn_norm = build_norm(model, gradients, dtype)
         self.mlp = FeedForward(
             model.hidden_size,
@@ -59,11 +71,12 @@ class DenseLayer(nn.Module):
             dtype,
             matrices=model.dense_matrices,
             bias=model.mlp_bias,
+            drop="dense_mlp" in drops,
         )
 
     def forward(self, x_TD: Tensor, rotation: Rotation) -> Tensor:
-        h_TD = x_TD + self.attention(self.attention_norm(x_TD), rotation)
-        return h_TD + self.mlp(self.ffn_norm(h_TD))
+        h_TD = _attended(self, x_TD, rotation)
+        return h_TD + rebuilding(self.drops_norm, self.ffn_norm, self.mlp, h_TD)
 
 
 class MoELayer(nn.Module):
@@ -80,14 +93,16 @@ class MoELayer(nn.Module):
         seq_len: int,
         gradients: WeightGradients,
         dtype: torch.dtype,
+        drops: Collection[RecomputeModule],
     ):
         super().__init__()
+        self.drops_norm = "norm" in drops
         moe, hidden = model.moe, model.hidden_size
         self.attention_norm = build_norm(model, gradients, dtype)
-        self.attention = build_attention(model, layer, seq_len, gradients, dtype)
+        self.attention = build_attention(model, layer, seq_len, gradients, dtype, drop="attention" in drops)
         self.ffn_norm = build_norm(model, gradients, dtype)
         self.router = Router(model, gradients, dtype)
-        self.experts = Experts(model, local_experts, gradients, dtype)
+        self.experts = Experts(model, local_experts, gradients, dtype, drops)
         self.shared = (
             FeedForward(
                 hidden,
@@ -97,6 +112,7 @@ class MoELayer(nn.Module):
                 matrices=moe.expert_matrices,
                 bias=model.mlp_bias,
                 output_gate=moe.shared_gate,
+                drop="shared_experts" in drops,
             )
             if moe.shared_width
             else None
@@ -106,13 +122,25 @@ class MoELayer(nn.Module):
         self, x_TD: Tensor, rotation: Rotation, planned_TK: Tensor | None, sequences: int = 1, z_loss: bool = False
     ) -> tuple[Tensor, ...]:
         """Residual stream h (T, D), experts' input (T, D), and what `Router.choose` gives for it."""
-        h_TD = x_TD + self.attention(self.attention_norm(x_TD), rotation)
-        normed_TD = self.ffn_norm(h_TD)
-        return h_TD, normed_TD, *self.router.choose(normed_TD, planned_TK, sequences=sequences, z_loss=z_loss)
+        h_TD = _attended(self, x_TD, rotation)
+
+        def choose(normed_TD: Tensor) -> tuple[Tensor, ...]:
+            return normed_TD, *self.router.choose(normed_TD, planned_TK, sequences=sequences, z_loss=z_loss)
+
+        return h_TD, *rebuilding(self.drops_norm, self.ffn_norm, choose, h_TD)
+
+
+def _attended(layer: DenseLayer | MoELayer, x_TD: Tensor, rotation: Rotation) -> Tensor:
+    """`x + attention(norm(x))`."""
+    attend = partial(layer.attention, rotation=rotation)
+    return x_TD + rebuilding(layer.drops_norm, layer.attention_norm, attend, x_TD)
 
 
 class StageModel(nn.Module):
-    """The modules of one stage: `layers` of the model; the embedding if it is first, the head if it is last."""
+    """The modules of one stage: `layers` of the model; the embedding if it is first, the head if it is last.
+
+    `drops` names the modules of a layer whose results are rebuilt in backward (`specs.strategy.RECOMPUTE_MODULES`).
+    """
 
     def __init__(
         self,
@@ -122,6 +150,7 @@ class StageModel(nn.Module):
         seq_len: int,
         dtype: torch.dtype,
         gradients: WeightGradients,
+        drops: Collection[RecomputeModule] = (),
     ):
         super().__init__()
         first, last = layers.start == 0, layers.stop == model.num_layers
@@ -129,9 +158,9 @@ class StageModel(nn.Module):
         self.embedding = Embedding(model.vocab_size, hidden, gradients, dtype) if first else None
         self.layers = nn.ModuleDict(
             {
-                str(layer): MoELayer(model, layer, local_experts, seq_len, gradients, dtype)
+                str(layer): MoELayer(model, layer, local_experts, seq_len, gradients, dtype, drops)
                 if model.is_moe(layer)
-                else DenseLayer(model, layer, seq_len, gradients, dtype)
+                else DenseLayer(model, layer, seq_len, gradients, dtype, drops)
                 for layer in layers
             }
         )

@@ -24,6 +24,7 @@ from pipermoe.runtime.piece import Piece
 from pipermoe.runtime.rotary import Rotation, rotation_of
 from pipermoe.runtime.sharding import Sharding
 from pipermoe.specs.model import ModelSpec
+from pipermoe.specs.strategy import Strategy
 
 
 @dataclass(slots=True)
@@ -72,7 +73,8 @@ class Tape:
 class Stage:
     """One pipeline stage of one rank: its modules, and how a micro-batch passes them.
 
-    `recompute` drops the graphs of layers between forward and backward; embedding and head always keep theirs.
+    Full recomputation drops the graphs of layers between forward and backward, selective those of some modules;
+    embedding and head always keep theirs.
     `auxiliary_weight` and `z_weight` are the weights of one layer's load-balancing and z-loss relative to the
     cross-entropy. The weights of a unit (embedding, a layer, head) are used inside of `sharding.weights(unit)` only.
     """
@@ -87,16 +89,18 @@ class Stage:
         seq_len: int,
         dtype: torch.dtype,
         device: torch.device,
-        recompute: bool,
+        strategy: Strategy,
         balance: Balance,
         auxiliary_weight: float,
         z_weight: float,
     ):
-        self.spec, self.dispatcher, self.sharding, self.recompute = spec, dispatcher, sharding, recompute
+        self.spec, self.dispatcher, self.sharding = spec, dispatcher, sharding
+        self.recompute = strategy.recompute == "full"
         self.balance, self.auxiliary_weight, self.z_weight = balance, auxiliary_weight, z_weight
         self.gradients = WeightGradients()
         with torch.device(device):
-            self.model = StageModel(spec, layers, dispatcher.group.local_experts, seq_len, dtype, self.gradients)
+            experts, drops = dispatcher.group.local_experts, strategy.recompute_modules
+            self.model = StageModel(spec, layers, experts, seq_len, dtype, self.gradients, drops)
         self.units = tuple(self.model.units())
         cosine, sine = rotation_of(spec.attention, seq_len, dtype)
         self.rotation: Rotation = (cosine.to(device), sine.to(device))

@@ -15,7 +15,7 @@ from pipermoe.specs.errors import describe_value, nearest_divisors
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.precision import Precision
 from pipermoe.specs.strategy import Strategy
-from pipermoe.specs.strategy_table import RECOMPUTE_NAMES, SCHEDULE_NAMES, StrategyTable
+from pipermoe.specs.strategy_table import SCHEDULE_NAMES, StrategyTable
 from pipermoe.specs.train import TrainConfig
 
 
@@ -170,7 +170,6 @@ def _explain_precision(strategy: Strategy, job: Job) -> tuple[str, object, str]:
 # What the engine executes, with any schedule of one copy of every stage; a dry run asks no more.
 ENGINE: tuple[Rule, ...] = (
     *(_must_be(key, (1,), (1,)) for key in ("context_parallel", "tensor_parallel", "expert_tensor_parallel")),
-    _must_be("recompute", ("none", "full"), (RECOMPUTE_NAMES.index("none"), RECOMPUTE_NAMES.index("full"))),
     _must_be("dispatcher", ("all_to_all",), (0,)),
     Rule(
         lambda table, job: np.full(len(table), job.train.capacity_factor == 0),
