@@ -16,7 +16,7 @@ from pipermoe.specs.strategy import Strategy
 
 COMMANDS = (
     *("measure", "describe", "plan", "tokenize", "train", "compare", "schedule", "dryrun", "demo"),
-    *("export", "import-plan"),
+    *("export", "import-plan", "megatron-memory"),
 )
 JOB = "seq_len = 32\nglobal_batch_size = 16\n"
 

@@ -19,13 +19,27 @@ from pipermoe.cli.dryrun import dryrun
 from pipermoe.cli.export import export
 from pipermoe.cli.import_plan import import_plan
 from pipermoe.cli.measure import measure
+from pipermoe.cli.megatron_memory import megatron_memory
 from pipermoe.cli.plan import plan
 from pipermoe.cli.schedule import schedule
 from pipermoe.cli.tokenize import tokenize
 from pipermoe.cli.train import train
 from pipermoe.specs.errors import UserError
 
-COMMANDS = (measure, describe, plan, dryrun, tokenize, train, compare, export, import_plan, schedule, demo)
+COMMANDS = (
+    measure,
+    describe,
+    plan,
+    dryrun,
+    tokenize,
+    train,
+    compare,
+    export,
+    import_plan,
+    megatron_memory,
+    schedule,
+    demo,
+)
 
 
 def build_app() -> App:

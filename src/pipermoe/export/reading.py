@@ -14,19 +14,29 @@ MOST_BYTES = 2**20
 
 
 def read_megatron(words: Sequence[str], world_size: int | None) -> Configuration:
-    """A Megatron-LM command line, or the one file that holds it (comments start with #)."""
+    """What a Megatron-LM command line, or the one file that holds it, says."""
+    arguments, ranks = read_megatron_arguments(words, world_size)
+    return read_configuration(arguments, ranks, _file_name(words) or "megatron")
+
+
+def read_megatron_arguments(words: Sequence[str], world_size: int | None) -> tuple[Arguments, int]:
+    """The arguments of a command line, or of the one file that holds it (comments start with #), and the ranks."""
     if world_size is None:
         raise UserError("--world-size must be given: Megatron's data-parallel size is what the ranks leave over")
-    if len(words) == 1 and not words[0].startswith("--"):
+    if not words:
+        raise UserError("give Megatron's arguments after --, or the file that holds them")
+    if _file_name(words):
         path = Path(words[0])
         try:
             words = shlex.split(read_text(path), comments=True)
         except ValueError as error:
             raise UserError(f"{path}: {error}") from None
-        return read_configuration(Arguments.parse(words), world_size, path.stem)
-    if not words:
-        raise UserError("give Megatron's arguments after --, or the file that holds them")
-    return read_configuration(Arguments.parse(words), world_size)
+    return Arguments.parse(words), world_size
+
+
+def _file_name(words: Sequence[str]) -> str:
+    """The name of the file without its ending, if `words` are one."""
+    return Path(words[0]).stem if len(words) == 1 and not words[0].startswith("--") else ""
 
 
 def read_text(path: Path) -> str:

@@ -6,6 +6,7 @@
     attention, mlp, head: every module with its weights and the tensors it saves for backward
     static     bytes between two steps: states, cached gradients, workspaces
     peak       the most bytes during a step, over the order of the schedule
+    footprint  both for every pipeline rank, as a record
 
 The tables of tensors with their sources and the comparison with measured runs: docs/megatron.md.
 """

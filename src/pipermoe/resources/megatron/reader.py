@@ -14,6 +14,7 @@ from pipermoe.specs.megatron.arguments import Arguments
 from pipermoe.specs.megatron.model import read_model
 from pipermoe.specs.megatron.patterns import read_layout
 from pipermoe.specs.megatron.strategy import read_strategy
+from pipermoe.specs.megatron.train import read_train
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.strategy import Strategy
 
@@ -56,13 +57,13 @@ def read_job(arguments: Arguments, world_size: int, compute_capability: int = 9)
 
     `compute_capability` (8 Ampere, 9 Hopper, 10 Blackwell) decides which attention core TransformerEngine picks.
     """
-    model = read_model(arguments)
+    model, train = read_model(arguments), read_train(arguments)
     strategy, _ = read_strategy(arguments, world_size, model.num_layers)
     return MegatronJob(
         model=model,
         strategy=strategy,
-        seq_len=arguments["seq_length"],
-        global_batch_size=arguments["global_batch_size"],
+        seq_len=train.seq_len,
+        global_batch_size=train.global_batch_size,
         stages=_read_stages(arguments, model, strategy),
         options=_read_options(arguments, model, strategy, compute_capability),
     )
