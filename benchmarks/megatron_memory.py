@@ -24,7 +24,8 @@ from pipermoe.specs.megatron.arguments import Arguments
 
 DATA = Path(__file__).parent / "data" / "megatron_memory.json"
 MIB, GIB = 2**20, 2**30
-OLD_RELEASE = "long-term-support container of an older release (TransformerEngine 1.x)"
+OLD_CONTAINER = "24.01"
+OLD_RELEASE = f"PyTorch container {OLD_CONTAINER} with TransformerEngine 1.2; described is TransformerEngine from 2.1"
 LOADED = "peak of loading a checkpoint: constant from the first step of a resumed run"
 
 
@@ -62,7 +63,7 @@ def evaluate() -> list[Row]:
 
 def _evaluate(record: dict[str, Any]) -> Row:
     arguments = Arguments.of(record["arguments"])
-    reasons = [*undescribed(arguments), *([OLD_RELEASE] if record["container"] == "lts" else [])]
+    reasons = [*undescribed(arguments), *([OLD_RELEASE] if record["container"] == OLD_CONTAINER else [])]
     measured = {key: record[key] for key in ("case", "result", "static_bytes", "peak_bytes", "second_step_peak_bytes")}
     if reasons:
         return Row(

@@ -19,14 +19,14 @@ def test_every_run_is_predicted_or_says_why_not():
 
 def test_static_bytes_are_within_half_a_percent_on_average():
     summary = summarise(rows(), evaluate_points())
-    assert summary.covered_static == 36
+    assert summary.covered_static == 37
     assert summary.static_mean < 0.0033
     assert summary.static_worst < 0.013
 
 
 def test_peaks_are_within_one_and_a_half_percent_on_average():
     summary = summarise(rows(), evaluate_points())
-    assert summary.covered_peak == 34
+    assert summary.covered_peak == 35
     assert summary.peak_mean < 0.0140
     assert sorted(abs(row.peak_error or 0) for row in rows())[-2] < 0.035  # the worst: see docs/megatron.md
     assert summary.peak_worst < 0.056
