@@ -14,6 +14,7 @@ FLOORS = [
     {"__main__"},
     {"cli"},
     {"report"},
+    {"validate"},
     {"planner", "export", "runtime"},
     {"resources"},
     {"measure"},

@@ -20,7 +20,6 @@ from pipermoe.resources.rates import rate_at
 from pipermoe.resources.stages import stage_shapes
 from pipermoe.specs.catalogue import load_model
 from pipermoe.specs.device import RateCurve
-from pipermoe.specs.errors import UserError
 
 DEVICE = machine().device
 
@@ -86,6 +85,11 @@ def test_full_recompute_repeats_the_forward_of_the_layers_but_not_of_the_head():
     assert full == 4 * once + 3 * head
 
 
-def test_a_model_whose_attention_cannot_be_priced_is_refused_by_name():
-    with pytest.raises(UserError, match=r"deepseek-v3: attention\.kind = 'mla': cannot be priced yet"):
-        attention_work(load_model("deepseek-v3"), 64, 32)
+@pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v2-lite", "gpt-oss-120b", "qwen3-30b-a3b"])
+def test_the_products_of_attention_are_those_that_are_counted(name):
+    model = load_model(name)
+    works = attention_work(model, 64, 256)
+    counts = [layer_forward_flops(model, n, tokens=64, seq_len=256, causal=False) for n in range(model.num_layers)]
+    assert sum(work.flops * work.count for work in works if isinstance(work, Gemm)) == counts[0].attention_projections
+    core = sum(work.flops for work in works if isinstance(work, AttentionCore))
+    assert core == pytest.approx(sum(count.attention_core for count in counts) / model.num_layers)

@@ -24,7 +24,8 @@ def test_curves_never_exceed_the_peak():
         device = load_platform(name).device
         for precision, curve in device.gemm.items():
             assert max(curve.rate) <= device.peak_flops_per_s[precision], name
-            assert max(max(grouped.rate) for grouped in device.grouped_gemm[precision]) < max(curve.rate) * 1.25, name
+            experts = max(max(grouped.rate) for grouped in device.grouped_gemm[precision])
+            assert experts <= device.peak_flops_per_s[precision], name
 
 
 def test_a_file_builds_on_catalogue_entries(tmp_path):

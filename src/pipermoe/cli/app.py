@@ -24,6 +24,7 @@ from pipermoe.cli.plan import plan
 from pipermoe.cli.schedule import schedule
 from pipermoe.cli.tokenize import tokenize
 from pipermoe.cli.train import train
+from pipermoe.cli.validate import validate
 from pipermoe.specs.errors import UserError
 
 COMMANDS = (
@@ -38,6 +39,7 @@ COMMANDS = (
     import_plan,
     megatron_memory,
     schedule,
+    validate,
     demo,
 )
 

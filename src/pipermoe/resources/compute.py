@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from pipermoe.resources.flops import head_forward_flops, layer_forward_flops
+from pipermoe.resources.flops import attention_core_flops, head_forward_flops, layer_forward_flops
 from pipermoe.resources.rates import attention_seconds, gemm_seconds, grouped_gemm_seconds, pass_seconds
 from pipermoe.resources.stages import StageShapes
 from pipermoe.specs.device import Device, Pass
 from pipermoe.specs.errors import UserError, describe_value
-from pipermoe.specs.model import GroupedQueryAttention, ModelSpec
+from pipermoe.specs.model import GroupedQueryAttention, LatentAttention, ModelSpec
 from pipermoe.specs.precision import Precision
 
 
@@ -84,22 +84,51 @@ def grouped_query(model: ModelSpec) -> GroupedQueryAttention:
 
 def attention_work(model: ModelSpec, tokens, seq_len) -> list[Work]:
     """Norm, projections, rotation, core, output projection and residual of one attention block."""
-    attention, hidden = grouped_query(model), model.hidden_size
+    attention, hidden = model.attention, model.hidden_size
+    core = sum(
+        attention_core_flops(model, layer, tokens=tokens, seq_len=seq_len, causal=False)
+        for layer in range(model.num_layers)
+    )
+    around: list[Work] = [
+        Stream("norm", tokens * hidden),
+        AttentionCore(core / model.num_layers, seq_len),  # the mean over layers: some see a window only
+        Stream("residual", tokens * hidden),
+    ]
+    if isinstance(attention, LatentAttention):
+        return around + _latent_projections(attention, hidden, tokens)
+    return around + _grouped_projections(attention, hidden, tokens)
+
+
+def _grouped_projections(attention: GroupedQueryAttention, hidden: int, tokens) -> list[Work]:
     query = attention.num_heads * attention.head_dim
     key_value = attention.num_kv_heads * attention.head_dim
     work: list[Work] = [
-        Stream("norm", tokens * hidden),
-        Gemm(2 * tokens * hidden * query),
+        Gemm(2 * tokens * hidden * query, count=2),
         Gemm(2 * tokens * hidden * key_value, count=2),
         Stream("rope", tokens * query),
         Stream("rope", tokens * key_value),
-        AttentionCore(4 * tokens * seq_len * query, seq_len),
-        Gemm(2 * tokens * hidden * query),
-        Stream("residual", tokens * hidden),
     ]
     if attention.qk_norm != "none":
         norm: Pass = "norm" if attention.qk_norm == "full" else "head_norm"
         work += [Stream(norm, tokens * query), Stream(norm, tokens * key_value)]
+    return work
+
+
+def _latent_projections(attention: LatentAttention, hidden: int, tokens) -> list[Work]:
+    """Down to the latent vectors, up to every head's query, key and value, and out (DeepSeek-V2, arXiv 2405.04434)."""
+    heads, q_rank, kv_rank = attention.num_heads, attention.q_lora_rank, attention.kv_lora_rank
+    query, rotated = heads * attention.query_key_dim, attention.qk_rope_head_dim
+    work: list[Work] = [
+        Gemm(2 * tokens * (q_rank or hidden) * query),
+        Gemm(2 * tokens * hidden * (kv_rank + rotated)),
+        Stream("norm", tokens * kv_rank),
+        Gemm(2 * tokens * kv_rank * heads * (attention.qk_nope_head_dim + attention.v_head_dim)),
+        Stream("rope", tokens * heads * rotated),
+        Stream("rope", tokens * rotated),
+        Gemm(2 * tokens * heads * attention.v_head_dim * hidden),
+    ]
+    if q_rank:
+        work += [Gemm(2 * tokens * hidden * q_rank), Stream("norm", tokens * q_rank)]
     return work
 
 
@@ -122,6 +151,10 @@ def moe_work(model: ModelSpec, tokens, experts_per_rank) -> list[Work]:
         Stream("combine", rows * hidden),
         Stream("residual", tokens * hidden),
     ]
+    if moe.expert_bias:
+        work += [Stream("residual", rows * into * moe.expert_width), Stream("residual", rows * hidden)]
+    if moe.swiglu_limit:
+        work.append(Stream("swiglu", rows * moe.expert_width))  # clamping gate and up is one more pass over both
     if moe.shared_width:
         work += [*_mlp(tokens, hidden, moe.shared_width, moe.expert_matrices), Stream("residual", tokens * hidden)]
         if moe.shared_gate:
@@ -170,10 +203,10 @@ def stage_seconds(
     `tokens`, `experts_per_rank` and `full` (whether everything but the head is recomputed) are arrays (rows,).
     Communication is not included.
     """
+    attention = attention_work(model, tokens, seq_len)
     parts = (
-        (shapes.moe_layers + shapes.dense_layers, attention_work(model, tokens, seq_len), True),
-        (shapes.moe_layers, moe_work(model, tokens, experts_per_rank), True),
-        (shapes.dense_layers, dense_work(model, tokens), True),
+        (shapes.moe_layers, attention + moe_work(model, tokens, experts_per_rank), True),
+        (shapes.dense_layers, attention + dense_work(model, tokens), True),
         (shapes.has_embedding, embedding_work(model, tokens), False),
         (shapes.has_head, head_work(model, tokens), False),
     )
@@ -182,6 +215,8 @@ def stage_seconds(
     for count, works, recomputed in parts:
         if count.any():
             once, back = _total(works, device, precision)
+            if recomputed:  # a layer, which the device cannot finish before the host has issued it
+                once, back = np.maximum(once, device.issue_seconds), np.maximum(back, device.issue_seconds)
             forward += once[:, None] * count
             backward += (back + once * (full if recomputed else 0))[:, None] * count
     layers = shapes.moe_layers + shapes.dense_layers

@@ -91,6 +91,8 @@ class Device(Frozen):
     - `layer_forward_seconds`, `layer_backward_seconds`: what one layer costs beyond the sum of its curves, whatever its
       size: operations in turn find cold code where repeated ones find warm. Add once per layer and direction (a
       recomputed layer's forward again). 0 on a datasheet.
+    - `issue_seconds`: the host's time to issue one layer in one direction to an accelerator; a layer that computes for
+      less waits for it. 0 where the host computes itself, or replays graphs.
     - `peak_flops_per_s`: the basis of utilisation (MFU); measured platforms give the fastest product seen.
     """
 
@@ -106,3 +108,4 @@ class Device(Frozen):
     kernel_seconds: Seconds = Field(ge=0)
     layer_forward_seconds: Seconds = Field(default=0.0, ge=0)
     layer_backward_seconds: Seconds = Field(default=0.0, ge=0)
+    issue_seconds: Seconds = Field(default=0.0, ge=0)

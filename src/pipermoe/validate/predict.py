@@ -1,0 +1,64 @@
+"""The step time of a recipe by the resource model: its costs per stage on the timeline of its schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from pipermoe.resources.step import StepCosts, step_costs
+from pipermoe.schedule.builders import build
+from pipermoe.schedule.durations import Durations
+from pipermoe.schedule.timeline import simulate
+from pipermoe.specs.strategy_table import StrategyTable
+from pipermoe.validate.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Seconds of a step, and of what the busiest pipeline rank spends them on."""
+
+    step_seconds: float
+    compute: float
+    exchange: float
+    waiting: float
+    sync: float
+    optimizer: float
+
+
+def predict_step(recipe: Recipe) -> Prediction:
+    """Costs of every stage, simulated; then gradients are reduced, weights updated and gathered.
+
+    Published stacks reduce gradients beside the last backward and gather weights beside the first forward: what exceeds
+    one micro-batch of it is exposed.
+    """
+    table, strategy = StrategyTable.of([recipe.strategy]), recipe.strategy
+    costs = step_costs(recipe.model, recipe.platform, recipe.train, table)
+    cost = {field.name: getattr(costs, field.name)[0] for field in fields(StepCosts)}
+    microbatches = int(table.microbatches(recipe.train.global_batch_size)[0])
+    schedule = build(strategy.schedule, strategy.pipeline_parallel, microbatches, strategy.virtual_stages)
+    durations = Durations(
+        forward=cost["forward"].tolist(),
+        backward=cost["backward"].tolist(),
+        forward_exchange=cost["forward_exchange"].tolist(),
+        backward_exchange=cost["backward_exchange"].tolist(),
+        transfer=float(cost["send"].max()) if strategy.pipeline_parallel > 1 else 0.0,
+    )
+    timeline = simulate(schedule, durations)
+    stages_of = [list(schedule.stages_of(rank)) for rank in range(schedule.num_ranks)]
+
+    def per_rank(name: str) -> np.ndarray:
+        return np.array([cost[name][stages].sum() for stages in stages_of])
+
+    reducing = np.maximum(0.0, per_rank("reduce") - per_rank("backward"))
+    gathering = np.maximum(0.0, per_rank("gather") - per_rank("forward"))
+    updating = per_rank("norm") + per_rank("update")
+    ends = np.array([max(ends) for ends in timeline.end])
+    sync = float(cost["flags"][0])
+    step = float((ends + reducing).max() + sync + (updating + gathering).max())
+    busiest = int(np.argmax(per_rank("forward") + per_rank("backward")))
+    compute = microbatches * float((per_rank("forward") + per_rank("backward"))[busiest])
+    exchange = microbatches * float((per_rank("forward_exchange") + per_rank("backward_exchange"))[busiest])
+    sync += float(reducing[busiest] + gathering[busiest])
+    optimizer = float(updating[busiest])
+    return Prediction(step, compute, exchange, step - compute - exchange - sync - optimizer, sync, optimizer)
