@@ -18,6 +18,7 @@ def line(step: int = 10, **values) -> StepLine:
         "validation_loss": None,
         "auxiliary_loss": 1.0,
         "z_loss": 0.0,
+        "dropped_share": None,
         "skipped": False,
         "memory_bytes": None,
         "resident_bytes": 1,
@@ -40,6 +41,18 @@ def test_the_step_line_is_in_the_order_that_people_grep_for():
         "step:    10  loss:  1.55680  grad_norm:   0.8123  memory:  26.47GiB(33.09%)  tps:    8,600  "
         "tflops: 240.10  mfu: 24.3%"
     )
+
+
+def test_a_validation_stands_beside_the_loss():
+    assert "grad_norm:   0.8123  validation:  1.62500  memory:" in format_line(line(validation_loss=1.625), GIB)
+
+
+def test_a_number_that_is_not_finite_is_null_in_json(tmp_path):
+    log = StepLog(tmp_path, GIB, 0, quiet=True)
+    log.step(line(loss=float("nan"), grad_norm=float("inf")))
+    log.close()
+    values = json.loads((tmp_path / STEPS_FILE).read_text())
+    assert (values["loss"], values["grad_norm"], values["learning_rate"]) == (None, None, 3e-4)
 
 
 def test_what_is_not_known_is_left_out_and_colour_is_only_for_terminals():

@@ -7,7 +7,6 @@ Results go to stdout, progress to stderr. Exit codes: 0 done, 2 wrong input, 3 n
 from __future__ import annotations
 
 import sys
-from typing import NoReturn
 
 from cyclopts import App, CycloptsError
 
@@ -51,26 +50,21 @@ def build_app() -> App:
         version=__version__,
         help="Find, predict and run the best way to train a Mixture-of-Experts language model.",
         help_on_error=False,
+        suppress_keyboard_interrupt=False,  # which would end without a word
     )
     for position, command in enumerate(COMMANDS):
         app.command(command, sort_key=position)
     return app
 
 
-def main(arguments: list[str] | None = None) -> NoReturn:
+def run(arguments: list[str]) -> int:
     """Run the command line; every expected failure is one line on stderr and an exit code."""
-    sys.exit(_run(sys.argv[1:] if arguments is None else arguments))
-
-
-def _run(arguments: list[str]) -> int:
     try:
         build_app()(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except UserError as error:
         return _fail(str(error), error.exit_code)
     except CycloptsError as error:
         return _fail(str(error), 2)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise

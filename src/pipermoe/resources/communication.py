@@ -22,7 +22,7 @@ from pipermoe.specs.strategy_table import EXCHANGE_NAMES, StrategyTable
 from pipermoe.specs.train import TrainConfig
 
 COUNT_BYTES = 8  # routing counts travel as int64
-TOTALS_BYTES = 32  # squared gradient norm and three losses, float64, agreed on by all ranks
+TOTALS_BYTES = 40  # squared gradient norm, three losses and the dropped share, float64, agreed on by all ranks
 
 
 @dataclass(frozen=True, slots=True)

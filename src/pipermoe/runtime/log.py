@@ -22,7 +22,7 @@ CONVENTION = (
     "tps: tokens/s of the whole job; tflops: model TFLOP/s per rank, the causal half of attention, no recompute; "
     "mfu: that over a rank's peak; memory: highest counted peak of a rank (share of the plan's budget)"
 )
-_COLOURS = {"step": 31, "loss": 32, "grad_norm": 33, "memory": 36, "tps": 34, "tflops": 36, "mfu": 35}
+_COLOURS = {"step": 31, "loss": 32, "validation": 32, "grad_norm": 33, "memory": 36, "tps": 34, "tflops": 36, "mfu": 35}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,7 @@ class StepLine:
     validation_loss: float | None
     auxiliary_loss: float
     z_loss: float
+    dropped_share: float | None
     grad_norm: float
     learning_rate: float
     skipped: bool
@@ -55,6 +56,8 @@ class StepLine:
 def format_line(line: StepLine, budget_bytes: int, *, coloured: bool = False) -> str:
     """`step:     10  loss:  1.55680  grad_norm:  0.8123  memory: 26.47GiB(33.47%)  tps: 8,600  tflops: 240.10 ...`."""
     fields = {"step": f"{line.step:5d}", "loss": f"{line.loss:8.5f}", "grad_norm": f"{line.grad_norm:8.4f}"}
+    if line.validation_loss is not None:
+        fields["validation"] = f"{line.validation_loss:8.5f}"
     if line.peak_bytes is not None:
         scale, unit = (GIB, "GiB") if line.peak_bytes >= GIB else (MIB, "MiB")
         fields["memory"] = f"{line.peak_bytes / scale:6.2f}{unit}({line.peak_bytes / budget_bytes:.2%})"

@@ -23,12 +23,14 @@ from pipermoe.runtime.model import MoELayer
 class StepResult:
     """The losses and the gradient norm of one step of the whole job, and this rank's times.
 
-    `skipped`: loss or gradient were not finite, and the weights stayed what they were.
+    `dropped` is the share of choices beyond their experts' capacity. `skipped`: loss or gradient were not finite, and
+    the weights stayed what they were.
     """
 
     loss: float
     auxiliary: float
     z_loss: float
+    dropped: float
     grad_norm: float
     rate: float
     timing: StepSeconds

@@ -6,10 +6,29 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 SHOW_CURSOR = "\33[?25h"
+
+
+class _OfKnownTotal(ProgressColumn):
+    """A column of activities whose total is known, blank for others."""
+
+    def __init__(self, column: ProgressColumn) -> None:
+        super().__init__()
+        self._column = column
+
+    def render(self, task: Task) -> RenderableType:
+        return "" if task.total is None else self._column(task)
 
 
 class Display:
@@ -21,9 +40,7 @@ class Display:
         if shown and console.is_terminal and not console.is_dumb_terminal:
             self._progress = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
+                *map(_OfKnownTotal, (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())),
                 console=console,
                 transient=True,
                 auto_refresh=False,

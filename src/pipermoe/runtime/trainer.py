@@ -167,9 +167,9 @@ class Trainer:
         except Exception as error:
             where = f"step {step + 1}: rank {self.groups.rank}: {_describe(self.meter.action)}"
             raise MachineError(f"{where} failed: {type(error).__name__}: {error}") from error
-        norm, loss, auxiliary, z_loss = agreed
+        norm, loss, auxiliary, z_loss, dropped = agreed
         timing = StepSeconds(step, time.perf_counter() - start, dict(self.meter.seconds))
-        return StepResult(loss, auxiliary, z_loss, norm, rate, timing, skipped=self.skipped > 0)
+        return StepResult(loss, auxiliary, z_loss, dropped, norm, rate, timing, skipped=self.skipped > 0)
 
     def _is_finite(self, step: int, loss: float, norm: float) -> bool:
         """Whether the step may change the weights; every rank sees the same numbers. Raises `UserError` to stop."""
@@ -252,6 +252,7 @@ class Trainer:
                 validation_loss=validation,
                 auxiliary_loss=result.auxiliary,
                 z_loss=result.z_loss,
+                dropped_share=result.dropped if self.plan.train.capacity_factor else None,
                 grad_norm=result.grad_norm,
                 learning_rate=result.rate,
                 skipped=result.skipped,
