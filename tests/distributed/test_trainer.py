@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from itertools import pairwise
 
 import pytest
@@ -13,7 +12,6 @@ from pipermoe.resources.flops import model_forward_flops
 from pipermoe.runtime.engine import Engine
 from pipermoe.runtime.launch import launch
 from pipermoe.runtime.run import Run
-from pipermoe.runtime.tensorboard import open_board
 from pipermoe.schedule.builders import build
 from pipermoe.specs.documents import load
 from pipermoe.specs.errors import UserError
@@ -157,9 +155,10 @@ def test_tensorboard_shows_every_number(tmp_path, text):
 
 
 def test_tensorboard_without_its_package_is_an_error_that_says_how_to_install_it(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", None)
+    monkeypatch.setattr("pipermoe.runtime.tensorboard.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'pipermoe\[tensorboard\]'"):
-        open_board(tmp_path)
+        launch(tiny_plan(Strategy()), Run(tmp_path / "run", tensorboard=tmp_path))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_peak_above_the_budget_is_a_warning_that_names_the_rank(tmp_path, text, capfd):

@@ -94,6 +94,7 @@ def _check_plan(plan: Plan, run: Run, where: str) -> None:
     """Everything about the plan that can be known to be wrong before a rank starts."""
     from pipermoe.runtime.hf_weights import check_weights
     from pipermoe.runtime.support import check_supported
+    from pipermoe.runtime.tensorboard import require_tensorboard
 
     if run.steps is not None and run.steps < 1:
         raise UserError(f"--steps = {run.steps}: must be at least 1")
@@ -106,6 +107,8 @@ def _check_plan(plan: Plan, run: Run, where: str) -> None:
         check_supported(plan.model, plan.train, plan.strategy)
     except UserError as error:
         raise UserError("\n".join(f"{where}: {line}" for line in str(error).splitlines())) from None
+    if run.tensorboard is not None:
+        require_tensorboard()
     if run.weights is not None:
         check_weights(run.weights, plan.model)
 

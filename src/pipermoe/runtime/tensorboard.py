@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,12 +18,16 @@ class Board(Protocol):
     def close(self) -> None: ...
 
 
+def require_tensorboard() -> None:
+    """Raise `UserError` without the package; asked before any rank starts."""
+    if find_spec("tensorboard") is None:
+        raise UserError("--tensorboard: needs the package tensorboard: pip install 'pipermoe[tensorboard]'")
+
+
 def open_board(folder: Path) -> Board:
-    """Event files in `folder`. Raises `UserError` without the package or where they cannot be written."""
-    try:
-        from torch.utils.tensorboard.writer import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard: needs the package tensorboard: pip install 'pipermoe[tensorboard]'") from None
+    """Event files in `folder`. Raises `UserError` where they cannot be written."""
+    from torch.utils.tensorboard.writer import SummaryWriter
+
     try:
         return _EventFiles(SummaryWriter(str(folder)))
     except OSError as error:
