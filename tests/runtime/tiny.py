@@ -45,7 +45,7 @@ RICH = PLAIN.model_copy(
 SIGMOID = PLAIN.model_copy(
     update={
         "name": "sigmoid",
-        "attention": GroupedQueryAttention(num_heads=4, num_kv_heads=4, head_dim=4, qk_norm="full"),
+        "attention": GroupedQueryAttention(num_heads=4, num_kv_heads=4, head_dim=4, qk_norm="full", rotary_dim=2),
         "moe": MixtureOfExperts(
             num_experts=8,
             top_k=3,
@@ -112,7 +112,7 @@ SINKS = PLAIN.model_copy(
         "local_attention": LocalAttention(kind="sliding", size=3, layers=(0, 2)),
     }
 )
-# What older families have: LayerNorm, plain blocks with biases, and Llama 4's chunks and norm without weights.
+# What older families have: LayerNorm, plain blocks with biases; Llama 4's chunks, layers without positions, bare norm.
 OLDER = PLAIN.model_copy(
     update={
         "name": "older",
@@ -127,6 +127,7 @@ OLDER = PLAIN.model_copy(
             router=Router(correction_bias="parameter"),
         ),
         "local_attention": LocalAttention(kind="chunked", size=3, layers=(1, 3)),
+        "no_rope_layers": (0, 3),
         "dense_layers": (1,),
         "dense_width": 24,
         "dense_matrices": 2,

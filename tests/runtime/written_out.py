@@ -46,7 +46,7 @@ def forward(model: ModelSpec, w: Weights, tokens_BS: Tensor) -> tuple[Tensor, di
         n_BSD = norm(model, x_BSD, p, "attention_norm")
         heads = latent_heads if isinstance(model.attention, LatentAttention) else grouped_heads
         visible = mask(model, layer, x_BSD.shape[1])
-        attended = torch.cat([core(*head, visible) for head in heads(model, p, n_BSD)], -1)
+        attended = torch.cat([core(*head, visible) for head in heads(model, layer, p, n_BSD)], -1)
         x_BSD = x_BSD + linear(p, "attention.output", attended)
         n_TD = norm(model, x_BSD, p, "ffn_norm").flatten(0, 1)
         if model.is_moe(layer):
@@ -108,7 +108,7 @@ def turned(x_BSC: Tensor, theta: float, yarn: Yarn | None) -> Tensor:
     return torch.cat((product.real, product.imag), -1)
 
 
-def grouped_heads(model: ModelSpec, p: Weights, x_BSD: Tensor):
+def grouped_heads(model: ModelSpec, layer: int, p: Weights, x_BSD: Tensor):
     """Query, key, value, scale and sink of every head."""
     spec = model.attention
     assert isinstance(spec, GroupedQueryAttention)
@@ -122,14 +122,19 @@ def grouped_heads(model: ModelSpec, p: Weights, x_BSD: Tensor):
         )
         if spec.qk_norm == "head":
             query, key = norm(model, query, p, "attention.query_norm"), norm(model, key, p, "attention.key_norm")
-        query, key = (turned(each, spec.rope_theta, spec.yarn) for each in (query, key))
-        if spec.qk_norm == "l2":
-            query, key = (F.rms_norm(each, each.shape[-1:], eps=model.norm_epsilon) for each in (query, key))
+        if layer not in model.no_rope_layers:
+            part = spec.rotary_dim or spec.head_dim
+            query, key = (
+                torch.cat((turned(each[..., :part], spec.rope_theta, spec.yarn), each[..., part:]), -1)
+                for each in (query, key)
+            )
+            if spec.qk_norm == "l2":
+                query, key = (F.rms_norm(each, each.shape[-1:], eps=model.norm_epsilon) for each in (query, key))
         sink = p["attention.sinks"][head] if spec.sinks else None
         yield query, key, value, spec.head_dim**-0.5, sink
 
 
-def latent_heads(model: ModelSpec, p: Weights, x_BSD: Tensor):
+def latent_heads(model: ModelSpec, _: int, p: Weights, x_BSD: Tensor):
     spec = model.attention
     assert isinstance(spec, LatentAttention)
     if spec.q_lora_rank:

@@ -26,7 +26,8 @@ def build_attention(
     if isinstance(spec, specs.LatentAttention):
         attention = LatentAttention(model, spec, local, seq_len, gradients, dtype)
     else:
-        attention = GroupedQueryAttention(model, spec, local, seq_len, gradients, dtype)
+        turns = layer not in model.no_rope_layers
+        attention = GroupedQueryAttention(model, spec, local, seq_len, gradients, dtype, turns=turns)
     attention.drop = drop
     return attention
 
@@ -45,7 +46,7 @@ class Attention(nn.Module):
 
 
 class GroupedQueryAttention(Attention):
-    """Causal self-attention (GQA: Ainslie et al. 2023) with rotary positions and optional query and key norms."""
+    """Causal self-attention (GQA: Ainslie et al. 2023) with optional query and key norms and, if `turns`, positions."""
 
     def __init__(
         self,
@@ -55,10 +56,12 @@ class GroupedQueryAttention(Attention):
         seq_len: int,
         gradients: WeightGradients,
         dtype: torch.dtype,
+        *,
+        turns: bool,
     ):
         super().__init__()
         self.spec, self.local, self.seq_len, self.epsilon = spec, local, seq_len, model.norm_epsilon
-        self.gradients = gradients
+        self.gradients, self.turns = gradients, turns
         hidden, query, key_value = model.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         self.query = Linear(hidden, query, gradients, bias=spec.qkv_bias, dtype=dtype)
         self.key = Linear(hidden, key_value, gradients, bias=spec.qkv_bias, dtype=dtype)
@@ -78,11 +81,13 @@ class GroupedQueryAttention(Attention):
         query_BHSC, key_BGSC, value_BGSC = self._heads(query), self._heads(key), self._heads(value)
         if self.spec.qk_norm == "head":
             query_BHSC, key_BGSC = self.query_norm(query_BHSC), self.key_norm(key_BGSC)
-        elif self.spec.qk_norm == "l2":  # a rotation changes no length, so before or after is the same
+        elif self.spec.qk_norm == "l2" and self.turns:  # a rotation changes no length, so before or after is the same
             query_BHSC, key_BGSC = unit_rms(query_BHSC, self.epsilon), unit_rms(key_BGSC, self.epsilon)
+        if self.turns:
+            query_BHSC, key_BGSC = rotate(query_BHSC, *rotation), rotate(key_BGSC, *rotation)
         out_BHSC = causal_attention(
-            rotate(query_BHSC, *rotation),
-            rotate(key_BGSC, *rotation),
+            query_BHSC,
+            key_BGSC,
             value_BGSC,
             scale=self.spec.head_dim**-0.5,
             local=self.local,

@@ -10,15 +10,14 @@ import math
 import torch
 from torch import Tensor
 
-from pipermoe.specs.model import Attention, LatentAttention, Yarn
+from pipermoe.specs.model import Attention, Yarn
 
 Rotation = tuple[Tensor, Tensor]
 
 
 def rotation_of(attention: Attention, seq_len: int, dtype: torch.dtype) -> Rotation:
-    """The tables of a model's attention: of whole heads, or of the rotary part of latent ones."""
-    rotated = attention.qk_rope_head_dim if isinstance(attention, LatentAttention) else attention.head_dim
-    return rotation_tables(seq_len, rotated, attention.rope_theta, dtype, attention.yarn)
+    """The tables of a model's attention, of the numbers of a head that turn."""
+    return rotation_tables(seq_len, attention.rotated, attention.rope_theta, dtype, attention.yarn)
 
 
 def rotation_tables(
@@ -33,9 +32,13 @@ def rotation_tables(
     return (angle.cos() * amplitude).to(dtype), (angle.sin() * amplitude).to(dtype)
 
 
-def rotate(x_BHSC: Tensor, cosine_SC: Tensor, sine_SC: Tensor) -> Tensor:
+def rotate(x_BHSN: Tensor, cosine_SC: Tensor, sine_SC: Tensor) -> Tensor:
+    """The first C of the N numbers of each head turned, the others as they are."""
+    turning = cosine_SC.shape[-1]
+    x_BHSC, rest = x_BHSN[..., :turning], x_BHSN[..., turning:]
     low, high = x_BHSC.chunk(2, dim=-1)
-    return x_BHSC * cosine_SC + torch.cat((-high, low), dim=-1) * sine_SC
+    turned = x_BHSC * cosine_SC + torch.cat((-high, low), dim=-1) * sine_SC
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
 def _stretched(frequency: Tensor, head_dim: int, theta: float, yarn: Yarn) -> Tensor:

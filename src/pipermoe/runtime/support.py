@@ -11,7 +11,12 @@ from pipermoe.specs.train import TrainConfig
 
 def check_supported(model: ModelSpec, train: TrainConfig, strategy: Strategy) -> None:
     """Raise `UserError` with one line for each reason why this runtime cannot train `model` like that."""
-    _refuse([*violations(strategy, model, train, strategy.world_size, EXECUTABLE), *_reasons(model)])
+    reasons = [*violations(strategy, model, train, strategy.world_size, EXECUTABLE), *_reasons(model)]
+    stretch = model.attention.rope_stretch
+    if stretch:  # a dry run may have it: it changes no count
+        rule = "this runtime does not turn positions like that; leave it out, or use yarn"
+        reasons.append(describe_value("", "attention.rope_stretch", stretch, rule))
+    _refuse(reasons)
 
 
 def check_model(model: ModelSpec) -> None:
@@ -42,8 +47,11 @@ def _unsupported(model: ModelSpec) -> list[tuple[str, object, str]]:
     ]
     if isinstance(attention, LatentAttention):
         wanted.append(("attention.indexer", attention.indexer, None, "selected keys are not implemented; leave it out"))
-    rotated = "qk_rope_head_dim" if isinstance(attention, LatentAttention) else "head_dim"
-    if getattr(attention, rotated) % 2:
-        width = getattr(attention, rotated)
-        wanted.append((f"attention.{rotated}", width, 0, "must be even: rotary positions turn pairs"))
+        rule = "latent attention has positions in every layer; leave it out"
+        wanted.append(("no_rope_layers", model.no_rope_layers, (), rule))
+        rotated = "qk_rope_head_dim"
+    else:
+        rotated = "rotary_dim" if attention.rotary_dim else "head_dim"
+    if attention.rotated % 2:
+        wanted.append((f"attention.{rotated}", attention.rotated, 0, "must be even: rotary positions turn pairs"))
     return [(key, value, rule) for key, value, accepted, rule in wanted if value != accepted]

@@ -57,7 +57,9 @@ class GroupedQueryAttention(Frozen):
     """Multi-head attention in which `num_heads` (H) query heads share `num_kv_heads` key and value heads.
 
     `qk_norm` is a learned RMS norm of queries and keys over each "head" or over the "full" projection; "l2" has no
-    weights. `sinks` is one learned logit per head that takes attention nowhere (gpt-oss).
+    weights. `sinks` is one learned logit per head that takes attention nowhere (gpt-oss). Of a head the first
+    `rotary_dim` numbers turn with their position, all of them if 0. `rope_stretch` names a stretching of positions
+    other than YaRN ("longrope"), which is not described further.
     """
 
     kind: Literal["gqa"] = "gqa"
@@ -68,8 +70,21 @@ class GroupedQueryAttention(Frozen):
     output_bias: bool = False
     qk_norm: Literal["none", "head", "full", "l2"] = "none"
     sinks: bool = False
+    rotary_dim: OptionalWidth = 0
     rope_theta: float = Field(default=10000.0, gt=0)
+    rope_stretch: str = ""
     yarn: Yarn | None = None
+
+    @property
+    def rotated(self) -> int:
+        """How many numbers of a head turn with their position."""
+        return self.rotary_dim or self.head_dim
+
+    @model_validator(mode="after")
+    def _rotation_fits(self) -> GroupedQueryAttention:
+        if self.rotary_dim > self.head_dim:
+            raise ValueError(f"rotary_dim = {self.rotary_dim} must be at most head_dim = {self.head_dim}")
+        return self
 
     @model_validator(mode="after")
     def _heads_divide(self) -> GroupedQueryAttention:
@@ -119,7 +134,13 @@ class LatentAttention(Frozen):
     bias: bool = False
     indexer: Indexer | None = None
     rope_theta: float = Field(default=10000.0, gt=0)
+    rope_stretch: str = ""
     yarn: Yarn | None = None
+
+    @property
+    def rotated(self) -> int:
+        """How many numbers of a head turn with their position."""
+        return self.qk_rope_head_dim
 
     @model_validator(mode="after")
     def _indexer_reads_the_query_rank(self) -> LatentAttention:
@@ -218,8 +239,9 @@ class ModelSpec(Frozen):
 
     The feed-forward block of the layers in `dense_layers` is `dense_matrices` matrices of width `dense_width`;
     `mlp_bias` adds biases to it and to the shared experts. `norm_bias` means LayerNorm with bias instead of RMSNorm.
-    `mtp_layers` are multi-token prediction modules behind the last layer (DeepSeek-V3): described and priced apart,
-    not part of the totals.
+    `no_rope_layers` know no positions, nor an "l2" norm of queries and keys (Llama 4, whose temperature for them
+    is 1 up to position 8190 and is left out). `mtp_layers` are multi-token prediction modules behind the last layer
+    (DeepSeek-V3): described and priced apart, not part of the totals.
     """
 
     name: str
@@ -230,6 +252,7 @@ class ModelSpec(Frozen):
     attention: Attention
     moe: MixtureOfExperts
     local_attention: LocalAttention | None = None
+    no_rope_layers: tuple[Layer, ...] = ()
     dense_layers: tuple[Layer, ...] = ()
     dense_width: OptionalWidth = 0
     dense_matrices: Literal[2, 3] = 3
@@ -244,7 +267,11 @@ class ModelSpec(Frozen):
     @model_validator(mode="after")
     def _layers_exist(self) -> ModelSpec:
         local = self.local_attention.layers if self.local_attention else ()
-        for key, layers in (("dense_layers", self.dense_layers), ("local_attention.layers", local)):
+        for key, layers in (
+            ("dense_layers", self.dense_layers),
+            ("local_attention.layers", local),
+            ("no_rope_layers", self.no_rope_layers),
+        ):
             wrong = [layer for layer in layers if layer >= self.num_layers]
             if wrong:
                 raise ValueError(f"{key} = {wrong} must be below num_layers = {self.num_layers}")

@@ -17,8 +17,12 @@ def grouped_query(
     output_bias: bool = False,
     qk_norm: QkNorm = "none",
     sinks: bool = False,
+    rotary_part: float = 1.0,
 ) -> GroupedQueryAttention:
-    """Grouped-query attention in the usual keys; `head_dim` is hidden size over heads unless the config gives it."""
+    """Grouped-query attention in the usual keys; `head_dim` is hidden size over heads unless the config gives it.
+
+    `rotary_part` is the family's share of a head that turns with its position, unless the config gives it.
+    """
     num_heads = config.size("num_attention_heads")
     num_kv_heads = config.size("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
@@ -37,9 +41,21 @@ def grouped_query(
         output_bias=output_bias,
         qk_norm=qk_norm,
         sinks=sinks,
+        rotary_dim=_rotary_dim(config, head_dim, rotary_part),
         rope_theta=rope_theta(config),
+        rope_stretch=rope_stretch(config),
         yarn=yarn(config),
     )
+
+
+def _rotary_dim(config: ConfigReader, head_dim: int, part: float) -> int:
+    """0 if whole heads turn: `rotary_dim`, or a share of the head, which transformers 5 keeps in `rope_parameters`."""
+    for reader in (config, *_rope_sections(config)):
+        part = reader.number("partial_rotary_factor", part)
+    rotary_dim = config.size("rotary_dim", int(head_dim * part))
+    if rotary_dim > head_dim:
+        raise config.error("rotary_dim", f"must be at most head_dim = {head_dim}")
+    return rotary_dim if rotary_dim < head_dim else 0
 
 
 def latent(config: ConfigReader, *, indexer: bool = False) -> LatentAttention:
@@ -57,6 +73,7 @@ def latent(config: ConfigReader, *, indexer: bool = False) -> LatentAttention:
         bias=config.flag("attention_bias", False),
         indexer=_indexer(config) if indexer else None,
         rope_theta=rope_theta(config),
+        rope_stretch=rope_stretch(config),
         yarn=yarn(config),
     )
 
@@ -69,11 +86,8 @@ def rope_theta(config: ConfigReader) -> float:
 
 
 def yarn(config: ConfigReader) -> Yarn | None:
-    """YaRN in `rope_scaling`, or in `rope_parameters` as transformers 5 writes it; any other stretching is left out."""
-    for key in ("rope_parameters", "rope_scaling"):
-        if not isinstance(config.raw(key), dict):
-            continue
-        section = config.section(key)
+    """YaRN in `rope_scaling`, or in `rope_parameters` as transformers 5 writes it."""
+    for section in _rope_sections(config):
         if "yarn" not in (section.raw("rope_type"), section.raw("type")):
             continue
         factor = section.number("factor")
@@ -90,6 +104,19 @@ def yarn(config: ConfigReader) -> Yarn | None:
             mscale_all_dim=section.number("mscale_all_dim", 0.0),
         )
     return None
+
+
+def rope_stretch(config: ConfigReader) -> str:
+    """The name of a stretching of rotary positions other than YaRN, "" without one."""
+    for section in _rope_sections(config):
+        kind = section.raw("rope_type") or section.raw("type")
+        if isinstance(kind, str) and kind not in ("default", "yarn"):
+            return kind
+    return ""
+
+
+def _rope_sections(config: ConfigReader) -> list[ConfigReader]:
+    return [config.section(key) for key in ("rope_parameters", "rope_scaling") if isinstance(config.raw(key), dict)]
 
 
 def sliding_everywhere(config: ConfigReader, num_layers: int) -> LocalAttention | None:

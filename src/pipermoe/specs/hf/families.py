@@ -210,6 +210,7 @@ def glm4_moe(config: ConfigReader) -> Fields:
         config,
         qkv_bias=config.flag("attention_bias", False),
         qk_norm="head" if config.flag("use_qk_norm", False) else "none",
+        rotary_part=0.5,
     )
     router = grouped_router(config, score="sigmoid", normalize=True, correction_bias=True)
     return _deepseek(config, attention, router) | _mtp(config)
@@ -228,20 +229,19 @@ def llama4(config: ConfigReader) -> Fields:
         router=Router(score="sigmoid", normalize_top_k=False),
     )
     kinds = config.per_layer("layer_types", num_layers, ("full_attention", "chunked_attention"))
-    if kinds is not None:
-        chunked = [layer for layer in range(num_layers) if kinds[layer] == "chunked_attention"]
-    else:
-        interval = config.size("no_rope_layer_interval", 4)
-        rotary = config.raw("no_rope_layers") or [int((layer + 1) % interval != 0) for layer in range(num_layers)]
-        if not isinstance(rotary, list) or len(rotary) < num_layers or any(item not in (0, 1) for item in rotary):
-            raise config.error("no_rope_layers", f"must be a list of 0 or 1 for each of the {num_layers} layers")
-        chunked = [layer for layer in range(num_layers) if rotary[layer]]
+    interval = config.size("no_rope_layer_interval", 4)
+    rotary = config.raw("no_rope_layers") or [int((layer + 1) % interval != 0) for layer in range(num_layers)]
+    if not isinstance(rotary, list) or len(rotary) < num_layers or any(item not in (0, 1) for item in rotary):
+        raise config.error("no_rope_layers", f"must be a list of 0 or 1 for each of the {num_layers} layers")
+    turned = [layer for layer in range(num_layers) if rotary[layer]]  # 1 means with rotary position, despite the key
+    chunked = turned if kinds is None else [layer for layer in range(num_layers) if kinds[layer] == "chunked_attention"]
     norm = "l2" if config.flag("use_qk_norm", True) else "none"
     return _decoder(
         config,
         grouped_query(config, qkv_bias=bias, output_bias=bias, qk_norm=norm),
         moe,
         local_attention=local("chunked", config.size("attention_chunk_size", 0), chunked),
+        no_rope_layers=tuple(layer for layer in range(num_layers) if layer not in turned),
         **_dense(config, layers.interleaved(config, num_layers), "intermediate_size_mlp"),
     )
 

@@ -28,6 +28,7 @@ def write_attention(model: ModelSpec) -> dict[str, Value]:
             "qk_layernorm": attention.qk_norm == "head",
             "qk_l2_norm": attention.qk_norm == "l2",
             "add_qkv_bias": attention.qkv_bias and not attention.output_bias,
+            "rotary_percent": attention.rotated / attention.head_dim,
         }
         arguments |= _write_yarn(attention.yarn)
     if local := model.local_attention:
@@ -43,6 +44,7 @@ def read_attention(arguments: Arguments) -> Tree:
         return tree | read_rows(LATENT, arguments) | {"kind": "mla", "bias": arguments["add_bias_linear"]}
     heads = arguments["num_attention_heads"]
     head_dim = arguments["kv_channels"] or (arguments["hidden_size"] // heads if heads else None)
+    rotated = round(head_dim * arguments["rotary_percent"]) if head_dim else 0
     norm = "l2" if arguments["qk_l2_norm"] else "head" if arguments["qk_layernorm"] else "none"
     return (
         tree
@@ -51,6 +53,7 @@ def read_attention(arguments: Arguments) -> Tree:
             "kind": "gqa",
             "num_kv_heads": arguments["num_query_groups"] if arguments["group_query_attention"] else heads,
             "head_dim": head_dim,
+            "rotary_dim": 0 if rotated == head_dim else rotated,
             "qkv_bias": arguments["add_bias_linear"] or arguments["add_qkv_bias"],
             "output_bias": arguments["add_bias_linear"],
             "qk_norm": norm,
@@ -62,6 +65,8 @@ def unsupported_attention(attention: Attention) -> Iterator[tuple[str, object, s
     """(key, value, rule) of everything in `attention` that no Megatron arguments describe."""
     if not attention.rope_theta.is_integer():
         yield "attention.rope_theta", attention.rope_theta, "Megatron's --rotary-base is an integer"
+    if attention.rope_stretch:
+        yield "attention.rope_stretch", attention.rope_stretch, "of stretched positions yarn alone is exported"
     if isinstance(attention, GroupedQueryAttention):
         if attention.qk_norm == "full":
             yield "attention.qk_norm", "full", "Megatron norms queries and keys head by head"

@@ -75,6 +75,8 @@ def unsupported_parts(model: ModelSpec) -> Iterator[tuple[str, object, str]]:
     moe, router = model.moe, model.moe.router
     if model.norms_per_layer != 2:
         yield "norms_per_layer", model.norms_per_layer, "Megatron's layers have 2"
+    if model.no_rope_layers:
+        yield "no_rope_layers", list(model.no_rope_layers), "layers without positions are not exported"
     if model.head_bias:
         yield "head_bias", True, "Megatron's head has no bias"
     if router.score == "sigmoid" and not router.normalize_top_k and moe.top_k > 1:
