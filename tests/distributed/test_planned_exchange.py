@@ -13,8 +13,7 @@ from pipermoe.specs.strategy import Strategy
 pytestmark = pytest.mark.distributed
 ARRANGEMENTS = {
     "ep4": arrangement(dp=4, ep=4),
-    "ep2 edp2, recompute": arrangement(dp=4, ep=2, recompute="full"),
-    "pp2 ep2, several stages in flight": arrangement(pp=2, dp=2, ep=2, schedule="1f1b-overlap"),
+    "pp2 ep2, recompute, overlap": arrangement(pp=2, dp=2, ep=2, schedule="1f1b-overlap", recompute="full"),
 }
 
 
