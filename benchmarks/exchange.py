@@ -99,14 +99,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("bed", choices=BEDS)
     parser.add_argument("--sizes", type=comma(int), default=[1024, 16384, 65536, 262144], help="mean bytes per pair")
     parser.add_argument(
-        "--algorithms", type=lambda text: text.split("+"), default=["gloo", "direct"], help="gloo+direct+builder:key=1"
+        "--algorithms",
+        type=lambda text: text.split("+"),
+        default=["gloo", "direct"],
+        help="gloo+direct+builder:key=1+direct@python (builder, its parameters, the Exchange's transport)",
     )
     parser.add_argument("--mpi", type=comma(str), default=[], help="ompi4:default,ompi5:pairwise,mpich:default")
     parser.add_argument("--zipf", type=float, default=0.0)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--iterations", type=int, default=4)
     parser.add_argument("--limit", type=float, default=120.0, help="seconds before a run is given up")
-    parser.add_argument("--transport", choices=("auto", "python", "process_group"), default="auto")
     parser.add_argument("--openmpi", default=sys.executable)
     parser.add_argument("--mpich", default=sys.executable)
     parser.add_argument("--json", default="")
@@ -124,7 +126,7 @@ def run_torch(arguments: argparse.Namespace, trial: Trial, topology: Topology) -
             "iterations": arguments.iterations,
             "nics": trial.bed.nics,
             "limit": arguments.limit,
-            "transport": arguments.transport,
+            "transports": sorted({"auto", *(name.partition("@")[2] or "auto" for name in arguments.algorithms)}),
         },
         topology,
     )
@@ -197,7 +199,9 @@ def mpi_command(library: str, algorithm: str, python: str, trial: Trial, collect
 
 def report(arguments: argparse.Namespace, topology: Topology, times: dict, wire: dict) -> None:
     """The table: median ms, share of the physical limit, ratio to each vendor, and the guards."""
-    vendors = [name for name in times if name == "gloo" or (":" in name and name.split(":")[0] not in BUILDERS)]
+    vendors = [
+        name for name in times if name == "gloo" or (":" in name and name.split("@")[0].split(":")[0] not in BUILDERS)
+    ]
     rows = []
     for size in arguments.sizes:
         counts = byte_matrix(topology.num_ranks, size, arguments.zipf)

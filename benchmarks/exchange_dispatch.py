@@ -25,6 +25,8 @@ from benchmarks.network.trial import Clock
 from pipermoe.exchange.dispatch import plan_dispatch, savings
 from pipermoe.exchange.executor import Exchange, all_to_all, dispatch
 
+BUILDER = "group_aware"  # what crosses is large: straight messages
+
 
 def routing(ranks: int, tokens: int, experts: int, top_k: int) -> list[np.ndarray]:
     """Uniform choices without replacement, [T, K] per rank."""
@@ -32,15 +34,16 @@ def routing(ranks: int, tokens: int, experts: int, top_k: int) -> list[np.ndarra
     return [np.argsort(generator.random((tokens, experts)), axis=1)[:, :top_k] for _ in range(ranks)]
 
 
-def measure(rank: int, hidden: int, trial: dict, exchange: Exchange, clock: Clock, results: dict) -> None:
+def measure(rank: int, hidden: int, trial: dict, exchanges: dict[str, Exchange], clock: Clock, results: dict) -> None:
     """Both ways of dispatching, in turn."""
+    exchange = exchanges["auto"]
     tables = routing(exchange.size, trial["tokens"], trial["experts"], trial["top_k"])
     expert_rank = np.arange(trial["experts"]) * exchange.size // trial["experts"]
     plan = plan_dispatch(tables, expert_rank, exchange.topology, rank)
     x = torch.randn(trial["tokens"], hidden)
     choice = torch.from_numpy(plan.choice_index // trial["top_k"])
-    plain = lambda: all_to_all(x[choice], plan.choice_splits, "group_aware", exchange)  # noqa: E731
-    calls = {"plain": plain, "deduplicated": lambda: dispatch(x, plan, exchange)}
+    plain = lambda: all_to_all(x[choice], plan.choice_splits, BUILDER, exchange)  # noqa: E731
+    calls = {"plain": plain, "deduplicated": lambda: dispatch(x, plan, exchange, BUILDER)}
     assert torch.equal(calls["plain"](), calls["deduplicated"]())
     for name in calls:
         results[name] = {"seconds": [], "wire": 0}
@@ -81,7 +84,7 @@ def main() -> None:
             "sizes": [arguments.hidden],
             "nics": 1,
             "limit": 120.0,
-            "transport": "auto",
+            "transports": ["auto"],
         }
         results = torch_ranks.run(task, topology, measure)
     finally:

@@ -75,19 +75,19 @@ def _rank(rank: int, trial: dict, topology: Topology, measure: Callable[..., Non
     limit = timedelta(seconds=trial["limit"])
     place = f"file://{trial['folder']}/store"
     dist.init_process_group("gloo", init_method=place, rank=rank, world_size=topology.num_ranks, timeout=limit)
-    exchange = Exchange(topology=topology, timeout=trial["limit"], transport=trial["transport"])
+    exchanges = {way: Exchange(topology=topology, timeout=trial["limit"], transport=way) for way in trial["transports"]}
     clock = Clock(f"{trial['folder']}/clock", rank, topology.num_ranks)
     results: dict = {name: {} for name in trial["algorithms"]}
     for size in trial["sizes"]:
-        measure(rank, size, trial, exchange, clock, results)
+        measure(rank, size, trial, exchanges, clock, results)
     if rank == 0:
         Path(f"{trial['folder']}/result").write_text(json.dumps(results))
     dist.barrier()
     os._exit(0)
 
 
-def _measure(rank: int, size: int, trial: dict, exchange: Exchange, clock: Clock, results: dict) -> None:
-    counts = byte_matrix(exchange.size, size, trial["zipf"])
+def _measure(rank: int, size: int, trial: dict, exchanges: dict, clock: Clock, results: dict) -> None:
+    counts = byte_matrix(dist.get_world_size(), size, trial["zipf"])
     data = torch.randint(0, 256, (int(counts[rank].sum()),), dtype=torch.uint8)
     outputs, calls = {}, {}
     for name in trial["algorithms"]:
@@ -96,10 +96,12 @@ def _measure(rank: int, size: int, trial: dict, exchange: Exchange, clock: Clock
             splits = (counts[:, rank].tolist(), counts[rank].tolist()) if trial["zipf"] else (None, None)
             calls[name] = lambda output=output, splits=splits: dist.all_to_all_single(output, data, *splits)
         else:
-            builder, _, parameters = name.partition(":")
+            recipe, _, way = name.partition("@")
+            exchange = exchanges[way or "auto"]
+            builder, _, parameters = recipe.partition(":")
             options = {key: int(value) for key, value in (p.split("=") for p in parameters.split(",") if p)}
             plan = exchange.plan(counts, builder, **options)
-            calls[name] = lambda output=output, plan=plan: exchange.run(plan, output, data)
+            calls[name] = lambda output=output, plan=plan, ex=exchange: ex.run(plan, output, data)
     reference = torch.zeros_like(data.new_empty(int(counts[:, rank].sum())))
     dist.all_to_all_single(reference, data, counts[:, rank].tolist(), counts[rank].tolist())
     for name, call in calls.items():

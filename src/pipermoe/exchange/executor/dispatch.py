@@ -11,7 +11,7 @@ from pipermoe.exchange.executor.exchange import Exchange
 from pipermoe.exchange.plan import Ints
 
 
-def dispatch(x: torch.Tensor, plan: DispatchPlan, exchange: Exchange, builder: str = "nic_balanced") -> torch.Tensor:
+def dispatch(x: torch.Tensor, plan: DispatchPlan, exchange: Exchange, builder: str = "auto") -> torch.Tensor:
     """Rows of `x` [T, D] for the experts of every rank, [N, D]: one copy per token and node crosses. Differentiable.
 
     The backward pass sums gradients inside the node before they cross, as `combine` does.
@@ -22,7 +22,7 @@ def dispatch(x: torch.Tensor, plan: DispatchPlan, exchange: Exchange, builder: s
     return fanned[_index(plan.expand_index, x)]
 
 
-def combine(y: torch.Tensor, plan: DispatchPlan, exchange: Exchange, builder: str = "nic_balanced") -> torch.Tensor:
+def combine(y: torch.Tensor, plan: DispatchPlan, exchange: Exchange, builder: str = "auto") -> torch.Tensor:
     """The transpose of `dispatch`: the sum per token, [T, D], of the (weighted) expert rows `y` [N, D]. Differentiable.
 
     Rows are summed per rank, then per node; one sum per token and node crosses.
