@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -102,7 +103,7 @@ def parse() -> argparse.Namespace:
         "--algorithms",
         type=lambda text: text.split("+"),
         default=["gloo", "direct"],
-        help="gloo+direct+builder:key=1+direct@python (builder, its parameters, the Exchange's transport)",
+        help="gloo+builder:key=1+builder@transport",
     )
     parser.add_argument("--mpi", type=comma(str), default=[], help="ompi4:default,ompi5:pairwise,mpich:default")
     parser.add_argument("--zipf", type=float, default=0.0)
@@ -199,9 +200,7 @@ def mpi_command(library: str, algorithm: str, python: str, trial: Trial, collect
 
 def report(arguments: argparse.Namespace, topology: Topology, times: dict, wire: dict) -> None:
     """The table: median ms, share of the physical limit, ratio to each vendor, and the guards."""
-    vendors = [
-        name for name in times if name == "gloo" or (":" in name and name.split("@")[0].split(":")[0] not in BUILDERS)
-    ]
+    vendors = [name for name in times if re.split("[:@]", name)[0] not in BUILDERS]
     rows = []
     for size in arguments.sizes:
         counts = byte_matrix(topology.num_ranks, size, arguments.zipf)

@@ -22,7 +22,7 @@ from pipermoe.exchange.topology import Topology
 from pipermoe.specs.errors import MachineError, UserError
 
 pytestmark = pytest.mark.distributed
-TRANSPORTS = ("auto", "python", "process_group")
+TRANSPORTS = ("auto", "sockets", "python", "process_group")
 DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float16)
 SHAPES = {  # ranks: topologies that pretend that they are several nodes; all share this machine's memory
     1: (Topology.even(1),),

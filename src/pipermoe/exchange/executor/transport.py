@@ -22,7 +22,7 @@ from pipermoe.exchange.host.sockets import Sockets
 from pipermoe.exchange.plan import ExchangePlan
 from pipermoe.exchange.topology import Topology
 
-Wanted = Literal["auto", "python", "process_group"]
+Wanted = Literal["auto", "sockets", "python", "process_group"]
 
 
 class Transport(Protocol):
@@ -74,8 +74,9 @@ def open_transport(
 ) -> Transport:
     """The best transport that all ranks can use; a collective call.
 
-    "auto" is the compiled loop, without a compiler the one in Python, without shared memory or sockets between all
-    ranks the process group's own send and receive. On NCCL and RCCL it is always their grouped sends and receives.
+    "auto" is the compiled loop, without a compiler the one in Python, without sockets between all ranks the process
+    group's own send and receive. "sockets" is the same without shared memory (which containers often have little of).
+    On NCCL and RCCL it is always their grouped sends and receives.
     """
     if dist.get_backend(group) == "nccl":
         return DeviceTransport(group)
@@ -89,8 +90,9 @@ def _open_host_transport(
 ) -> HostTransport | None:
     rank, size = group.rank(), group.size()
     first_here = places.index(places[rank]) == rank  # of this machine: it compiles
-    compiles = wanted == "auto" and (not first_here or native.build())
-    mine = [sockets.available(), shared_memory.available(), compiles, secrets.token_hex(8), secrets.token_hex(16)]
+    compiles = wanted != "python" and (not first_here or native.build())
+    may_share = wanted != "sockets" and shared_memory.available()
+    mine = [sockets.available(), may_share, compiles, secrets.token_hex(8), secrets.token_hex(16)]
     with_sockets, with_memory, compiled, names, keys = zip(*all_gather_json(mine, group), strict=True)
     if not all(with_sockets):
         return None
