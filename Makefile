@@ -64,7 +64,9 @@ $(FRAMEWORKS)/.ready: constraints.txt
 	@touch $@
 
 test-frameworks: $(FRAMEWORKS)/.ready
-	$(FRAMEWORKS)/bin/pytest -m slow tests/export/test_megatron_accepts.py
+	for framework in megatron torchtitan deepspeed; do \
+	  $(FRAMEWORKS)/bin/pytest -m slow tests/export/test_$${framework}_accepts.py || exit 1; \
+	done
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -7,7 +7,7 @@ from tests.export.plans import plan_for
 from tests.resources.cases import machine
 
 from pipermoe.export import export_plan
-from pipermoe.export.reading import read_megatron
+from pipermoe.export.reading import read_job
 from pipermoe.specs.errors import UserError
 from pipermoe.specs.megatron.options import options
 from pipermoe.specs.model import Router
@@ -28,7 +28,7 @@ def test_an_exported_job_is_read_back_as_the_same_plan(text, tmp_path):
     plan = plan_for(text)
     job = export_plan(plan, "megatron", 8 if plan.strategy.world_size % 8 == 0 else 4)
     (tmp_path / "megatron.args").write_text(job.files["megatron.args"])
-    read = read_megatron([str(tmp_path / "megatron.args")], plan.strategy.world_size)
+    read = read_job("megatron", [str(tmp_path / "megatron.args")], plan.strategy.world_size)
     assert read.strategy == plan.strategy
     assert read.train == plan.train
     assert read.model.model_copy(update={"name": plan.model.name}) == plan.model
@@ -41,7 +41,7 @@ def test_optimizer_state_of_fewer_bytes_is_exported():
     text = export_plan(plan, "megatron", 8).files["megatron.args"]
     words = " ".join(line for line in text.splitlines() if not line.startswith("#")).split()
     assert "--use-precision-aware-optimizer" in words
-    assert read_megatron(words, 8).train == plan.train
+    assert read_job("megatron", words, 8).train == plan.train
 
 
 def test_every_exported_option_is_on_the_frozen_list():

@@ -12,7 +12,7 @@ DEFAULT_RANKS_PER_NODE = 8
 
 
 def export(
-    target: Literal["megatron"],
+    target: Literal["megatron", "torchtitan", "deepspeed"],
     *,
     plan: Path,
     output: Output | None = None,
@@ -25,7 +25,7 @@ def export(
     Parameters
     ----------
     target
-        Megatron-LM's pretrain_gpt.py.
+        Megatron-LM's pretrain_gpt.py, torchtitan, or DeepSpeed with AutoEP.
     plan
         The plan file (see `pipermoe plan`).
     output

@@ -12,9 +12,11 @@ from pipermoe.cli.output import note, show
 
 
 def import_plan(
-    source: Literal["megatron"],
+    source: Literal["megatron", "torchtitan", "deepspeed"],
     *arguments: Annotated[str, Parameter(allow_leading_hyphen=True)],
     world_size: Annotated[int | None, Parameter(name=["--world-size", "--ranks", "--gpus"])] = None,
+    model: str | None = None,
+    seq_len: int | None = None,
     platform: Path | None = None,
     output: Output = Path("imported"),
     json: Switch = False,
@@ -24,11 +26,16 @@ def import_plan(
     Parameters
     ----------
     source
-        The arguments of Megatron-LM's pretrain_gpt.py.
+        Megatron-LM's pretrain_gpt.py, torchtitan, or DeepSpeed.
     arguments
-        The arguments behind --, or one file that holds them.
+        Megatron's arguments behind --, or the file: arguments, torchtitan's module (.py), DeepSpeed's configuration
+        (.json).
     world_size
-        Ranks of the job; Megatron's arguments do not say it.
+        Ranks of the job, which none of them says.
+    model
+        The model of a DeepSpeed job: a catalogue name, a model file (TOML), a config.json or its folder.
+    seq_len
+        Tokens in a sequence of a DeepSpeed job.
     platform
         The platform file to predict the job on: then a plan file is written, too.
     output
@@ -36,7 +43,7 @@ def import_plan(
     json
         Print what was read as JSON.
     """
-    from pipermoe.export.reading import read_megatron
+    from pipermoe.export.reading import read_job
     from pipermoe.planner.given import plan_given
     from pipermoe.report.configuration import render_configuration
     from pipermoe.specs.documents import load, require_writable, save
@@ -44,7 +51,7 @@ def import_plan(
 
     require_writable(output / "plan.toml")
     machine = load(platform, Platform) if platform else None
-    read = read_megatron(arguments, world_size)
+    read = read_job(source, arguments, world_size, model=model, seq_len=seq_len)
     plan = plan_given(read, machine) if machine else None
     documents = {"model": read.model, "job": read.train, "strategy": read.strategy} | ({"plan": plan} if plan else {})
     show(read, lambda console: render_configuration(read, plan, console), as_json=json)

@@ -9,8 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pipermoe.export import megatron
+from pipermoe.export.deepspeed import config as deepspeed_config
+from pipermoe.export.deepspeed import limits as deepspeed_limits
+from pipermoe.export.deepspeed import names as deepspeed_names
 from pipermoe.export.limits import Limit, require_expressible
 from pipermoe.export.shell import Cluster
+from pipermoe.export.torchtitan import limits as titan_limits
+from pipermoe.export.torchtitan import module as titan_module
+from pipermoe.export.torchtitan import names as titan_names
 from pipermoe.specs.base import Frozen
 from pipermoe.specs.configuration import Configuration
 from pipermoe.specs.errors import UserError, describe_value
@@ -30,6 +36,8 @@ class Target:
 
 TARGETS: dict[str, Target] = {
     "megatron": Target(megatron.TARGET, megatron.limits, megatron.files),
+    "torchtitan": Target(titan_names.TARGET, lambda plan: titan_limits.LIMITS, titan_module.files),
+    "deepspeed": Target(deepspeed_names.TARGET, lambda plan: deepspeed_limits.LIMITS, deepspeed_config.files),
 }
 
 

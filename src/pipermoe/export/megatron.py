@@ -10,7 +10,7 @@ from pipermoe.export.shell import Cluster, header, launch_script
 from pipermoe.specs.configuration import Configuration
 from pipermoe.specs.megatron import VERSION, Arguments, unsupported_parts, write_arguments
 from pipermoe.specs.megatron.options import Value
-from pipermoe.specs.megatron.strategy import RECOMPUTE, sharding_levels
+from pipermoe.specs.megatron.strategy import RECOMPUTE
 from pipermoe.specs.megatron.train import unsupported_state
 from pipermoe.specs.strategy_text import strategy_text
 
@@ -56,7 +56,7 @@ def files(plan: Configuration, cluster: Cluster) -> dict[str, str]:
 
 def environment(plan: Configuration) -> dict[str, str]:
     """Variables of the run. Launching one kernel at a time orders communication before computing, except under FSDP."""
-    if max(sharding_levels(plan.strategy), default=0) > 1:
+    if max(plan.strategy.sharding_levels, default=0) > 1:
         return ENVIRONMENT
     return {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} | ENVIRONMENT
 
@@ -142,9 +142,9 @@ LIMITS: tuple[Limit, ...] = (
     ),
     Limit(
         "strategy.zero_expert",
-        lambda plan: len(sharding_levels(plan.strategy)) < 2,
+        lambda plan: len(plan.strategy.sharding_levels) < 2,
         "shards dense and expert parameters alike",
-        lambda plan: dict.fromkeys(("zero_dense", "zero_expert"), max(sharding_levels(plan.strategy))),
+        lambda plan: dict.fromkeys(("zero_dense", "zero_expert"), max(plan.strategy.sharding_levels)),
     ),
     Limit(
         "train.seq_len",

@@ -36,6 +36,13 @@ def load_model(reference: str, *, assume: str | None = None) -> ModelSpec:
     return load(path, ModelSpec)
 
 
+def is_catalogue_entry(model: ModelSpec) -> bool:
+    """Whether the catalogue has this model, under its name and with its sizes."""
+    if model.name not in model_names():
+        return False
+    return load_model(model.name).model_copy(update={"source": model.source}) == model
+
+
 def model_names() -> list[str]:
     """The names of the models in the catalogue, sorted."""
     return names_in("models")

@@ -90,6 +90,12 @@ class Strategy(Frozen):
         """Model chunks in the whole pipeline."""
         return self.pipeline_parallel * self.virtual_stages
 
+    @property
+    def sharding_levels(self) -> set[int]:
+        """The ZeRO levels in effect: over one replica no level shards anything."""
+        levels = {self.zero_dense} if self.data_parallel > 1 else set()
+        return levels | ({self.zero_expert} if self.expert_data_parallel > 1 else set())
+
     @staticmethod
     def parse(text: str) -> Strategy:
         """The strategy that a line such as `pp2 dp2 ep2 mbs4 1f1b z1` says (specs/strategy_text.py). UserError."""

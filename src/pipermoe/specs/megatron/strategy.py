@@ -26,12 +26,6 @@ DISPATCHERS: dict[str, dict[str, Value]] = {
 }
 
 
-def sharding_levels(strategy: Strategy) -> set[int]:
-    """The ZeRO levels in effect: over one replica no level shards anything."""
-    levels = {strategy.zero_dense} if strategy.data_parallel > 1 else set()
-    return levels | ({strategy.zero_expert} if strategy.expert_data_parallel > 1 else set())
-
-
 def write_strategy(strategy: Strategy, num_layers: int) -> dict[str, Value]:
     """The arguments of an arrangement of a model of `num_layers` that Megatron can express."""
     arguments = write_rows(STRATEGY, strategy) | {
@@ -49,7 +43,7 @@ def write_strategy(strategy: Strategy, num_layers: int) -> dict[str, Value]:
     elif strategy.recompute == "selective":
         modules = [RECOMPUTE[module] for module in strategy.recompute_modules]
         arguments |= {"recompute_granularity": "selective", "recompute_modules": modules}
-    return arguments | _write_sharding(max(sharding_levels(strategy), default=0)) | DISPATCHERS[strategy.dispatcher]
+    return arguments | _write_sharding(max(strategy.sharding_levels, default=0)) | DISPATCHERS[strategy.dispatcher]
 
 
 def read_strategy(arguments: Arguments, world_size: int, num_layers: int) -> tuple[Strategy, list[str]]:
