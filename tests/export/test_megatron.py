@@ -77,6 +77,7 @@ def test_the_launch_script_prints_its_command_and_asks_for_what_it_needs(tmp_pat
     [
         ("pp4 vpp2 dp8 ep8 mbs1 zb-v z1/0", "schedule", "pp4 vpp2 dp8 ep8 mbs1 interleaved-1f1b z1/0"),
         ("pp4 vpp2 dp8 ep8 mbs1 dualpipe-v z1/0", "schedule", "pp4 vpp2 dp8 ep8 mbs1 interleaved-1f1b-overlap z1/0"),
+        ("pp1 dp8 ep8 mbs1 1f1b z1/0 planned", "exchange", "pp1 dp8 ep8 mbs1 1f1b z1/0"),
         ("pp4 dp8 ep8 mbs1 gpipe z1/0", "schedule", "pp4 dp8 ep8 mbs1 1f1b z1/0"),
         ("pp4 dp8 ep8 mbs1 zb-h1 z1/0 split:3,2,2,1", "schedule", "pp4 dp8 ep8 mbs1 1f1b z1/0 split:3,2,2,1"),
         ("pp4 dp8 ep8 mbs1 1f1b-overlap z1/0", "schedule", "pp4 vpp2 dp8 ep8 mbs1 interleaved-1f1b-overlap z1/0"),

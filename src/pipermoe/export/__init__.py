@@ -40,6 +40,14 @@ TARGETS: dict[str, Target] = {
     "deepspeed": Target(deepspeed_names.TARGET, lambda plan: deepspeed_limits.LIMITS, deepspeed_config.files),
 }
 
+# What no other system has.
+EVERYWHERE = Limit(
+    "strategy.exchange",
+    lambda plan: plan.strategy.exchange == "library",
+    "leaves all-to-alls to the communication library",
+    lambda plan: {"exchange": "library"},
+)
+
 
 class Job(Frozen):
     """The files of a job by name, and the version that such files were tested with."""
@@ -63,5 +71,6 @@ def export_plan(
         rule = f"must divide the plan's {world_size} ranks"
         raise UserError(describe_value("", "--ranks-per-node", ranks_per_node, rule))
     system = TARGETS[target]
-    require_expressible(system.title, system.limits(wanted), wanted, where=where, platform=platform)
+    limits = (EVERYWHERE, *system.limits(wanted))
+    require_expressible(system.title, limits, wanted, where=where, platform=platform)
     return Job(tested_with=system.title, files=system.files(wanted, Cluster(world_size, ranks_per_node)))
