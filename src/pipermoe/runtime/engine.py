@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipermoe.runtime.balance import Balance
+from pipermoe.runtime.deduplicated import Deduplicated
 from pipermoe.runtime.dispatch import AllToAll, ExpertGroup
 from pipermoe.runtime.execution import Execution, Program, StepResult
 from pipermoe.runtime.flight import Collective, Transport
@@ -80,7 +81,9 @@ class Engine:
             train.capacity_factor,
             planned_counts,
         )
-        dispatcher = AllToAll(group)
+        dispatcher = (
+            Deduplicated(group) if strategy.dispatcher == "deduplicated" and group.ranks > 1 else AllToAll(group)
+        )
         self.balance = Balance(train.auxiliary_loss_level, train.seq_len, groups.dp, self.meter)
         self.local_experts = group.local_experts
         self.sharding = Sharding(self.meter)

@@ -170,11 +170,6 @@ def _explain_precision(strategy: Strategy, job: Job) -> tuple[str, object, str]:
 # What the engine executes, with any schedule of one copy of every stage; a dry run asks no more.
 ENGINE: tuple[Rule, ...] = (
     *(_must_be(key, (1,), (1,)) for key in ("context_parallel", "tensor_parallel", "expert_tensor_parallel")),
-    _must_be("dispatcher", ("all_to_all",), (0,)),
-    Rule(
-        lambda table, job: np.full(len(table), job.train.capacity_factor == 0),
-        lambda strategy, job: ("train.capacity_factor", job.train.capacity_factor, "this runtime executes 0 only"),
-    ),
     Rule(_precision_runs, _explain_precision),
     Rule(
         lambda table, job: (table.pipeline_parallel == 1) | (not job.model.tie_word_embeddings),
