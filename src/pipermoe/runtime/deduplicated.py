@@ -48,10 +48,11 @@ class Deduplicated:
         group, tokens = self.group, len(choices.experts_TK)
         if (planned := group.planned_numbers(tokens)) is not None:
             return Arrived(self._with_planned_copies(planned, tokens))
-        own_PM = torch.cat((choices.kept_E.view(group.ranks, -1), self._copies(choices).sum(1, keepdim=True)), 1)
-        received_PM = torch.empty_like(own_PM)
-        work = group.transport.all_to_all(received_PM, own_PM, None, None)
-        return NumbersFlying(work, own_PM, received_PM, group.meter)
+        copies_P1 = self._copies(choices).sum(1, keepdim=True)
+        own = torch.cat((choices.kept_E.view(group.ranks, -1), copies_P1), 1).flatten()
+        received = torch.empty_like(own)
+        work = group.transport.all_to_all(received, own, None, None)
+        return NumbersFlying(work, own, received, group.meter)
 
     def journey(
         self, choices: Choices, counts: Flight[list[int]], experts: Experts, *, keep: bool

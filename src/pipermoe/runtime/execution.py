@@ -149,7 +149,11 @@ class Execution:
                 raise ValueError(f"an engine does not execute {action.kind}")
 
     def _pair(self, forward: Action, backward: Action) -> None:
-        """Both in turn. Where `beside` asks for more, as many weight gradients as the backward has left behind run."""
+        """Both in turn. Where `beside` asks for more, as many weight gradients run as the backward has left since.
+
+        What it is told must not depend on how many there still are: other waits may have run some, and the order of
+        launches would differ from rank to rank.
+        """
         key = (backward.stage, backward.microbatch)
         first = self._forward(forward)
         second = self._backward(backward, self.backlog.open(*key))
@@ -159,7 +163,9 @@ class Execution:
             nonlocal run
             owed = self.backlog.added(*key) - run
             run += owed
-            return sum(self._run_next() for _ in range(owed)) > 0
+            for _ in range(owed):
+                self._run_next()
+            return owed > 0
 
         beside(first, second, fill)
         self._end_forward(forward, first.result)

@@ -75,7 +75,8 @@ def beside(forward: Running, backward: Running, fill: Callable[[], bool]) -> Non
 
     A forward has three launches a layer, counts, dispatch and combine, a backward two. So when the forward has only
     read counts and launched the dispatch, what hides it is `fill`: weight gradients that the backward has left behind.
-    They also run beside the longer of the two when the other has ended.
+    They also run beside the longer of the two when the other has ended. `fill` says whether there were any, by a rule
+    that is the same on all ranks.
 
         backward   attention'       experts'        weights'           attention' ...
         forward              attend         route            experts              merge, attend ...
