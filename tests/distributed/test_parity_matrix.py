@@ -33,7 +33,7 @@ def one_step(groups: ProcessGroups, strategy: Strategy, capacity_factor: float) 
     """One training step: sums over the whole job, and this rank's gradients and weights by name."""
     train = TRAIN.model_copy(update={"capacity_factor": capacity_factor})
     engine = engine_for(MODEL, strategy, groups, train)
-    optimizer = Optimizer(engine.named_parameters(), groups, strategy, train.optimizer)
+    optimizer = Optimizer(engine.flats, train.optimizer)
     result = engine.step(batch_for(strategy, groups.coordinates.dp, 0, MODEL, train))
     optimizer.reduce_gradients()
     sums = torch.stack(
@@ -44,7 +44,11 @@ def one_step(groups: ProcessGroups, strategy: Strategy, capacity_factor: float) 
     gradients = {name: gradient_of(each).clone() for name, each in engine.named_parameters()} if whole else {}
     optimizer.update(sums[-1].sqrt().item(), train.optimizer.learning_rate)
     optimizer.gather_weights()
-    return {"sums": sums, "gradients": gradients, "weights": dict(engine.named_state())}
+    return {
+        "sums": sums,
+        "gradients": gradients,
+        "weights": {name: each.detach().clone() for name, each in engine.named_state()},
+    }
 
 
 def differences(rank: int, portion: list[tuple[Strategy, float]], references: dict[float, dict]) -> list[str]:
