@@ -16,6 +16,7 @@ def measure(
     model: str | None = None,
     memory: str | None = None,
     quick: Switch = False,
+    check: Path | None = None,
     json: Switch = False,
 ) -> None:
     """Measure what this machine can do and write it as a platform file.
@@ -32,14 +33,18 @@ def measure(
         Memory budget of one rank, for example 96MiB. Without it: this machine's memory divided by the ranks.
     quick
         Fewer sizes and repeats, about a quarter of the time.
+    check
+        A platform file of this machine: measure a quick sample again, say what has drifted, write nothing.
     json
-        Print the platform as JSON.
+        Print the platform as JSON; with --check the changes.
     """
     from pipermoe.measure import measure_platform
     from pipermoe.report.platform import render_platform
     from pipermoe.specs.catalogue import load_model
     from pipermoe.specs.documents import require_writable, save
 
+    if check is not None:
+        return _check(check, model, json)
     require_writable(output)
     budget = memory_bytes(memory)
     spec = load_model(model) if model else None
@@ -51,3 +56,16 @@ def measure(
     )
     show(platform, lambda console: render_platform(platform, console), as_json=json)
     note(f"Wrote {output}", as_json=json)
+
+
+def _check(file: Path, model: str | None, json: bool) -> None:
+    from pipermoe.measure import measure_platform
+    from pipermoe.measure.drift import Drifts, drifts
+    from pipermoe.report.platform import render_drifts
+    from pipermoe.specs.catalogue import load_model
+    from pipermoe.specs.platform_file import load_platform
+
+    then = load_platform(str(file))
+    now = measure_platform(nproc=then.host.ranks, model=load_model(model) if model else None, quick=True)
+    found = Drifts(changes=drifts(then, now), noise=now.host.noise)
+    show(found, lambda console: render_drifts(found, console), as_json=json)

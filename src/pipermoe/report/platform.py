@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from rich.console import Console
 from rich.table import Table
 
+from pipermoe.measure.drift import TOLERATED, Drifts
 from pipermoe.specs.device import RateCurve
 from pipermoe.specs.network import COLLECTIVES, Collective, Level, LinkCost
 from pipermoe.specs.platform import Platform
@@ -34,6 +35,17 @@ def render_platform(platform: Platform, console: Console) -> None:
             "Measure again on a quiet machine before trusting predictions to 10 %.[/yellow]",
             highlight=False,
         )
+
+
+def render_drifts(found: Drifts, console: Console) -> None:
+    """Print what a platform file says that the machine no longer does."""
+    large = [drift for drift in found.changes if drift.is_large]
+    for drift in large:
+        console.print(f"[yellow]{drift.key}: {drift.ratio:.2f} of the rate in the file[/yellow]", highlight=False)
+    advice = "; measure again" if large else ""
+    console.print(f"{len(large)} of {len(found.changes)} rates changed by more than {TOLERATED:.0%}{advice}")
+    if found.noise is not None and found.noise > UNSTEADY:
+        console.print(f"The machine was unsteady now: a fixed kernel varied by {found.noise:.0%}.", highlight=False)
 
 
 def _sharing(platform: Platform) -> str:
