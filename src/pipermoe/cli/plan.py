@@ -32,7 +32,7 @@ def plan(
     model
         A catalogue name, a model file (TOML), a Hugging Face config.json or its folder.
     platform
-        The platform file (see `pipermoe measure`).
+        A machine of the catalogue (docs/platforms.md) or a platform file (pipermoe measure).
     job
         The training job (TOML): batch, sequence, optimizer, data. Options below override it.
     ranks
