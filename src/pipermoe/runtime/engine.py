@@ -21,7 +21,7 @@ from pipermoe.runtime.model import DTYPES, MoELayer
 from pipermoe.runtime.planned_exchange import PlannedExchange
 from pipermoe.runtime.sharding import Sharding, flatten, unit_of
 from pipermoe.runtime.stage import Stage
-from pipermoe.runtime.support import check_model
+from pipermoe.runtime.support import check_device, check_model
 from pipermoe.runtime.weights import initialize
 from pipermoe.schedule.action import SHARDING, Kind, Schedule
 from pipermoe.specs.errors import UserError
@@ -67,6 +67,7 @@ class Engine:
         _check_schedule(schedule, strategy)
         self.model, self.train, self.strategy, self.groups = model, train, strategy, groups
         self.device, self.dtype = torch.device(device), DTYPES[train.precision]
+        check_device(model, self.device.type)
         self.meter = Meter()
         here = groups.coordinates
         self.training = Program.of(schedule, here.pp)

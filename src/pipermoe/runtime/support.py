@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipermoe.specs.errors import UserError, describe_value
 from pipermoe.specs.legality import EXECUTABLE, violations
-from pipermoe.specs.model import LatentAttention, ModelSpec
+from pipermoe.specs.model import GroupedQueryAttention, LatentAttention, ModelSpec
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.train import TrainConfig
 
@@ -22,6 +22,13 @@ def check_supported(model: ModelSpec, train: TrainConfig, strategy: Strategy) ->
 def check_model(model: ModelSpec) -> None:
     """Raise `UserError` for what runtime/model.py cannot build, whatever the strategy."""
     _refuse(_reasons(model))
+
+
+def check_device(model: ModelSpec, device_type: str) -> None:
+    """Raise `UserError` for what only a CPU computes."""
+    if device_type != "cpu" and isinstance(model.attention, GroupedQueryAttention) and model.attention.sinks:
+        rule = f"attention with sinks runs on the kernel of the CPU, not on {device_type}; hide the GPUs to train it"
+        _refuse([describe_value("", "attention.sinks", True, rule)])
 
 
 def _refuse(reasons: list[str]) -> None:
