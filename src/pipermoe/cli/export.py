@@ -12,12 +12,17 @@ DEFAULT_RANKS_PER_NODE = 8
 
 
 def export(
-    target: Literal["megatron", "torchtitan", "deepspeed"],
+    target: Literal["megatron", "torchtitan", "deepspeed", "slurm"],
     *,
     plan: Path,
     output: Output | None = None,
     platform: Path | None = None,
     ranks_per_node: int | None = None,
+    runs: Literal["pipermoe", "megatron", "torchtitan", "deepspeed"] = "pipermoe",
+    time: str = "24:00:00",
+    partition: str = "",
+    account: str = "",
+    cpu: Switch = False,
     json: Switch = False,
 ) -> None:
     """Write a plan as a job of another system.
@@ -25,7 +30,7 @@ def export(
     Parameters
     ----------
     target
-        Megatron-LM's pretrain_gpt.py, torchtitan, or DeepSpeed with AutoEP.
+        Megatron-LM's pretrain_gpt.py, torchtitan, DeepSpeed with AutoEP; or slurm: a batch script for what --runs says.
     plan
         The plan file (see `pipermoe plan`).
     output
@@ -34,10 +39,21 @@ def export(
         The platform file: its ranks per node, and the price of the nearest plan where this one has no form.
     ranks_per_node
         Ranks that one node starts. Default: the platform's; without one 8, or all of a smaller plan.
+    runs
+        What a Slurm job runs.
+    time
+        The limit of a Slurm job.
+    partition
+        The partition of a Slurm job. Default: the cluster's.
+    account
+        The account of a Slurm job. Default: the user's.
+    cpu
+        Ask Slurm for no GPUs.
     json
         Print the files as JSON, too.
     """
-    from pipermoe.export import export_plan
+    from pipermoe.export import cluster_of, export_plan
+    from pipermoe.export.slurm import batch_script
     from pipermoe.specs.documents import load, require_writable, write_files
     from pipermoe.specs.plan import Plan
     from pipermoe.specs.platform import Platform
@@ -47,13 +63,13 @@ def export(
     document = load(plan, Plan)
     machine = load(platform, Platform) if platform else None
     most = machine.host.ranks if machine else DEFAULT_RANKS_PER_NODE
-    job = export_plan(
-        document,
-        target,
-        ranks_per_node or min(most, document.strategy.world_size),
-        where=str(plan),
-        platform=machine,
-    )
+    per_node = min(most, document.strategy.world_size) if ranks_per_node is None else ranks_per_node
+    system = runs if target == "slurm" else target
+    job = export_plan(document, system, per_node, where=str(plan), platform=machine)
+    if target == "slurm":
+        options = {"gpus": not cpu, "time": time, "partition": partition, "account": account}
+        script = batch_script(document.name, cluster_of(document, per_node), **options)
+        job = job.model_copy(update={"files": job.files | {"job.sbatch": script}})
     paths = write_files(folder, job.files)
     show(job, lambda console: console.print(f"{document.strategy.compact()} for {job.tested_with}"), as_json=json)
     for path in paths:

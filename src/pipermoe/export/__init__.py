@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pipermoe.export import megatron
+from pipermoe.export import megatron, slurm
 from pipermoe.export.deepspeed import config as deepspeed_config
 from pipermoe.export.deepspeed import limits as deepspeed_limits
 from pipermoe.export.deepspeed import names as deepspeed_names
@@ -20,7 +20,7 @@ from pipermoe.export.torchtitan import names as titan_names
 from pipermoe.specs.base import Frozen
 from pipermoe.specs.configuration import Configuration
 from pipermoe.specs.errors import UserError, describe_value
-from pipermoe.specs.legality import LEGAL, violations
+from pipermoe.specs.legality import LEGAL, RULES, violations
 from pipermoe.specs.plan import Plan
 from pipermoe.specs.platform import Platform
 
@@ -39,6 +39,8 @@ TARGETS: dict[str, Target] = {
     "torchtitan": Target(titan_names.TARGET, lambda plan: titan_limits.LIMITS, titan_module.files),
     "deepspeed": Target(deepspeed_names.TARGET, lambda plan: deepspeed_limits.LIMITS, deepspeed_config.files),
 }
+
+OWN = "pipermoe"
 
 # What no other system has.
 EVERYWHERE = Limit(
@@ -59,18 +61,27 @@ class Job(Frozen):
 def export_plan(
     plan: Plan, target: str, ranks_per_node: int, *, where: str = "", platform: Platform | None = None
 ) -> Job:
-    """The job of `target` that runs `plan`. UserError where none does, with the nearest plan that some job runs.
+    """The job of `target` ("pipermoe": our own training) that runs `plan`. UserError where none does, with the nearest.
 
     `where` names the plan in errors; `platform` prices the nearest plan.
     """
+    cluster = cluster_of(plan, ranks_per_node)
     wanted = Configuration(model=plan.model, train=plan.train, strategy=plan.strategy)
-    world_size = plan.strategy.world_size
-    if broken := violations(plan.strategy, plan.model, plan.train, world_size, LEGAL):
+    rules = RULES if target == OWN else LEGAL
+    if broken := violations(plan.strategy, plan.model, plan.train, cluster.world_size, rules):
         raise UserError(f"{where}: {broken[0]}")
-    if world_size % ranks_per_node:
-        rule = f"must divide the plan's {world_size} ranks"
-        raise UserError(describe_value("", "--ranks-per-node", ranks_per_node, rule))
+    if target == OWN:
+        return Job(tested_with=slurm.TESTED_WITH, files=slurm.own_files(plan, cluster))
     system = TARGETS[target]
     limits = (EVERYWHERE, *system.limits(wanted))
     require_expressible(system.title, limits, wanted, where=where, platform=platform)
-    return Job(tested_with=system.title, files=system.files(wanted, Cluster(world_size, ranks_per_node)))
+    return Job(tested_with=system.title, files=system.files(wanted, cluster))
+
+
+def cluster_of(plan: Plan, ranks_per_node: int) -> Cluster:
+    """The nodes of the plan's ranks. UserError where they are not filled."""
+    world_size = plan.strategy.world_size
+    if ranks_per_node < 1 or world_size % ranks_per_node:
+        rule = f"must divide the plan's {world_size} ranks"
+        raise UserError(describe_value("", "--ranks-per-node", ranks_per_node, rule))
+    return Cluster(world_size, ranks_per_node)

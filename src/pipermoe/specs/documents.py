@@ -88,9 +88,14 @@ def save(path: str | Path, document: BaseModel, header: str = "") -> Path:
         text = to_json(document) + "\n"
     else:
         comment = "".join(f"# {line}\n" for line in header.splitlines()) + ("\n" if header else "")
-        text = comment + tomli_w.dumps(_with_version(document))
+        text = comment + to_toml(document)
     write_atomically(path, text)
     return path
+
+
+def to_toml(document: BaseModel) -> str:
+    """The document as it stands in a TOML file, `schema_version` first."""
+    return tomli_w.dumps(_with_version(document))
 
 
 def to_json(document: BaseModel) -> str:
