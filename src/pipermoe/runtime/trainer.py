@@ -15,6 +15,7 @@ from torch import Tensor
 import pipermoe
 from pipermoe.exchange.executor.gather_json import all_gather_json
 from pipermoe.resources.flops import model_forward_flops
+from pipermoe.runtime.agreement import check_same_job
 from pipermoe.runtime.checkpoint import load_checkpoint
 from pipermoe.runtime.checkpoint_writer import CheckpointWriter
 from pipermoe.runtime.counting import counted
@@ -64,9 +65,10 @@ class Trainer:
         strategy, job = plan.strategy, plan.train
         self.display = Display(shown=dist.get_rank() == 0)
         with self._phase("building the model"):
-            self.groups = ProcessGroups.create(strategy, run.timeout)
             microbatches = job.global_batch_size // (strategy.data_parallel * strategy.micro_batch_size)
             schedule = build(strategy.schedule, strategy.pipeline_parallel, microbatches, strategy.virtual_stages)
+            check_same_job(plan.model, job, strategy, schedule, run.device)
+            self.groups = ProcessGroups.create(strategy, run.timeout)
             self.engine = Engine(
                 plan.model, job, strategy, with_communication(schedule), self.groups, device=run.device
             )
