@@ -13,9 +13,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from pipermoe.resources import paper
-from pipermoe.resources.memory import stage_memory
+from pipermoe.resources.memory import rank_memory
 from pipermoe.resources.states import state_elements
-from pipermoe.resources.step import shapes_of
+from pipermoe.resources.step import placement_of
 from pipermoe.specs.catalogue import load_model
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.strategy import Strategy
@@ -37,11 +37,9 @@ def ours(model: ModelSpec, pipeline: int, expert: int, sequences: int) -> dict[s
     """States and activations of every stage: mixed precision, one sequence a micro-batch, 1F1B, nothing recomputed."""
     table = StrategyTable.of([Strategy(pipeline_parallel=pipeline, data_parallel=expert, expert_parallel=expert)])
     train = TrainConfig(seq_len=SEQ_LEN, global_batch_size=sequences, precision="bf16")
-    shapes = shapes_of(model, table)
-    found = stage_memory(model, train, shapes, table, state_elements(model, shapes, table))
-    states = sum(np.asarray(found[name])[0] for name in ("weights", "gradients", "optimizer"))
-    kept = sum(np.asarray(found[name])[0] for name in ("activations", "communication", "temporary"))
-    return {"states": np.asarray(states), "activations": np.asarray(kept)}
+    found = rank_memory(model, train, table, state_elements(model, placement_of(model, table).ranks, table))
+    states = [rank["weights"] + rank["gradients"] + rank["optimizer"] for rank in found]
+    return {"states": np.array(states), "activations": np.array([sum(rank.values()) for rank in found]) - states}
 
 
 def theirs(model: ModelSpec, pipeline: int, expert: int, sequences: int) -> dict[str, np.ndarray]:

@@ -3,10 +3,11 @@ import pytest
 from tests.resources.cases import MODEL, TRAIN, link, machine
 
 from pipermoe.exchange.regular import planned_seconds
-from pipermoe.resources.communication import all_to_all_calls, all_to_all_seconds, send_seconds, traffic
+from pipermoe.resources.activations.sizes import sizes_of
+from pipermoe.resources.communication import exchange_seconds, exchanges, send_seconds, traffic
 from pipermoe.resources.rates import collective_seconds
 from pipermoe.resources.states import state_elements
-from pipermoe.resources.step import shapes_of
+from pipermoe.resources.step import messages_sent, placement_of
 from pipermoe.specs.network import Level
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.strategy_table import StrategyTable
@@ -15,8 +16,9 @@ from pipermoe.specs.strategy_table import StrategyTable
 def calls_of(strategy: Strategy) -> dict:
     """{key: [(calls, bytes) of every stage]}, for what a strategy calls at all."""
     table = StrategyTable.of([strategy])
-    shapes = shapes_of(MODEL, table)
-    found = traffic(MODEL, TRAIN, shapes, table, state_elements(MODEL, shapes, table))
+    place = placement_of(MODEL, table)
+    states, sizes = state_elements(MODEL, place.ranks, table), sizes_of(MODEL, TRAIN, table)
+    found = traffic(TRAIN, sizes, place.ranks, table, states, messages_sent(place.stages_of))
     pairs = {key: list(zip(call.calls[0].tolist(), call.bytes[0].tolist(), strict=True)) for key, call in found.items()}
     return {key: value for key, value in pairs.items() if any(calls for calls, _ in value)}
 
@@ -29,7 +31,7 @@ def test_a_pipeline_sends_every_micro_batch_once_in_each_direction():
     message = 2 * 32 * 64 * 4  # sequences x tokens x hidden x fp32
     assert calls_of(Strategy(pipeline_parallel=3, micro_batch_size=2)) == {
         "send.pp": [(8, 8 * message), (16, 16 * message), (8, 8 * message)],
-        "all_reduce.world": [(1, 40)] * 3,  # gradient norm, three losses and the dropped share as float64
+        "all_reduce.world": [(1, 40)] * 3,  # gradient norm, losses and the dropped share as float64
     }
 
 
@@ -56,6 +58,29 @@ def test_gradients_are_reduced_once_over_flat_buffers():
     assert "all_reduce.dp" not in sharded
 
 
+def test_sequence_parallelism_gathers_and_scatters_every_block_twice_and_gathers_once_more():
+    found = calls_of(Strategy(data_parallel=1, tensor_parallel=2, expert_parallel=2, micro_batch_size=16))
+    hidden = 16 * 32 * 64 * 4
+    blocks = 5 * 2 + 2 + 1  # attention and shared experts of 5 layers, attention and MLP of one, the head
+    assert found["all_gather.tp"] == [(3 * blocks - 1, (3 * blocks - 1) * hidden)]
+    assert found["reduce_scatter.tp"] == [(2 * blocks - 1, (2 * blocks - 1) * hidden)]
+    halved = 16 * 32 // 2 * 2 // 2 * 64 * 4  # half of half the tokens' rows
+    assert found["all_to_all.ep"] == [(4 * 5, 4 * 5 * halved)]
+
+
+def test_context_parallelism_gathers_keys_and_values():
+    found = calls_of(Strategy(context_parallel=2, expert_parallel=2, micro_batch_size=16))
+    key_value = 16 * 32 * 2 * 2 * 16 * 4  # tokens x (keys, values) x heads x head_dim x fp32
+    assert found["all_gather.cp"] == [(2 * 6, 2 * 6 * key_value)]
+    assert found["reduce_scatter.cp"] == [(6, 6 * key_value)]
+    assert found["all_reduce.dp"][0][0] == 1  # both ranks hold every dense parameter
+
+
+def test_messages_between_stages_of_one_rank_are_not_sent():
+    assert messages_sent([[0, 3], [1, 2]]).tolist() == [2, 2]  # a V: the turn is on the last rank
+    assert messages_sent([[0, 2], [1, 3]]).tolist() == [3, 3]
+
+
 def test_a_group_pays_the_innermost_level_that_none_of_its_groups_straddles():
     platform = machine(ranks=8)
     sizes = np.array([2, 4, 1])
@@ -77,7 +102,7 @@ def test_a_smaller_group_costs_what_the_next_larger_measured_size_costs():
 def test_stages_that_share_a_block_of_ranks_send_over_its_link():
     platform = machine(ranks=4)
     pipeline = StrategyTable.of([Strategy(pipeline_parallel=4)])
-    assert send_seconds(platform, pipeline, np.array([1e6]))[0].tolist() == pytest.approx(
+    assert send_seconds(platform, pipeline, np.array([1e6]), [[0], [1], [2], [3]])[0].tolist() == pytest.approx(
         [1e-3 + 1e-3, 2e-3 + 2e-3, 1e-3 + 1e-3]
     )
 
@@ -85,9 +110,10 @@ def test_stages_that_share_a_block_of_ranks_send_over_its_link():
 def test_a_planned_exchange_is_priced_by_its_own_formulas():
     strategy = Strategy(data_parallel=4, expert_parallel=4)
     table = StrategyTable.of([strategy, strategy.model_copy(update={"exchange": "planned"})])
-    shapes, platform = shapes_of(MODEL, table), machine(ranks=4)
-    calls = all_to_all_calls(MODEL, TRAIN, shapes, table)
-    forward, backward = all_to_all_seconds(platform, calls, table)
+    platform = machine(ranks=4)
+    found = exchanges(sizes_of(MODEL, TRAIN, table), placement_of(MODEL, table).stages)
+    forward, backward = exchange_seconds(platform, found, table)
+    calls = [call for call in found.forward if call.axis == "ep"]
     by_hand = [planned_seconds(platform, 4, 4, call.bytes[1, 0], call.calls[1, 0]) for call in calls]
     assert backward[1, 0] == pytest.approx(by_hand[0])
     assert forward[1, 0] == pytest.approx(sum(by_hand))

@@ -2,13 +2,12 @@ import numpy as np
 import pytest
 from tests.resources.cases import MODEL, TRAIN, machine
 
-from pipermoe.resources.memory import microbatches_in_flight, stage_memory
+from pipermoe.resources.evaluate import peak_bytes
+from pipermoe.resources.memory import rank_memory
 from pipermoe.resources.parameters import total_parameters
 from pipermoe.resources.states import state_elements
-from pipermoe.resources.step import predict, shapes_of
+from pipermoe.resources.step import placement_of, predict
 from pipermoe.runtime.dryrun import dry_run
-from pipermoe.schedule.builders import build
-from pipermoe.schedule.memory import in_flight
 from pipermoe.specs.model import LatentAttention, ModelSpec
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.strategy_table import StrategyTable
@@ -17,17 +16,8 @@ from pipermoe.specs.train import TrainConfig
 
 def memory_of(strategy: Strategy, train: TrainConfig = TRAIN, model: ModelSpec = MODEL) -> dict[str, list[int]]:
     table = StrategyTable.of([strategy])
-    shapes = shapes_of(model, table)
-    found = stage_memory(model, train, shapes, table, state_elements(model, shapes, table))
-    return {name: np.asarray(value)[0].tolist() for name, value in found.items()}
-
-
-@pytest.mark.parametrize("name", ["gpipe", "1f1b"])
-@pytest.mark.parametrize(("pp", "microbatches"), [(1, 1), (1, 5), (2, 2), (3, 8), (4, 4), (6, 7)])
-def test_micro_batches_in_flight_are_those_of_the_schedule(name, pp, microbatches):
-    table = StrategyTable.of([Strategy(pipeline_parallel=pp, schedule=name)])
-    expected = in_flight(build(name, pp, microbatches)).stage
-    assert microbatches_in_flight(table, pp, microbatches)[0].tolist() == list(expected)
+    found = rank_memory(model, train, table, state_elements(model, placement_of(model, table).ranks, table))
+    return {name: [rank[name] for rank in found] for name in found[0]}
 
 
 def test_one_rank_holds_sixteen_bytes_of_state_per_parameter():
@@ -73,17 +63,21 @@ def test_the_first_stage_of_1f1b_holds_one_micro_batch_for_every_stage():
 
 def test_a_strategy_weighs_the_same_alone_as_among_others():
     rows = [
-        Strategy(
-            pipeline_parallel=2, data_parallel=2, expert_parallel=ep, expert_data_parallel=2 // ep, zero_dense=zero
-        )
-        for ep in (1, 2)
-        for zero in (0, 1)
+        Strategy.parse(f"{arrangement} mbs{size} {schedule} {recompute}")
+        for arrangement in ("pp2 dp4 ep4", "pp2 dp4 ep2 z1", "pp3 dp2 cp2 tp2 ep4 etp2 z1/0", "dp8 ep8", "dp8 ep8 z3")
+        for size in (1, 2)
+        for schedule in ("gpipe", "1f1b", "vpp2 interleaved-1f1b", "vpp2 zb-v", "vpp2 dualpipe-v", "zb-h1")
+        for recompute in ("", "full", "selective:experts,norm")
+        if "vpp2" not in schedule or "pp" in arrangement
     ]
+    model = MODEL.model_copy(update={"num_layers": 8, "dense_layers": (0, 1)})
+    train = TRAIN.model_copy(update={"global_batch_size": 64})
     table = StrategyTable.of(rows)
-    shapes = shapes_of(MODEL, table)
-    together = stage_memory(MODEL, TRAIN, shapes, table, state_elements(MODEL, shapes, table))
-    for index, row in enumerate(rows):
-        assert memory_of(row) == {name: np.asarray(value)[index].tolist() for name, value in together.items()}
+    together = peak_bytes(model, train, table)
+    for index in range(0, len(rows), 7):
+        assert peak_bytes(model, train, table.take(np.array([index])))[0] == together[index]
+        held = memory_of(rows[index], train, model)
+        assert max(map(sum, zip(*held.values(), strict=True))) == pytest.approx(together[index], abs=8)
 
 
 def test_the_report_carries_the_peak_of_each_rank_by_category():

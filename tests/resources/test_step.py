@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from tests.resources.cases import MODEL, TRAIN, machine
 
 from pipermoe.resources.step import lower_bound, predict, shared_seconds, step_costs
+from pipermoe.schedule.builders import RECIPES
 from pipermoe.specs.report import TERMS
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.strategy_table import StrategyTable
@@ -13,35 +14,44 @@ from pipermoe.specs.train import TrainConfig
 
 @st.composite
 def strategies(draw):
-    ep, edp = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2]))
+    name = draw(st.sampled_from([name for name in RECIPES if name != "dualpipe"]))
+    chunks = RECIPES[name].virtual_stages[0]
+    cp, tp = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 2]))
+    ep, edp, etp = (draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 2])))
+    recompute = draw(st.sampled_from(["none", "full", "selective"]))
     return Strategy(
-        pipeline_parallel=draw(st.integers(1, 6)),
-        data_parallel=ep * edp,
+        pipeline_parallel=draw(st.integers(1, 6 // chunks)),
+        virtual_stages=chunks,
+        data_parallel=ep * edp * etp,
+        context_parallel=cp,
+        tensor_parallel=tp,
         expert_parallel=ep,
-        expert_data_parallel=edp,
+        expert_data_parallel=edp * cp * tp,
+        expert_tensor_parallel=etp,
         micro_batch_size=draw(st.sampled_from([1, 2])),
-        schedule=draw(st.sampled_from(["gpipe", "1f1b"])),
-        recompute=draw(st.sampled_from(["none", "full"])),
-        zero_dense=draw(st.integers(0, 1)),
-        zero_expert=draw(st.integers(0, 1)),
+        schedule=name,
+        recompute=recompute,
+        recompute_modules=("norm", "experts", "dense_mlp") if recompute == "selective" else (),
+        zero_dense=draw(st.integers(0, 3)),
+        zero_expert=draw(st.integers(0, 3)),
     )
 
 
 @settings(deadline=None, max_examples=60)
-@given(strategies(), st.sampled_from([1, 1.7, 2, 4, 48]))
+@given(strategies(), st.sampled_from([1, 1.7, 2, 4, 384]))
 def test_no_simulated_step_undercuts_its_lower_bound(strategy, slots):
-    train = TrainConfig(seq_len=32, global_batch_size=96)
-    platform = machine(ranks=48, compute_slots=slots)
+    train = TrainConfig(seq_len=32, global_batch_size=192)
+    platform = machine(ranks=384, compute_slots=slots)
     table = StrategyTable.of([strategy])
     [bound] = lower_bound(platform, train, table, step_costs(MODEL, platform, train, table))
     assert predict(MODEL, platform, train, strategy).step_seconds >= bound * (1 - 1e-12)
 
 
 @settings(deadline=None, max_examples=30)
-@given(strategies(), st.sampled_from([1.5, 48]))
+@given(strategies(), st.sampled_from([1.5, 384]))
 def test_on_every_rank_the_terms_add_up_to_the_step(strategy, slots):
     report = predict(
-        MODEL, machine(ranks=48, compute_slots=slots), TrainConfig(seq_len=32, global_batch_size=96), strategy
+        MODEL, machine(ranks=384, compute_slots=slots), TrainConfig(seq_len=32, global_batch_size=192), strategy
     )
     for rank in report.ranks:
         assert sum(rank.seconds[term] for term in TERMS) == pytest.approx(report.step_seconds)
@@ -64,7 +74,7 @@ def test_the_busiest_stage_works_through_every_micro_batch_and_waits_for_the_oth
     platform = machine(ranks=2)
     strategy = Strategy(pipeline_parallel=2)
     costs = step_costs(MODEL, platform, TRAIN, StrategyTable.of([strategy]))
-    forward, backward = costs.forward[0], costs.backward[0]
+    forward, backward = costs.forward[0], costs.input_grad[0] + costs.weight_grad[0]
     report = predict(MODEL, platform, TRAIN, strategy)
     busiest = int(np.argmax(forward + backward))
     assert report.ranks[busiest].seconds["forward"] == pytest.approx(16 * forward[busiest])

@@ -11,12 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipermoe.planner.space import all_combinations, redundant_mask
-from pipermoe.resources.memory import stage_memory
-from pipermoe.resources.states import state_elements
+from pipermoe.resources.evaluate import peak_bytes
 from pipermoe.resources.step import (
     StepCosts,
     lower_bound,
-    shapes_of,
     step_costs,
     step_seconds_by_term,
     uniform_groups,
@@ -49,7 +47,6 @@ class Space:
     illegal: int
     redundant: int
     peak_bytes: NDArray
-    worst_stage: NDArray
 
     def __len__(self) -> int:
         return len(self.table)
@@ -60,26 +57,13 @@ def search_space(job: Job) -> Space:
     everything = all_combinations(job.train, job.world_size)
     legal = everything.take(legal_mask(everything, job.model, job.train, job.world_size))
     table = legal.take(~redundant_mask(legal))
-    peak, worst = peak_memory(job.model, job.train, table)
     return Space(
         table=table,
         considered=len(everything),
         illegal=len(everything) - len(legal),
         redundant=len(legal) - len(table),
-        peak_bytes=peak,
-        worst_stage=worst,
+        peak_bytes=peak_bytes(job.model, job.train, table),
     )
-
-
-def peak_memory(model: ModelSpec, train: TrainConfig, table: StrategyTable) -> tuple[NDArray, NDArray]:
-    """Peak bytes of every row's worst stage, and which stage that is."""
-    peak, worst = np.zeros(len(table)), np.zeros(len(table), dtype=np.int64)
-    for rows, group in uniform_groups(table):
-        shapes = shapes_of(model, group)
-        total = sum(stage_memory(model, train, shapes, group, state_elements(model, shapes, group)).values())
-        worst[rows] = np.argmax(total, axis=1)
-        peak[rows] = np.max(total, axis=1)
-    return peak, worst
 
 
 def bounds(job: Job, table: StrategyTable) -> NDArray:

@@ -6,21 +6,23 @@ Bytes are counted as `specs.report.Traffic` defines them, the keys are its "coll
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from pipermoe.exchange.regular import planned_seconds
+from pipermoe.resources.activations.sizes import Sizes
 from pipermoe.resources.rates import collective_seconds, level_send_seconds
 from pipermoe.resources.stages import StageShapes
 from pipermoe.resources.states import StateElements
-from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.network import Collective
 from pipermoe.specs.platform import Platform
 from pipermoe.specs.strategy_table import EXCHANGE_NAMES, StrategyTable
 from pipermoe.specs.train import TrainConfig
 
+StagesOf = Sequence[Sequence[int]]  # of every pipeline rank, the stages that it holds
 COUNT_BYTES = 8  # routing counts travel as int64
 TOTALS_BYTES = 40  # squared gradient norm, three losses and the dropped share, float64, agreed on by all ranks
 
@@ -40,110 +42,217 @@ class Call:
         return f"{self.collective}{'_counts' if self.counts else ''}.{self.axis}"
 
 
-def all_to_all_calls(model: ModelSpec, train: TrainConfig, shapes: StageShapes, table: StrategyTable) -> list[Call]:
-    """The exchanges of one micro-batch's forward and, without the counts, equally of its backward.
+@dataclass(frozen=True, slots=True)
+class Exchanges:
+    """The collectives inside a stage of one micro-batch, forward and backward, in calls of all its layers."""
+
+    forward: tuple[Call, ...]
+    backward: tuple[Call, ...]
+
+
+def exchanges(sizes: Sizes, shapes: StageShapes) -> Exchanges:
+    """All collectives of a stage's layers: arrays (rows, stages). Recomputation repeats none of them."""
+    pairs = [
+        _all_to_all(sizes, shapes),
+        _tensor_parallel(sizes, shapes),
+        _context_parallel(sizes, shapes),
+        _expert_tensor_parallel(sizes, shapes),
+    ]
+    return Exchanges(*(tuple(call for pair in pairs for call in pair[side]) for side in (0, 1)))
+
+
+def _column(value: Any) -> Any:
+    return np.asarray(value)[..., None]
+
+
+def _all_to_all(sizes: Sizes, shapes: StageShapes) -> tuple[list[Call], list[Call]]:
+    """Dispatch and combine, and the counts before; the backward exchanges as much, without counts.
 
     Piper, arXiv 2605.05049, section 1.4 of its review: b*s*k/EP tokens to every other rank; dispatch and combine.
     """
-    ep = table.expert_parallel[:, None]
-    rows = (table.micro_batch_size * train.seq_len * model.moe.top_k)[:, None]
-    leaving = rows * (ep - 1) // ep * model.hidden_size * train.recipe.activation
+    ep, model = _column(sizes.ep), sizes.model
+    rows = _column(sizes.rows)
+    if sizes.capacity_factor:
+        rows = np.ceil(rows * sizes.capacity_factor)
+    leaving = rows * (ep - 1) // ep * model.hidden_size * sizes.element
     counts = (ep - 1) * (model.moe.num_experts // ep) * COUNT_BYTES
     layers = shapes.moe_layers * (ep > 1)
-    return [
-        Call("all_to_all", "ep", 2 * layers, 2 * layers * leaving),
-        Call("all_to_all", "ep", layers, layers * counts, counts=True),
-    ]
+    rows_travel = Call("all_to_all", "ep", 2 * layers, 2 * layers * leaving)
+    return [rows_travel, Call("all_to_all", "ep", layers, layers * counts, counts=True)], [rows_travel]
 
 
-def message_bytes(model: ModelSpec, train: TrainConfig, table: StrategyTable) -> Any:
-    """Bytes of one micro-batch's activations, or of their gradient, between two stages: (rows,)."""
-    return table.micro_batch_size * train.seq_len * model.hidden_size * train.recipe.activation
+def _tensor_parallel(sizes: Sizes, shapes: StageShapes) -> tuple[list[Call], list[Call]]:
+    """Every block of column- and row-parallel products gathers its input over the sequence and scatters its output.
 
-
-def all_to_all_seconds(platform: Platform, calls: list[Call], table: StrategyTable) -> tuple[Any, Any]:
-    """Seconds of one micro-batch's exchanges in the forward and in the backward direction, per stage.
-
-    By the library's collective or by the cheapest exchange plan, as the strategy says.
+    Sequence parallelism: Korthikanti et al., arXiv 2205.05198, section 4.2.2: one all-gather and one reduce-scatter a
+    block; backward mirrors them and gathers the input once more for the weight gradient.
     """
-    ranks = table.expert_parallel[:, None]
-    span = (table.expert_parallel * table.expert_tensor_parallel)[:, None]
+    tp, shared = _column(sizes.tp), sizes.model.moe.shared_width > 0
+    blocks = (2 * shapes.dense_layers + (1 + shared) * shapes.moe_layers + shapes.has_head) * (tp > 1)
+    scattered = blocks - shapes.has_head * (tp > 1)  # the head's output stays divided over the vocabulary
+    moved = _column(sizes.tokens) * sizes.model.hidden_size * sizes.element
+    forward = [
+        Call("all_gather", "tp", blocks, blocks * moved),
+        Call("reduce_scatter", "tp", scattered, scattered * moved),
+    ]
+    gathered = scattered + blocks
+    backward = [
+        Call("all_gather", "tp", gathered, gathered * moved),
+        Call("reduce_scatter", "tp", blocks, blocks * moved),
+    ]
+    return forward, backward
+
+
+def _context_parallel(sizes: Sizes, shapes: StageShapes) -> tuple[list[Call], list[Call]]:
+    """Every rank gathers the keys and values of all ranks' tokens and computes its own queries (Llama 3, arXiv
+    2407.21783, section 3.3.2); backward gathers them again and scatters their gradients.
+    """
+    cp, attention = _column(sizes.cp), sizes.model.attention
+    width = attention.num_kv_heads * (attention.query_key_dim + attention.value_dim) / _column(sizes.tp)
+    layers = (shapes.moe_layers + shapes.dense_layers) * (cp > 1)
+    moved = _column(sizes.tokens) * cp * width * sizes.element
+    gather = Call("all_gather", "cp", layers, layers * moved)
+    return [gather], [gather, Call("reduce_scatter", "cp", layers, layers * moved)]
+
+
+def _expert_tensor_parallel(sizes: Sizes, shapes: StageShapes) -> tuple[list[Call], list[Call]]:
+    """Rows that arrived on one rank are gathered over etp before the experts, partial sums scattered after them."""
+    etp = _column(sizes.etp)
+    layers = shapes.moe_layers * (etp > 1)
+    moved = _column(sizes.arriving) * sizes.model.hidden_size * sizes.element
+    both = [
+        Call("all_gather", "etp", layers, layers * moved),
+        Call("reduce_scatter", "etp", layers, layers * moved),
+    ]
+    return both, both
+
+
+def exchange_seconds(platform: Platform, found: Exchanges, table: StrategyTable) -> tuple[Any, Any]:
+    """Seconds of one micro-batch's collectives in the forward and in the backward direction, per stage.
+
+    All-to-alls go by the library's collective or by the cheapest exchange plan, as the strategy says.
+    """
     planned = (table.exchange == EXCHANGE_NAMES.index("planned"))[:, None]
+    tp, cp = table.tensor_parallel, table.context_parallel
+    ep, etp = table.expert_parallel, table.expert_tensor_parallel
+    reach = {"tp": (tp, tp), "cp": (cp, cp * tp), "etp": (etp, etp), "ep": (ep, ep * etp)}
 
     def seconds(call: Call) -> Any:
-        library = collective_seconds(platform, "all_to_all", ranks, span, call.bytes, call.calls)
+        ranks, span = (each[:, None] for each in reach[call.axis])
+        library = collective_seconds(platform, call.collective, ranks, span, call.bytes, call.calls)
+        if call.collective != "all_to_all" or not planned.any():
+            return library
         return np.where(planned, planned_seconds(platform, ranks, span, call.bytes, call.calls), library)
 
-    exchange, counts = map(seconds, calls)
-    return exchange + counts, exchange
+    def total(calls: tuple[Call, ...]) -> Any:
+        return sum(map(seconds, calls))
+
+    return total(found.forward), total(found.backward)
 
 
-def send_seconds(platform: Platform, table: StrategyTable, sent_bytes) -> Any:
-    """Seconds of one message from each stage to the next: (rows, stages - 1); one column at least."""
-    boundaries = np.arange(max(1, int(table.num_stages[0]) - 1))
+def message_bytes(sizes: Sizes) -> Any:
+    """Bytes of one micro-batch's activations, or of their gradient, between two stages: (rows,)."""
+    return sizes.hidden
+
+
+def send_seconds(platform: Platform, table: StrategyTable, sent_bytes: Any, stages_of: StagesOf) -> Any:
+    """Seconds of one message from each stage to the next: (rows, stages - 1), one column at least.
+
+    Ranks of a pipeline lie `ranks_per_stage` apart; a message between two stages of one rank takes no time.
+    """
+    home = {stage: rank for rank, stages in enumerate(stages_of) for stage in stages}
+    hops = [(home[stage], home[stage + 1]) for stage in range(len(home) - 1)] or [(0, 0)]
+    low, high = (np.array([pick(hop) for hop in hops]) for pick in (min, max))
     per_stage = table.ranks_per_stage[:, None]
-    seconds = np.zeros((len(table), len(boundaries)))
-    pending = np.ones(seconds.shape, dtype=bool)
+    seconds = np.zeros((len(table), len(hops)))
+    pending = np.broadcast_to(high > low, seconds.shape).copy()
     for index, level in enumerate(platform.levels):
-        first, last = boundaries * per_stage, (boundaries + 2) * per_stage - 1
+        first, last = low * per_stage, (high + 1) * per_stage - 1
         here = pending & ((first // level.ranks == last // level.ranks) | (level is platform.levels[-1]))
-        seconds[here] = (level_send_seconds(platform, index, sent_bytes[:, None]) + 0 * boundaries)[here]
+        seconds[here] = (level_send_seconds(platform, index, np.asarray(sent_bytes)[:, None]) + 0 * low)[here]
         pending &= ~here
     return seconds
 
 
-def sync_calls(train: TrainConfig, table: StrategyTable, states: StateElements) -> tuple[list[Call], list[Call]]:
-    """Collectives after the pipeline on flat buffers: those that reduce gradients, and those that gather weights.
+def sync_calls(
+    train: TrainConfig, shapes: StageShapes, table: StrategyTable, states: StateElements
+) -> tuple[list[Call], list[Call]]:
+    """Collectives on flat buffers: those that reduce gradients, and those that gather weights. None in a group of one.
 
-    ZeRO-0: one all-reduce. ZeRO-1: one reduce-scatter, and one all-gather after the update. Nothing in a group of one.
+    ZeRO-0: one all-reduce. ZeRO-1: one reduce-scatter, and one all-gather after the update. ZeRO-2: a reduce-scatter
+    of every unit (layer, embedding, head) for every micro-batch. ZeRO-3: instead of the gather after the update one of
+    every unit before each of its forwards and backwards; where a unit is used twice in a row one less, which is not
+    counted here.
     """
-    state = train.recipe.state
+    state, microbatches = train.recipe.state, table.microbatches(train.global_batch_size)[:, None]
+    ends = shapes.has_embedding + shapes.has_head
     reducing, gathering = [], []
-    for axis, elements, group, zero in (
-        ("dp", states.dense, table.data_parallel * table.context_parallel, table.zero_dense),
-        ("edp", states.expert, table.expert_data_parallel, table.zero_expert),
+    for axis, elements, units, group, level in (
+        (
+            "dp",
+            states.dense,
+            shapes.moe_layers + shapes.dense_layers + ends,
+            table.data_parallel * table.context_parallel,
+            table.zero_dense[:, None],
+        ),
+        ("edp", states.expert, shapes.moe_layers, table.expert_data_parallel, table.zero_expert[:, None]),
     ):
         shared = ((group > 1)[:, None] & (elements > 0)).astype(np.int64)
-        sharded, replicated = shared * (zero > 0)[:, None], shared * (zero == 0)[:, None]
+        replicated = shared * (level == 0)
+        scatters = shared * np.where(level >= 2, microbatches * units, level == 1)
+        passes = shared * np.where(level >= 2, microbatches, level == 1)
         reducing.append(Call("all_reduce", axis, replicated, replicated * elements * state.gradient))
-        reducing.append(Call("reduce_scatter", axis, sharded, sharded * elements * state.gradient))
-        gathering.append(Call("all_gather", axis, sharded, sharded * elements * state.weight))
+        reducing.append(Call("reduce_scatter", axis, scatters, passes * elements * state.gradient))
+        gathers = shared * np.select([level == 3, level == 2], [2 * microbatches * units, units], level == 1)
+        passes = shared * np.where(level == 3, 2 * microbatches, level >= 1)
+        gathering.append(Call("all_gather", axis, gathers, passes * elements * state.weight))
     return reducing, gathering
 
 
 def sync_seconds(
-    platform: Platform, train: TrainConfig, table: StrategyTable, states: StateElements
+    platform: Platform, train: TrainConfig, shapes: StageShapes, table: StrategyTable, states: StateElements
 ) -> tuple[Any, Any, Any]:
-    """Seconds after the pipeline: reducing gradients, agreeing on their norm over the world (rows, 1), gathering."""
-    reducing, gathering = sync_calls(train, table, states)
-    sizes = {"dp": table.data_parallel[:, None], "edp": table.expert_data_parallel[:, None]}
+    """Seconds of reducing gradients, agreeing on their norm over the world (rows, 1) and gathering weights."""
+    reducing, gathering = sync_calls(train, shapes, table, states)
+    sizes = {
+        "dp": (table.data_parallel * table.context_parallel)[:, None],
+        "edp": table.expert_data_parallel[:, None],
+    }
 
     def total(calls: list[Call]) -> Any:
         span = table.ranks_per_stage[:, None]
-        parts = [collective_seconds(platform, c.collective, sizes[c.axis], span, c.bytes, c.calls) for c in calls]
-        return sum(parts)
+        return sum(collective_seconds(platform, c.collective, sizes[c.axis], span, c.bytes, c.calls) for c in calls)
 
     world = table.world_size[:, None]
     return total(reducing), collective_seconds(platform, "all_reduce", world, world, TOTALS_BYTES), total(gathering)
 
 
 def traffic(
-    model: ModelSpec, train: TrainConfig, shapes: StageShapes, table: StrategyTable, states: StateElements
+    train: TrainConfig, sizes: Sizes, shapes: StageShapes, table: StrategyTable, states: StateElements, sends: Any
 ) -> dict[str, Call]:
-    """All calls of one step on one rank of every stage, those between stages and those after the pipeline."""
+    """All calls of one step on one rank of every pipeline rank; `shapes` and `sends` (messages per micro-batch that
+    leave the rank) are per rank.
+    """
     microbatches = table.microbatches(train.global_batch_size)[:, None]
-    exchange, counts = all_to_all_calls(model, train, shapes, table)
-    stage = np.arange(shapes.num_stages)
-    neighbours = (stage > 0).astype(np.int64) + (stage < shapes.num_stages - 1)
-    sends = microbatches * neighbours
-    reducing, gathering = sync_calls(train, table, states)
-    several = np.broadcast_to((table.world_size > 1)[:, None], sends.shape).astype(np.int64)
-    calls = [
+    inside = exchanges(sizes, shapes)
+    reducing, gathering = sync_calls(train, shapes, table, states)
+    sent = microbatches * sends
+    several = np.broadcast_to((table.world_size > 1)[:, None], sent.shape).astype(np.int64)
+    total: dict[str, Call] = {}
+    for call in (*inside.forward, *inside.backward):
+        _add(total, replace(call, calls=microbatches * call.calls, bytes=microbatches * call.bytes))
+    for call in (
         *reducing,
         *gathering,
         Call("all_reduce", "world", several, several * TOTALS_BYTES),
-        Call("all_to_all", "ep", 2 * microbatches * exchange.calls, 2 * microbatches * exchange.bytes),
-        Call("all_to_all", "ep", microbatches * counts.calls, microbatches * counts.bytes, counts=True),
-        Call("send", "pp", sends, sends * message_bytes(model, train, table)[:, None]),
-    ]
-    return {call.key: call for call in calls}
+        Call("send", "pp", sent, sent * _column(message_bytes(sizes))),
+    ):
+        _add(total, call)
+    return total
+
+
+def _add(total: dict[str, Call], call: Call) -> None:
+    before = total.get(call.key)
+    total[call.key] = (
+        call if before is None else replace(call, calls=before.calls + call.calls, bytes=before.bytes + call.bytes)
+    )

@@ -7,17 +7,18 @@ their FLOPs add up to `resources.flops`. Arrays broadcast: one entry per strateg
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import singledispatch
 from typing import Any
 
 import numpy as np
 
+from pipermoe.resources.activations.sizes import Recompute, Sizes
 from pipermoe.resources.flops import attention_core_flops, head_forward_flops, layer_forward_flops
 from pipermoe.resources.rates import attention_seconds, gemm_seconds, grouped_gemm_seconds, pass_seconds
 from pipermoe.resources.stages import StageShapes
 from pipermoe.specs.device import Device, Pass
-from pipermoe.specs.errors import UserError, describe_value
-from pipermoe.specs.model import GroupedQueryAttention, LatentAttention, ModelSpec
+from pipermoe.specs.model import Attention, GroupedQueryAttention, LatentAttention, ModelSpec
 from pipermoe.specs.precision import Precision
 
 
@@ -58,118 +59,152 @@ class Stream:
 Work = Gemm | GroupedGemm | AttentionCore | Stream
 
 
-def seconds(work: Work, device: Device, precision: Precision) -> tuple[Any, Any]:
-    """Forward and backward seconds of one operation, alone on the device."""
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """Of one micro-batch: forward, and of the backward the input gradients and the weight gradients apart.
+
+    A zero-bubble schedule may postpone only the second: one product per weight.
+    """
+
+    forward: Any
+    input_grad: Any
+    weight_grad: Any
+
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(
+            self.forward + other.forward, self.input_grad + other.input_grad, self.weight_grad + other.weight_grad
+        )
+
+
+def seconds(work: Work, device: Device, precision: Precision) -> Seconds:
+    """The seconds of one operation, alone on the device."""
     match work:
         case Gemm(flops, count):
             forward = count * gemm_seconds(device, precision, flops)
-            return forward, 2 * forward
+            return Seconds(forward, forward, forward)
         case GroupedGemm(flops, rows, width):
             forward = grouped_gemm_seconds(device, precision, flops, rows, width)
-            return forward, 2 * forward
+            return Seconds(forward, forward, forward)
         case AttentionCore(flops, seq_len):
-            return attention_seconds(device, precision, flops, seq_len)
+            forward, backward = attention_seconds(device, precision, flops, seq_len)
+            return Seconds(forward, backward, 0.0 * backward)
         case Stream(name, elements, count):
             forward, backward = pass_seconds(device, precision, name, elements)
-            return count * forward, count * backward
+            return Seconds(count * forward, count * backward, 0.0 * backward)
 
 
-def grouped_query(model: ModelSpec) -> GroupedQueryAttention:
-    """The model's attention, if it is of the kind that can be priced. UserError otherwise."""
-    if not isinstance(model.attention, GroupedQueryAttention):
-        rule = "cannot be priced yet; accepted: gqa"
-        raise UserError(describe_value(model.name, "attention.kind", model.attention.kind, rule))
-    return model.attention
+@singledispatch
+def attention_inside(attention: Attention, sizes: Sizes) -> list[Work]:
+    """Projections, rotation and core of one attention block, heads divided over tp, queries over cp.
+
+    The output projection comes last.
+    """
+    raise TypeError(f"no price for {type(attention).__name__}")
 
 
-def attention_work(model: ModelSpec, tokens, seq_len) -> list[Work]:
-    """Norm, projections, rotation, core, output projection and residual of one attention block."""
-    attention, hidden = model.attention, model.hidden_size
-    core = sum(
-        attention_core_flops(model, layer, tokens=tokens, seq_len=seq_len, causal=False)
-        for layer in range(model.num_layers)
-    )
-    around: list[Work] = [
-        Stream("norm", tokens * hidden),
-        AttentionCore(core / model.num_layers, seq_len),  # the mean over layers: some see a window only
-        Stream("residual", tokens * hidden),
-    ]
-    if isinstance(attention, LatentAttention):
-        return around + _latent_projections(attention, hidden, tokens)
-    return around + _grouped_projections(attention, hidden, tokens)
-
-
-def _grouped_projections(attention: GroupedQueryAttention, hidden: int, tokens) -> list[Work]:
-    query = attention.num_heads * attention.head_dim
-    key_value = attention.num_kv_heads * attention.head_dim
+@attention_inside.register
+def _(attention: GroupedQueryAttention, sizes: Sizes) -> list[Work]:
+    hidden, tokens = sizes.model.hidden_size, sizes.tokens
+    query = attention.num_heads * attention.head_dim / sizes.tp
+    key_value = attention.num_kv_heads * attention.head_dim / sizes.tp
     work: list[Work] = [
-        Gemm(2 * tokens * hidden * query, count=2),
+        Gemm(2 * tokens * hidden * query),
         Gemm(2 * tokens * hidden * key_value, count=2),
         Stream("rope", tokens * query),
         Stream("rope", tokens * key_value),
+        _core(sizes),
     ]
     if attention.qk_norm != "none":
         norm: Pass = "norm" if attention.qk_norm == "full" else "head_norm"
         work += [Stream(norm, tokens * query), Stream(norm, tokens * key_value)]
-    return work
+    return [*work, Gemm(2 * tokens * hidden * query)]
 
 
-def _latent_projections(attention: LatentAttention, hidden: int, tokens) -> list[Work]:
-    """Down to the latent vectors, up to every head's query, key and value, and out (DeepSeek-V2, arXiv 2405.04434)."""
-    heads, q_rank, kv_rank = attention.num_heads, attention.q_lora_rank, attention.kv_lora_rank
-    query, rotated = heads * attention.query_key_dim, attention.qk_rope_head_dim
+@attention_inside.register
+def _(attention: LatentAttention, sizes: Sizes) -> list[Work]:
+    """Down-projections and their norms on the residual stream, everything behind them by heads."""
+    hidden, tokens, stream = sizes.model.hidden_size, sizes.tokens, sizes.stream
+    heads, q_rank, kv_rank = attention.num_heads / sizes.tp, attention.q_lora_rank, attention.kv_lora_rank
+    query, rotated = heads * attention.query_key_dim, heads * attention.qk_rope_head_dim
+    expanded = heads * (attention.qk_nope_head_dim + attention.v_head_dim)
     work: list[Work] = [
         Gemm(2 * tokens * (q_rank or hidden) * query),
-        Gemm(2 * tokens * hidden * (kv_rank + rotated)),
-        Stream("norm", tokens * kv_rank),
-        Gemm(2 * tokens * kv_rank * heads * (attention.qk_nope_head_dim + attention.v_head_dim)),
-        Stream("rope", tokens * heads * rotated),
+        Gemm(2 * stream * hidden * (kv_rank + attention.qk_rope_head_dim)),
+        Stream("norm", stream * kv_rank),
+        Gemm(2 * tokens * kv_rank * expanded),
         Stream("rope", tokens * rotated),
-        Gemm(2 * tokens * heads * attention.v_head_dim * hidden),
+        Stream("permute", 2 * tokens * query),  # joining the rotated part of queries and keys to the rest
+        _core(sizes),
     ]
     if q_rank:
-        work += [Gemm(2 * tokens * hidden * q_rank), Stream("norm", tokens * q_rank)]
-    return work
+        work += [Gemm(2 * stream * hidden * q_rank), Stream("norm", stream * q_rank)]
+    return [*work, Gemm(2 * tokens * heads * attention.v_head_dim * hidden)]
 
 
-def moe_work(model: ModelSpec, tokens, experts_per_rank) -> list[Work]:
-    """Norm, router, permutations, routed and shared experts and residual of one MoE block under balanced routing."""
-    moe, hidden = model.moe, model.hidden_size
-    rows = tokens * moe.top_k
-    rows_per_expert = rows / experts_per_rank
+def _core(sizes: Sizes) -> AttentionCore:
+    """The core at the mean of its FLOPs over layers: some see a window only."""
+    model = sizes.model
+    whole = sum(
+        attention_core_flops(model, layer, tokens=sizes.tokens, seq_len=sizes.seq_len, causal=False)
+        for layer in range(model.num_layers)
+    )
+    return AttentionCore(whole / (model.num_layers * sizes.tp), sizes.seq_len)
+
+
+def attention_work(sizes: Sizes) -> list[Work]:
+    """Norm, the block inside, and residual."""
+    stream = sizes.stream * sizes.model.hidden_size
+    return [Stream("norm", stream), *attention_inside(sizes.model.attention, sizes), Stream("residual", stream)]
+
+
+def moe_work(sizes: Sizes) -> list[Work]:
+    """Norm, router, permutations, routed and shared experts and residual of one MoE block, on the busiest rank."""
+    moe, hidden, stream = sizes.model.moe, sizes.model.hidden_size, sizes.stream
+    rows, arriving, width = sizes.rows, sizes.arriving, moe.expert_width / sizes.etp
     # Rows are put in the order of their destination and back; those that arrive for several experts are sorted as well.
-    sorted_here = (experts_per_rank > 1) & (experts_per_rank < moe.num_experts)
-    into, out = moe.expert_matrices - 1, 1  # gate and up are one product of twice the width
+    sorted_here = (sizes.local_experts > 1) & (sizes.ep > 1)
     work: list[Work] = [
-        Stream("norm", tokens * hidden),
-        Gemm(2 * tokens * hidden * moe.num_experts),
-        Stream("router", tokens * moe.top_k),
-        Stream("permute", rows * hidden, count=2 + 2 * sorted_here),
-        GroupedGemm(2 * rows * into * hidden * moe.expert_width, rows_per_expert, moe.expert_width),
-        Stream("swiglu", rows * moe.expert_width),
-        GroupedGemm(2 * rows * out * hidden * moe.expert_width, rows_per_expert, moe.expert_width),
+        Stream("norm", stream * hidden),
+        Gemm(2 * stream * hidden * moe.num_experts),
+        Stream("router", rows),
+        Stream("permute", rows * hidden, count=2),
+        Stream("permute", arriving * hidden, count=2 * sorted_here),
+        *expert_work(sizes),
+        Stream("swiglu", arriving * width),
         Stream("combine", rows * hidden),
-        Stream("residual", tokens * hidden),
+        Stream("residual", stream * hidden),
     ]
     if moe.expert_bias:
-        work += [Stream("residual", rows * into * moe.expert_width), Stream("residual", rows * hidden)]
+        inner = (moe.expert_matrices - 1) * width
+        work += [Stream("residual", arriving * inner), Stream("residual", arriving * hidden)]
     if moe.swiglu_limit:
-        work.append(Stream("swiglu", rows * moe.expert_width))  # clamping gate and up is one more pass over both
+        work.append(Stream("swiglu", arriving * width))  # clamping gate and up is one more pass over both
     if moe.shared_width:
-        work += [*_mlp(tokens, hidden, moe.shared_width, moe.expert_matrices), Stream("residual", tokens * hidden)]
+        work += [*_mlp(sizes, moe.shared_width, moe.expert_matrices), Stream("residual", stream * hidden)]
         if moe.shared_gate:
-            work += [Gemm(2 * tokens * hidden), Stream("swiglu", tokens * hidden)]
+            work += [Gemm(2 * stream * hidden), Stream("swiglu", stream * hidden)]
     return work
 
 
-def dense_work(model: ModelSpec, tokens) -> list[Work]:
+def expert_work(sizes: Sizes) -> list[GroupedGemm]:
+    """The two grouped products of the routed experts; gate and up are one product of twice the width."""
+    moe, hidden, width = sizes.model.moe, sizes.model.hidden_size, sizes.model.moe.expert_width / sizes.etp
+    rows_per_expert = sizes.arriving / sizes.local_experts
+    flops = 2 * sizes.arriving * hidden * width
+    return [
+        GroupedGemm(matrices * flops, rows_per_expert, moe.expert_width / sizes.etp)
+        for matrices in (moe.expert_matrices - 1, 1)
+    ]
+
+
+def dense_work(sizes: Sizes) -> list[Work]:
     """Norm, SwiGLU MLP and residual of one dense feed-forward block."""
-    hidden = model.hidden_size
-    mlp = _mlp(tokens, hidden, model.dense_width, model.dense_matrices)
-    return [Stream("norm", tokens * hidden), *mlp, Stream("residual", tokens * hidden)]
+    model, stream = sizes.model, sizes.stream * sizes.model.hidden_size
+    return [Stream("norm", stream), *_mlp(sizes, model.dense_width, model.dense_matrices), Stream("residual", stream)]
 
 
-def _mlp(tokens, hidden: int, width: int, matrices: int) -> list[Work]:
+def _mlp(sizes: Sizes, width: int, matrices: int) -> list[Work]:
+    tokens, hidden, width = sizes.tokens, sizes.model.hidden_size, width / sizes.tp
     return [
         Gemm(2 * tokens * hidden * (matrices - 1) * width),  # gate and up are one product
         Stream("swiglu", tokens * width),
@@ -177,53 +212,93 @@ def _mlp(tokens, hidden: int, width: int, matrices: int) -> list[Work]:
     ]
 
 
-def embedding_work(model: ModelSpec, tokens) -> list[Work]:
-    return [Stream("permute", tokens * model.hidden_size)]
+def embedding_work(sizes: Sizes) -> list[Work]:
+    return [Stream("permute", sizes.stream * sizes.model.hidden_size)]
 
 
-def head_work(model: ModelSpec, tokens) -> list[Work]:
-    """Final norm, output projection and cross-entropy."""
+def head_work(sizes: Sizes) -> list[Work]:
+    """Final norm, output projection and cross-entropy, the vocabulary divided over tp."""
+    hidden, vocabulary = sizes.model.hidden_size, -(-sizes.model.vocab_size // sizes.tp)
     return [
-        Stream("norm", tokens * model.hidden_size),
-        Gemm(2 * tokens * model.hidden_size * model.vocab_size),
-        Stream("loss", tokens * model.vocab_size),
+        Stream("norm", sizes.stream * hidden),
+        Gemm(2 * sizes.tokens * hidden * vocabulary),
+        Stream("loss", sizes.tokens * vocabulary),
     ]
 
 
-def _total(works: Sequence[Work], device: Device, precision: Precision) -> tuple[Any, Any]:
-    forward, backward = zip(*(seconds(work, device, precision) for work in works), strict=True)
-    return sum(forward), sum(backward)
+def rebuilt_work(sizes: Sizes, recompute: Recompute) -> list[tuple[Any, list[Work], list[Work]]]:
+    """(mask, work of a MoE layer, work of a dense layer) that selective recomputation repeats, module by module."""
+    model, moe = sizes.model, sizes.model.moe
+    stream, arriving = sizes.stream * model.hidden_size, sizes.arriving * moe.expert_width / sizes.etp
+    inside = attention_inside(model.attention, sizes)[:-1]  # all but the output projection
+    norms: list[Work] = [Stream("norm", stream, count=2)]
+    activation: list[Work] = [Stream("swiglu", arriving)]
+    shared = _mlp(sizes, moe.shared_width, moe.expert_matrices)[:-1] if moe.shared_width else []
+    return [
+        (recompute.norm, norms, norms),
+        (recompute.attention, inside, inside),
+        (recompute.moe_act | recompute.experts, activation, []),
+        (recompute.experts, [expert_work(sizes)[0]], []),
+        (recompute.shared_experts, shared, []),
+        (recompute.dense_mlp, [], _mlp(sizes, model.dense_width, model.dense_matrices)[:-1]),
+    ]
 
 
-def stage_seconds(
-    model: ModelSpec, device: Device, precision: Precision, shapes: StageShapes, tokens, seq_len, experts_per_rank, full
-) -> tuple[Any, Any]:
-    """Forward and backward compute seconds of one micro-batch on every stage: two arrays (rows, stages).
+def _total(works: Sequence[Work], device: Device, precision: Precision) -> Seconds:
+    nothing = Seconds(0.0, 0.0, 0.0)
+    return sum((seconds(work, device, precision) for work in works), nothing)
 
-    `tokens`, `experts_per_rank` and `full` (whether everything but the head is recomputed) are arrays (rows,).
-    Communication is not included.
-    """
-    attention = attention_work(model, tokens, seq_len)
-    parts = (
-        (shapes.moe_layers, attention + moe_work(model, tokens, experts_per_rank), True),
-        (shapes.dense_layers, attention + dense_work(model, tokens), True),
-        (shapes.has_embedding, embedding_work(model, tokens), False),
-        (shapes.has_head, head_work(model, tokens), False),
+
+@dataclass(frozen=True, slots=True)
+class LayerSeconds:
+    """Seconds of one micro-batch in a MoE layer, a dense layer, the embedding and the head, as `StageShapes` counts."""
+
+    moe_layers: Seconds
+    dense_layers: Seconds
+    has_embedding: Seconds
+    has_head: Seconds
+
+
+def layer_seconds(device: Device, precision: Precision, sizes: Sizes, recompute: Recompute) -> LayerSeconds:
+    """What each part costs, recomputation included in its input gradient; arrays (rows,). No communication."""
+    attention = _total(attention_work(sizes), device, precision)
+    # Of a layer's operations in turn, beyond the curves of repeated ones.
+    fixed = Seconds(device.layer_forward_seconds, device.layer_backward_seconds, 0.0)
+    rebuilt = [
+        (mask, _total(moe, device, precision), _total(dense, device, precision))
+        for mask, moe, dense in rebuilt_work(sizes, recompute)
+    ]
+
+    def layer(work: list[Work], kind: int) -> Seconds:
+        once = _issued(attention + _total(work, device, precision), device.issue_seconds) + fixed
+        again = once.forward * recompute.full + sum(each[0] * each[kind].forward for each in rebuilt)
+        return Seconds(once.forward, once.input_grad + again, once.weight_grad)
+
+    return LayerSeconds(
+        moe_layers=layer(moe_work(sizes), 1),
+        dense_layers=layer(dense_work(sizes), 2),
+        has_embedding=_total(embedding_work(sizes), device, precision),
+        has_head=_total(head_work(sizes), device, precision),
     )
-    forward = np.zeros((len(tokens), shapes.num_stages))
-    backward = np.zeros_like(forward)
-    for count, works, recomputed in parts:
-        if count.any():
-            once, back = _total(works, device, precision)
-            if recomputed:  # a layer, which the device cannot finish before the host has issued it
-                once, back = np.maximum(once, device.issue_seconds), np.maximum(back, device.issue_seconds)
-            forward += once[:, None] * count
-            backward += (back + once * (full if recomputed else 0))[:, None] * count
-    layers = shapes.moe_layers + shapes.dense_layers
-    fixed = device.layer_forward_seconds  # of a layer's operations in turn, beyond the curves of repeated ones
-    forward += fixed * layers
-    backward += (device.layer_backward_seconds + fixed * full)[:, None] * layers
-    return forward, backward
+
+
+def _issued(computed: Seconds, issue_seconds: float) -> Seconds:
+    """A layer's direction lasts at least as long as the host takes to issue it; the weight gradients fill up."""
+    whole = computed.input_grad + computed.weight_grad
+    weight_grad = computed.weight_grad + np.maximum(issue_seconds - whole, 0.0)
+    return Seconds(np.maximum(computed.forward, issue_seconds), computed.input_grad, weight_grad)
+
+
+def stage_seconds(layers: LayerSeconds, shapes: StageShapes) -> Seconds:
+    """Compute seconds of one micro-batch on every stage: arrays (rows, stages)."""
+
+    def total(name: str) -> Any:
+        return sum(
+            np.asarray(getattr(getattr(layers, part.name), name))[..., None] * getattr(shapes, part.name)
+            for part in fields(LayerSeconds)
+        )
+
+    return Seconds(*(total(each.name) for each in fields(Seconds)))
 
 
 def stage_flops(model: ModelSpec, layers: Sequence[int], *, has_head: bool, tokens, seq_len, full) -> Any:

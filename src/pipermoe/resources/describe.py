@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pipermoe.resources.activations import Sizes, dense_layer, moe_layer
+from pipermoe.resources.activations.layers import dense_layer, moe_layer
+from pipermoe.resources.activations.sizes import Recompute, Sizes
 from pipermoe.resources.flops import (
     LayerFlops,
     head_forward_flops,
@@ -220,8 +221,8 @@ def _layer_kind(model: ModelSpec, layers: list[int], seq_len: int) -> LayerKind:
 
 def _saved_bytes(model: ModelSpec, layer: int) -> int:
     """What a layer keeps from its forward to its backward, for one token, with fused attention and no recomputation."""
-    sizes = Sizes(model, 1, ELEMENT_BYTES)
-    block = moe_layer(sizes, model.moe.num_experts) if model.is_moe(layer) else dense_layer(sizes)
+    sizes = Sizes(model, ELEMENT_BYTES, tokens=1)
+    block = (moe_layer if model.is_moe(layer) else dense_layer)(sizes, Recompute())
     return int(block.kept)
 
 

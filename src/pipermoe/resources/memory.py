@@ -1,118 +1,139 @@
-"""Peak memory of a rank at every stage, by category; arrays (rows, stages) in bytes.
+"""Peak memory of every rank: what is held between steps, and the largest instant of the schedule on top.
 
-The peak is looked for at the instants that can be it, with the most micro-batches in flight: at the end of the last of
-their forwards, in the loss, and in the backward of the stage's last layer. `resources.activations` lists the tensors.
+An instant is a row of whole numbers (`resources.instants`), a strategy a row of bytes (`Prices`): what an instant holds
+is their product. The peak is the maximum over all instants of all ranks, not that of stage 0 by decree.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from pipermoe.resources.activations import INDEX_BYTES, Sizes, dense_layer, head_kept, moe_layer
-from pipermoe.resources.stages import StageShapes
+from pipermoe.resources.activations.ends import embedding_memory, head_memory
+from pipermoe.resources.activations.layers import dense_layer, moe_layer
+from pipermoe.resources.activations.sizes import RUNTIME, MemoryProfile, Moment, Recompute, sizes_of
+from pipermoe.resources.instants import Feature, Instants, Pipeline, instants
 from pipermoe.resources.states import StateElements, state_bytes
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.report import MemoryCategory
-from pipermoe.specs.strategy_table import RECOMPUTE_NAMES, SCHEDULE_NAMES, StrategyTable
+from pipermoe.specs.strategy_table import SCHEDULE_NAMES, StrategyTable
 from pipermoe.specs.train import TrainConfig
 
 
-def microbatches_in_flight(table: StrategyTable, num_stages: int, global_batch_size: int) -> Any:
-    """Micro-batches whose activations a stage holds at its peak: `schedule.memory.in_flight` in closed form.
-
-    GPipe holds all M; 1F1B at most the number of stages from this one to the last (Narayanan et al. 2021, section 2.2).
-    """
-    microbatches = table.microbatches(global_batch_size)[:, None]
-    to_the_end = num_stages - np.arange(num_stages)
-    return np.where(_is_gpipe(table), microbatches, np.minimum(to_the_end, microbatches))
-
-
 @dataclass(frozen=True, slots=True)
-class Instant:
-    """Bytes that are not states, by where they were born, and for which (rows, stages) this instant exists."""
+class Prices:
+    """Bytes per unit of every feature, (rows, features); `moments` are the instants of a work feature by category."""
 
-    activations: Any
-    communication: Any
-    temporary: Any
-    exists: Any
-
-    @property
-    def total(self) -> Any:
-        return np.where(self.exists, self.activations + self.communication + self.temporary, 0)
+    total: NDArray[np.float64]
+    moments: dict[Feature, tuple[Moment, ...]]
 
 
-def stage_memory(
-    model: ModelSpec, train: TrainConfig, shapes: StageShapes, table: StrategyTable, states: StateElements
-) -> dict[MemoryCategory, Any]:
-    """Bytes by category at the peak; their sum is the peak. One pipeline depth and layer split for the whole table."""
-    element = train.recipe.activation
-    best: Instant | None = None
-    for instant in _instants(model, train, shapes, table, element):
-        best = instant if best is None else _larger(best, instant)
-    assert best is not None
-    return {
-        **state_bytes(states, train.recipe.state),
-        "activations": best.activations,
-        "communication": best.communication,
-        "temporary": best.temporary,
+def prices(
+    model: ModelSpec,
+    train: TrainConfig,
+    table: StrategyTable,
+    profile: MemoryProfile = RUNTIME,
+    imbalance: Any = 1.0,
+) -> Prices:
+    """The bytes of every row. They depend on the micro-batch, the degrees inside a stage and on recomputation only."""
+    sizes, recompute = sizes_of(model, train, table, profile, imbalance), Recompute.of(table)
+    moe, dense = moe_layer(sizes, recompute), dense_layer(sizes, recompute)
+    head, embedding = head_memory(sizes), embedding_memory(sizes)
+    zero, hidden = 0.0 * sizes.hidden, sizes.hidden
+    moments = {
+        Feature.FORWARD_MOE: (Moment(zero, zero, moe.forward),),
+        Feature.FORWARD_DENSE: (Moment(zero, zero, dense.forward),),
+        Feature.LOSS: (Moment(zero, zero, head.peak),),
+        Feature.MOE_B: moe.moments,
+        Feature.DENSE_B: dense.moments,
+        Feature.MOE_I: moe.deferring,
+        Feature.DENSE_I: dense.deferring,
     }
+    each = {
+        Feature.KEPT_MOE: moe.kept,
+        Feature.KEPT_DENSE: dense.kept,
+        Feature.KEPT_HEAD: head.kept,
+        Feature.KEPT_EMBEDDING: embedding.kept,
+        Feature.DEFERRED_MOE: moe.deferred,
+        Feature.DEFERRED_DENSE: dense.deferred,
+        Feature.DEFERRED_HEAD: head.deferred,
+        Feature.DEFERRED_EMBEDDING: embedding.deferred,
+        Feature.OUTPUT: hidden,
+        Feature.GRADIENT: hidden,
+        Feature.INCOMING: hidden,
+        Feature.RECEIVED: zero,
+        **{feature: np.max([m.extra + zero for m in those], axis=0) for feature, those in moments.items()},
+    }
+    total = np.stack([np.broadcast_to(each[feature], zero.shape) for feature in Feature], axis=1)
+    return Prices(total.astype(np.float64), moments)
 
 
-def _instants(
-    model: ModelSpec, train: TrainConfig, shapes: StageShapes, table: StrategyTable, element: int
-) -> Iterator[Instant]:
-    """Every instant that can be the peak: after the last forward, in the loss, in the last layer's backward."""
-    sizes = Sizes(model, (table.micro_batch_size * train.seq_len)[:, None], element)
-    hidden, stage = sizes.hidden, np.arange(shapes.num_stages)
-    is_first, is_last, full = stage == 0, stage == shapes.num_stages - 1, _is_full(table)
-    local_experts = (model.moe.num_experts // table.expert_parallel)[:, None]
-    moe = moe_layer(sizes, local_experts=local_experts)
-    dense = dense_layer(sizes)
-    head = is_last * head_kept(sizes)
-    kept = (
-        shapes.moe_layers * np.where(full, moe.kept_full, moe.kept)
-        + shapes.dense_layers * np.where(full, dense.kept_full, dense.kept)
-        + head
-        + is_first * sizes.tokens * INDEX_BYTES
-    )
-    in_flight = microbatches_in_flight(table, shapes.num_stages, train.global_batch_size)
-    received = in_flight * hidden * ~is_first  # the first layer's inputs were born in a receive
-    held = in_flight * kept - received
-    # Gradients on their way to a neighbour that has not been heard of since (runtime/transfers.py).
-    steady = table.microbatches(train.global_batch_size)[:, None] > in_flight
-    gradients_sent = np.where(is_first | _is_gpipe(table), 0, steady * hidden)
-    everywhere = np.ones(held.shape, dtype=bool)
-    merged = np.where(shapes.moe_layers > 0, sizes.rows, 0)
-    yield Instant(held + merged + in_flight * np.where(is_last, 0, hidden), received, 0 * held, everywhere)
-    # The final norm's backward holds four hidden states; the logits' gradient overwrites the logits.
-    yield Instant(held, received, 4 * hidden + gradients_sent, everywhere & is_last)
-    incoming = np.where(is_last, 0, hidden)  # the gradient of the output: received, or on the last stage computed
-    for block, here in ((moe, shapes.moe_layers > 0), (dense, shapes.moe_layers == 0)):
-        for moments, now in ((block.moments, ~full & here), (block.moments_full, full & here)):
-            for moment in moments:
-                yield Instant(
-                    held - head - moment.freed,
-                    received + moment.communication + incoming,
-                    moment.temporary - incoming + gradients_sent,
-                    now,
-                )
-
-
-def _larger(one: Instant, other: Instant) -> Instant:
-    """Entry by entry the instant with more bytes."""
-    wins = other.total > one.total
-    return Instant(
-        *(np.where(wins, getattr(other, f.name), getattr(one, f.name)) for f in fields(Instant)),
+def pipeline_of(model: ModelSpec, train: TrainConfig, table: StrategyTable, row: int = 0) -> Pipeline:
+    """What the instants of a row depend on."""
+    return Pipeline(
+        SCHEDULE_NAMES[int(table.schedule[row])],
+        int(table.pipeline_parallel[row]),
+        int(table.virtual_stages[row]),
+        int(table.microbatches(train.global_batch_size)[row]),
+        tuple(model.is_moe(layer) for layer in range(model.num_layers)),
+        table.splits[int(table.layer_split[row])],
     )
 
 
-def _is_gpipe(table: StrategyTable) -> Any:
-    return (table.schedule == SCHEDULE_NAMES.index("gpipe"))[:, None]
+def peak_activations(found: Instants, total: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The most bytes beside states on a rank of every class: (rows, classes). Exact, as all numbers are whole."""
+    return np.maximum.reduceat(total @ found.features.T, found.starts, axis=1)
 
 
-def _is_full(table: StrategyTable) -> Any:
-    return (table.recompute == RECOMPUTE_NAMES.index("full"))[:, None]
+def rank_memory(
+    model: ModelSpec,
+    train: TrainConfig,
+    table: StrategyTable,
+    states: StateElements,
+    profile: MemoryProfile = RUNTIME,
+    imbalance: Any = 1.0,
+) -> list[dict[MemoryCategory, int]]:
+    """Bytes by category at the peak of every pipeline rank of a single strategy; their sum is the peak."""
+    priced = prices(model, train, table, profile, imbalance)
+    found = instants(pipeline_of(model, train, table), by_rank=True)
+    held = {name: np.asarray(each)[0] for name, each in state_bytes(states, train.recipe.state).items()}
+    worst = []
+    for rank in range(len(found.holds)):
+        mine = found.features[found.owner == rank]
+        split = _by_category(mine[int(np.argmax(mine @ priced.total[0]))], priced)
+        worst.append({name: int(each[rank]) for name, each in held.items()} | split)
+    return worst
+
+
+def _by_category(feature: NDArray[np.float64], priced: Prices) -> dict[MemoryCategory, int]:
+    """The bytes of one instant of the first row by where they were born."""
+    price = priced.total[0]
+
+    def part(*features: Feature) -> float:
+        return float(sum(feature[f] * price[f] for f in features))
+
+    message = price[Feature.OUTPUT]
+    received = feature[Feature.RECEIVED] * message
+    kept = part(Feature.KEPT_MOE, Feature.KEPT_DENSE, Feature.KEPT_HEAD, Feature.KEPT_EMBEDDING, Feature.OUTPUT)
+    deferred = part(Feature.DEFERRED_MOE, Feature.DEFERRED_DENSE, Feature.DEFERRED_HEAD, Feature.DEFERRED_EMBEDDING)
+    [work] = [f for f in priced.moments if feature[f]]
+    at = max(priced.moments[work], key=lambda moment: float(_first(moment.extra)))
+    activations = kept - received + deferred - _first(at.freed)
+    communication = received + part(Feature.INCOMING) + _first(at.communication)
+    temporary = part(Feature.GRADIENT) + _first(at.temporary)
+    if work in (Feature.FORWARD_MOE, Feature.FORWARD_DENSE):
+        activations, temporary = activations + _first(at.temporary), part(Feature.GRADIENT)
+    return {"activations": int(activations), "communication": int(communication), "temporary": int(temporary)}
+
+
+def _first(value: Any) -> float:
+    return float(np.ravel(value)[0])
+
+
+def worst(memory: Sequence[dict[MemoryCategory, int]]) -> int:
+    """The pipeline rank with the largest peak."""
+    return max(range(len(memory)), key=lambda rank: sum(memory[rank].values()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pipermoe.resources.compute import grouped_query
 from pipermoe.specs.errors import UserError, describe_value
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.platform import Platform
@@ -10,8 +9,7 @@ from pipermoe.specs.train import TrainConfig
 
 
 def require_priced(model: ModelSpec, platform: Platform, train: TrainConfig, world_size: int) -> None:
-    """The platform must describe as many ranks and the precision, the model be of a kind that can be priced."""
-    grouped_query(model)
+    """The platform must describe as many ranks and the precision."""
     limit = platform.levels[-1].ranks
     if not 1 <= world_size <= limit:
         raise UserError(

@@ -1,8 +1,9 @@
-"""What each pipeline stage holds: how many layers of either kind, and whether embedding or head."""
+"""What each pipeline stage or rank holds: how many layers of either kind, and whether embedding or head."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from pipermoe.specs.model import ModelSpec
 
 @dataclass(frozen=True, slots=True)
 class StageShapes:
-    """One int64 entry per stage, in stage order."""
+    """One int64 entry per stage, or per rank of several stages."""
 
     moe_layers: NDArray
     dense_layers: NDArray
@@ -23,6 +24,10 @@ class StageShapes:
     @property
     def num_stages(self) -> int:
         return len(self.moe_layers)
+
+    def of_ranks(self, stages_of: Sequence[Sequence[int]]) -> StageShapes:
+        """The sums over the stages of every rank."""
+        return StageShapes(*(np.array([sum(getattr(self, f.name)[list(s)]) for s in stages_of]) for f in fields(self)))
 
 
 def stage_shapes(model: ModelSpec, num_stages: int, layer_split: tuple[int, ...] = ()) -> StageShapes:

@@ -1,4 +1,4 @@
-"""Parameters, gradients and optimizer state that a rank holds: elements and bytes per rank, array (rows, stages).
+"""Parameters, gradients and optimizer state that a rank holds: elements and bytes, array (rows, stages or ranks).
 
 Dense parameters are divided over tp and shared by the dp * cp ranks of a group, routed experts are divided over ep and
 etp and shared by edp ranks; each lie in one flat buffer padded to a multiple of its group
@@ -41,7 +41,7 @@ class StateElements:
 
 
 def state_elements(model: ModelSpec, shapes: StageShapes, table: StrategyTable) -> StateElements:
-    """Elements on one rank of every stage of a table with one pipeline depth and layer split."""
+    """Elements on one rank for every row of a table and every column of `shapes`."""
     copies = (table.data_parallel * table.context_parallel)[:, None], table.expert_data_parallel[:, None]
     shards = tuple(-(-whole // n) for whole, n in zip(held_parameters(model, shapes, table), copies, strict=True))
     wholes = tuple(shard * n for shard, n in zip(shards, copies, strict=True))
@@ -68,8 +68,8 @@ def held_parameters(model: ModelSpec, shapes: StageShapes, table: StrategyTable)
     )
     vocabulary = -(-model.vocab_size // tp)
     head = vocabulary * ((not model.tie_word_embeddings) * model.hidden_size + model.head_bias)
-    if model.tie_word_embeddings:  # the last stage of several holds a copy of the embedding
-        head = head + vocabulary * model.hidden_size * (shapes.num_stages > 1)
+    if model.tie_word_embeddings:  # a rank with the head alone holds a copy of the embedding
+        head = head + vocabulary * model.hidden_size * (1 - shapes.has_embedding)
     dense = shapes.has_embedding * vocabulary * model.hidden_size
     dense = dense + shapes.has_head * (head + final_norm_parameters(model))
     expert = np.zeros_like(dense)

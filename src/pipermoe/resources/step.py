@@ -6,36 +6,38 @@ the same arrays, so one strategy costs the same alone as among a million. Arrays
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipermoe.resources.activations.sizes import Recompute, sizes_of
 from pipermoe.resources.communication import (
-    all_to_all_calls,
-    all_to_all_seconds,
+    exchange_seconds,
+    exchanges,
     message_bytes,
     send_seconds,
     sync_seconds,
     traffic,
 )
-from pipermoe.resources.compute import stage_flops, stage_seconds
-from pipermoe.resources.memory import stage_memory
+from pipermoe.resources.compute import layer_seconds, stage_flops, stage_seconds
+from pipermoe.resources.memory import rank_memory
 from pipermoe.resources.rates import pass_seconds
 from pipermoe.resources.stages import StageShapes, stage_shapes
 from pipermoe.resources.states import state_elements
 from pipermoe.schedule.action import Kind
 from pipermoe.schedule.builders import build
-from pipermoe.schedule.durations import Durations
+from pipermoe.schedule.durations import Durations, WorkTable
 from pipermoe.schedule.shared_host import simulate_shared_host
 from pipermoe.schedule.timeline import Timeline
+from pipermoe.schedule.traits import schedule_traits, stages_of_ranks
 from pipermoe.specs.mesh import coordinates, split_layers
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.platform import Platform
-from pipermoe.specs.report import MEMORY_CATEGORIES, MemoryCategory, RankReport, StepReport, Term, Traffic
+from pipermoe.specs.report import RankReport, StepReport, Term, Traffic
 from pipermoe.specs.strategy import Strategy
-from pipermoe.specs.strategy_table import RECOMPUTE_NAMES, StrategyTable
+from pipermoe.specs.strategy_table import SCHEDULE_NAMES, StrategyTable
 from pipermoe.specs.train import TrainConfig
 
 # The measured pass "gradient_norm" takes the norm of gradients, scales and zeroes them: each goes over them once.
@@ -44,70 +46,76 @@ NORM_SHARE = 1 / 3
 
 @dataclass(frozen=True, slots=True)
 class StepCosts:
-    """What each rank of a stage spends. Compute seconds are those of a rank alone on its device.
+    """What one micro-batch costs on every stage, and the end of the step on every pipeline rank.
 
-    `forward`, `backward`, `forward_exchange`, `backward_exchange` (all-to-alls) are per micro-batch; `send` is one
-    message to the next stage. After the pipeline come `reduce` (gradients), `norm` (compute), `flags` (the world-wide
-    reduction of the norm, which every rank waits for), `update` (compute) and `gather` (ZeRO-1 weights).
+    (rows, stages): `forward`, `input_grad`, `weight_grad` (compute alone on the device) and `forward_exchange`,
+    `backward_exchange` (collectives inside a stage); `send` is one message to the next stage (rows, stages - 1).
+    (rows, ranks): `reduce` (gradients), `norm` (compute), `flags` (rows, 1; the world-wide reduction of the norm, which
+    every rank waits for), `update` (compute), `gather` (weights).
     """
 
     forward: NDArray
-    backward: NDArray
+    input_grad: NDArray
+    weight_grad: NDArray
     forward_exchange: NDArray
     backward_exchange: NDArray
-    send: NDArray  # (rows, stages - 1), one column at least
+    send: NDArray
     reduce: NDArray
     norm: NDArray
-    flags: NDArray  # (rows, 1)
+    flags: NDArray
     update: NDArray
     gather: NDArray
 
 
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where the stages of a uniform table lie: `stages` as they are, `ranks` as pipeline ranks hold them."""
+
+    stages: StageShapes
+    ranks: StageShapes
+    stages_of: tuple[tuple[int, ...], ...]
+
+
 def uniform_groups(table: StrategyTable) -> Iterator[tuple[NDArray, StrategyTable]]:
-    """The rows of `table` by pipeline depth and layer split: (row indices, their table)."""
-    key = table.num_stages * len(table.splits) + table.layer_split
+    """The rows of `table` by pipeline, chunks, layer split and schedule: (row indices, their table)."""
+    columns = (table.pipeline_parallel, table.virtual_stages, table.layer_split, table.schedule)
+    key = np.ravel_multi_index([np.unique(column, return_inverse=True)[1] for column in columns], [len(table) + 1] * 4)
     for value in np.unique(key):
         rows = np.flatnonzero(key == value)
         yield rows, table.take(rows)
 
 
-def shapes_of(model: ModelSpec, table: StrategyTable) -> StageShapes:
+def placement_of(model: ModelSpec, table: StrategyTable) -> Placement:
     """The stages that all rows of a uniform table share."""
-    return stage_shapes(model, int(table.num_stages[0]), table.splits[int(table.layer_split[0])])
-
-
-def is_full(table: StrategyTable) -> NDArray:
-    return (table.recompute == RECOMPUTE_NAMES.index("full")).astype(np.int64)
-
-
-def step_costs(model: ModelSpec, platform: Platform, train: TrainConfig, table: StrategyTable) -> StepCosts:
-    """The durations of every row of a uniform table (one pipeline depth, one layer split)."""
-    shapes, device, precision = shapes_of(model, table), platform.device, train.precision
-    forward, backward = stage_seconds(
-        model,
-        device,
-        precision,
-        shapes,
-        table.micro_batch_size * train.seq_len,
-        train.seq_len,
-        model.moe.num_experts // table.expert_parallel,
-        is_full(table),
+    stages_of = stages_of_ranks(
+        SCHEDULE_NAMES[int(table.schedule[0])], int(table.pipeline_parallel[0]), int(table.virtual_stages[0])
     )
-    exchange = all_to_all_calls(model, train, shapes, table)
-    forward_exchange, backward_exchange = all_to_all_seconds(platform, exchange, table)
-    states = state_elements(model, shapes, table)
-    reduce, flags, gather = sync_seconds(platform, train, table, states)
+    shapes = stage_shapes(model, int(table.num_stages[0]), table.splits[int(table.layer_split[0])])
+    return Placement(shapes, shapes.of_ranks(stages_of), stages_of)
+
+
+def step_costs(
+    model: ModelSpec, platform: Platform, train: TrainConfig, table: StrategyTable, imbalance: float = 1.0
+) -> StepCosts:
+    """The durations of every row of a uniform table; `imbalance` is the busiest rank's rows over the mean."""
+    place, device, precision = placement_of(model, table), platform.device, train.precision
+    sizes = sizes_of(model, train, table, imbalance=imbalance)
+    compute = stage_seconds(layer_seconds(device, precision, sizes, Recompute.of(table)), place.stages)
+    forward_exchange, backward_exchange = exchange_seconds(platform, exchanges(sizes, place.stages), table)
+    states = state_elements(model, place.ranks, table)
+    reduce, flags, gather = sync_seconds(platform, train, place.ranks, table, states)
     return StepCosts(
-        forward=forward,
-        backward=backward,
+        forward=compute.forward,
+        input_grad=compute.input_grad,
+        weight_grad=compute.weight_grad,
         forward_exchange=forward_exchange,
         backward_exchange=backward_exchange,
-        send=send_seconds(platform, table, message_bytes(model, train, table)),
+        send=send_seconds(platform, table, message_bytes(sizes), place.stages_of),
         reduce=reduce,
         norm=NORM_SHARE * pass_seconds(device, precision, "gradient_norm", states.owned)[0],
         flags=flags,
         update=pass_seconds(device, precision, "optimizer", states.updated)[0]
-        + (1 - NORM_SHARE) * pass_seconds(device, precision, "gradient_norm", states.held)[0],
+        + (1 - NORM_SHARE) * pass_seconds(device, precision, "gradient_norm", states.gradients)[0],
         gather=gather,
     )
 
@@ -125,50 +133,78 @@ def peak_flops_per_rank(platform: Platform, train: TrainConfig, world_size: int)
 
 
 def lower_bound(platform: Platform, train: TrainConfig, table: StrategyTable, costs: StepCosts) -> NDArray:
-    """Seconds (rows,) that no simulation of the row can undercut, whatever the order of its schedule.
+    """Seconds (rows,) that no simulation of a row can undercut, whatever the order of its schedule.
 
-    A stage starts when the first micro-batch has come through the stages before it, works through all micro-batches,
-    and its last gradient still has to reach the stages before it (Narayanan et al. 2021, arXiv 2104.04473, section 2.2,
-    for equal stages). Ranks that share cores cannot compute faster together than the cores. Nothing passes the
-    world-wide reduction of the gradient norm.
+    A rank cannot start before a first micro-batch has come through the stages before its first one, works through all
+    micro-batches of its stages, and the input gradients of its last one still have to reach stage 0 (Narayanan et al.,
+    arXiv 2104.04473, section 2.2, for equal stages). Weight gradients may run while those travel, if the schedule
+    splits them off. A pair at best hides the shorter of computing and exchanging. Ranks that share cores cannot compute
+    faster together than the cores. Nothing passes the world-wide reduction of the gradient norm.
     """
+    name, pipeline = SCHEDULE_NAMES[int(table.schedule[0])], int(table.pipeline_parallel[0])
+    traits = schedule_traits(name, pipeline, int(table.virtual_stages[0]))
     microbatches = table.microbatches(train.global_batch_size)[:, None]
     slots = np.array([compute_slots(platform, int(world)) for world in table.world_size])
-    stages = costs.forward.shape[1]
-    send = costs.send[:, : stages - 1]
-    forward = costs.forward + costs.forward_exchange
-    backward = costs.backward + costs.backward_exchange
-    fill = np.cumsum(forward, axis=1) - forward
-    drain = np.cumsum(backward, axis=1) - backward
-    fill[:, 1:] += np.cumsum(send, axis=1)
-    drain[:, 1:] += np.cumsum(send, axis=1)
-    through = fill + microbatches * (forward + backward) + drain  # the end of stage 0 because of stage s
-    latest = np.maximum.accumulate(through[:, ::-1], axis=1)[:, ::-1]
-    pipeline = (latest - drain + costs.reduce + costs.norm).max(axis=1)
-    pipeline_work = (microbatches * (costs.forward + costs.backward) + costs.norm).sum(axis=1) * table.ranks_per_stage
-    update_work = costs.update.sum(axis=1) * table.ranks_per_stage
-    reduced = np.maximum(pipeline, pipeline_work / slots)
+    compute = costs.forward + costs.input_grad + costs.weight_grad
+    exchange = costs.forward_exchange + costs.backward_exchange
+    work = np.maximum(compute, exchange) if traits.overlaps else compute + exchange
+    postponed = costs.weight_grad if traits.splits_backward else 0.0 * costs.weight_grad
+    hidden_forward = costs.forward + (0.0 if traits.overlaps else costs.forward_exchange)
+    hidden_backward = costs.input_grad + costs.weight_grad - postponed
+    hidden_backward = hidden_backward + (0.0 if traits.overlaps else costs.backward_exchange)
+    fill, drain = _before(hidden_forward, costs.send), _before(hidden_backward, costs.send)
+    share = microbatches / (2 if traits.mirrored else 1)
+    bounds = []
+    for rank, stages in enumerate(traits.stages_of):
+        first = min(stages) if not traits.mirrored else 0
+        total = sum(share[:, 0] * work[:, stage] for stage in stages)
+        later = sum(share[:, 0] * postponed[:, stage] for stage in stages)
+        after = costs.reduce[:, rank] + costs.norm[:, rank]
+        start = fill[:, first]
+        bounds.append(start + total + after)
+        if first:  # its last gradient has still to come through to stage 0, whose rank then reduces
+            home = next(r for r, held in enumerate(traits.stages_of) if 0 in held)
+            bounds.append(start + total - later + drain[:, first] + costs.reduce[:, home] + costs.norm[:, home])
+    pipeline_end = np.max(bounds, axis=0)
+    together = sum(share[:, 0] * compute[:, stage] for stages in traits.stages_of for stage in stages)
+    pipeline_work = (together + _sum_of_columns(costs.norm)) * table.ranks_per_stage
+    update_work = _sum_of_columns(costs.update) * table.ranks_per_stage
+    reduced = np.maximum(pipeline_end, pipeline_work / slots)
     updated = np.maximum((costs.update + costs.gather).max(axis=1), update_work / slots)
     return reduced + costs.flags[:, 0] + updated
+
+
+def _before(each: NDArray, send: NDArray) -> NDArray:
+    """What comes before every stage: the sums over the stages before it, and the messages between them."""
+    before = np.cumsum(each, axis=1) - each
+    before[:, 1:] += np.cumsum(send[:, : each.shape[1] - 1], axis=1)
+    return before
+
+
+def _sum_of_columns(values: NDArray) -> NDArray:
+    """The sum over columns in their order: the same for one row as among a million."""
+    return sum(values[:, column] for column in range(values.shape[1]))  # type: ignore[return-value]
 
 
 def step_seconds_by_term(
     platform: Platform, train: TrainConfig, strategy: Strategy, costs: StepCosts
 ) -> tuple[float, list[dict[Term, float]]]:
-    """The simulated step of a single row of costs: its seconds, and for every stage the seconds by term."""
+    """The simulated step of a single row of costs: its seconds, and for every pipeline rank the seconds by term."""
     microbatches = train.global_batch_size // (strategy.data_parallel * strategy.micro_batch_size)
     schedule = build(strategy.schedule, strategy.pipeline_parallel, microbatches, strategy.virtual_stages)
     cost = {field.name: getattr(costs, field.name)[0].tolist() for field in fields(StepCosts)}
     slots = compute_slots(platform, strategy.world_size)
     durations = Durations(
         forward=cost["forward"],
-        backward=cost["backward"],
+        input_grad=cost["input_grad"],
+        weight_grad=cost["weight_grad"],
         forward_exchange=cost["forward_exchange"],
         backward_exchange=cost["backward_exchange"],
         transfer=_per_sending_stage(cost["send"], strategy.num_stages),
     )
     timeline = simulate_shared_host(schedule, durations, slots, strategy.ranks_per_stage)
-    return _after_pipeline(timeline, cost, slots, strategy.ranks_per_stage)
+    work = durations.per_stage(strategy.num_stages)
+    return _after_pipeline(timeline, work, cost, slots, strategy.ranks_per_stage)
 
 
 def _per_sending_stage(boundaries: list[float], stages: int) -> list[float]:
@@ -178,7 +214,7 @@ def _per_sending_stage(boundaries: list[float], stages: int) -> list[float]:
 
 
 def _after_pipeline(
-    timeline: Timeline, cost: dict[str, list[float]], slots: float, ranks_per_stage: int
+    timeline: Timeline, work: WorkTable, cost: dict[str, list[float]], slots: float, ranks_per_stage: int
 ) -> tuple[float, list[dict[Term, float]]]:
     """The end of the step: reduce, agree on the norm, update, gather; and everything by term, per stage."""
     stages = range(timeline.schedule.num_ranks)
@@ -191,7 +227,7 @@ def _after_pipeline(
     step = max(done)
     terms = []
     for s in stages:
-        forward, backward, exchange = _computed(timeline, s, cost)
+        forward, backward, exchange = _computed(timeline, s, work)
         terms.append(
             {
                 "forward": forward,
@@ -207,16 +243,21 @@ def _after_pipeline(
     return step, terms
 
 
-def _computed(timeline: Timeline, rank: int, cost: dict[str, list[float]]) -> tuple[float, float, float]:
-    """Seconds of forward and backward actions of a pipeline rank less their all-to-alls, and those all-to-alls."""
-    spent = {Kind.FORWARD: 0.0, Kind.BACKWARD: 0.0}
-    exchanged = dict(spent)
+def _computed(timeline: Timeline, rank: int, work: WorkTable) -> tuple[float, float, float]:
+    """Seconds of forward and backward work of a pipeline rank, and of the collectives that nothing hides.
+
+    The computing of a pair is divided as its parts would take alone.
+    """
+    forward = backward = exchanged = 0.0
     for action, start, end in zip(timeline.schedule.ranks[rank], timeline.start[rank], timeline.end[rank], strict=True):
-        name = "forward_exchange" if action.kind is Kind.FORWARD else "backward_exchange"
-        exchanged[action.kind] += cost[name][action.stage]
-        spent[action.kind] += end - start
-    forward, backward = (spent[kind] - exchanged[kind] for kind in (Kind.FORWARD, Kind.BACKWARD))
-    return forward, backward, sum(exchanged.values())
+        exposed = work.work(action)[1]
+        alone = [work.compute[part.kind][part.stage] for part in action.parts]
+        ahead = sum(a for part, a in zip(action.parts, alone, strict=True) if part.kind is Kind.FORWARD)
+        share = ahead / sum(alone) if sum(alone) else float(action.kind is Kind.FORWARD)
+        computed = end - start - exposed
+        forward, backward = forward + share * computed, backward + (1 - share) * computed
+        exchanged += exposed
+    return forward, backward, exchanged
 
 
 def shared_seconds(work: list[float], ranks_per_stage: int, slots: float) -> list[float]:
@@ -246,33 +287,44 @@ def report(
 ) -> StepReport:
     """The report of a strategy whose costs (one row) are known."""
     table = StrategyTable.of([strategy])
-    shapes = shapes_of(model, table)
-    states = state_elements(model, shapes, table)
+    place = placement_of(model, table)
+    states = state_elements(model, place.ranks, table)
     step, terms = step_seconds_by_term(platform, train, strategy, costs)
-    memory = stage_memory(model, train, shapes, table, states)
-    calls = traffic(model, train, shapes, table, states)
+    memory = rank_memory(model, train, table, states)
+    calls = traffic(train, sizes_of(model, train, table), place.ranks, table, states, messages_sent(place.stages_of))
     flops = step_flops(model, train, strategy)
     ranks = []
     for rank in range(strategy.world_size):
-        stage = coordinates(strategy, rank).pp
-        held: dict[MemoryCategory, int] = {name: int(memory[name][0, stage]) for name in MEMORY_CATEGORIES}
-        sent = {key: Traffic(calls=int(c.calls[0, stage]), bytes=int(c.bytes[0, stage])) for key, c in calls.items()}
+        pp = coordinates(strategy, rank).pp
+        sent = {key: Traffic(calls=int(c.calls[0, pp]), bytes=int(c.bytes[0, pp])) for key, c in calls.items()}
         ranks.append(
             RankReport(
                 rank=rank,
-                peak_bytes=sum(held.values()),
-                memory_bytes=held,
-                flops=flops[stage],
+                peak_bytes=sum(memory[pp].values()),
+                memory_bytes=memory[pp],
+                flops=sum(flops[stage] for stage in place.stages_of[pp]),
                 traffic={key: traffic for key, traffic in sent.items() if traffic.calls},
-                seconds=terms[stage],
+                seconds=terms[pp],
             )
         )
     return StepReport(step_seconds=step, ranks=tuple(ranks))
 
 
+def messages_sent(stages_of: Sequence[Sequence[int]]) -> NDArray:
+    """Messages of one micro-batch that leave each pipeline rank: to a neighbouring stage on another rank."""
+    home = {stage: rank for rank, stages in enumerate(stages_of) for stage in stages}
+    return np.array(
+        [
+            sum(home.get(s + step, rank) != rank for s in stages for step in (-1, 1))
+            for rank, stages in enumerate(stages_of)
+        ]
+    )
+
+
 def step_flops(model: ModelSpec, train: TrainConfig, strategy: Strategy) -> list[int]:
-    """FLOPs that one rank of each stage executes in a step, exactly: full attention square, recompute included."""
-    tokens = train.seq_len * train.global_batch_size // strategy.data_parallel
+    """FLOPs that one rank executes for each stage in a step, exactly: full attention square, recompute included."""
+    inner = strategy.context_parallel * strategy.tensor_parallel
+    tokens = train.seq_len * train.global_batch_size // (strategy.data_parallel * inner)
     ranges = split_layers(model.num_layers, strategy.num_stages, strategy.layer_split)
     full = int(strategy.recompute == "full")
     return [

@@ -15,8 +15,9 @@ from pipermoe.runtime.backlog import Backlog
 from pipermoe.runtime.gradients import Accumulate
 from pipermoe.runtime.interleave import Running, alone, beside
 from pipermoe.runtime.stage import Tape
-from pipermoe.runtime.transfers import Transfers, acknowledgements
+from pipermoe.runtime.transfers import Transfers
 from pipermoe.schedule.action import COMPUTE, RECEIVES, Action, Kind, Schedule
+from pipermoe.schedule.arrivals import acknowledgements
 from pipermoe.specs.errors import MachineError, UserError
 
 if TYPE_CHECKING:

@@ -47,6 +47,7 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient_TO: Tensor) -> tuple[Tensor, None]:
         (x_TI,), layer = ctx.saved_tensors, ctx.layer
+        x_TI = x_TI.detach()  # a queued product keeps the numbers, not the graph behind them nor the gradient beside
         layer.gradients.add(lambda: layer.accumulate_gradients(x_TI, gradient_TO))
         return gradient_TO @ layer.weight, None
 
@@ -94,7 +95,7 @@ class _GroupedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient_RO: Tensor) -> tuple[Tensor, None, None]:
         (x_RI,), layer, rows = ctx.saved_tensors, ctx.layer, ctx.rows
-        gradient_RO = gradient_RO.contiguous()
+        gradient_RO, x_RI = gradient_RO.contiguous(), x_RI.detach()
         layer.gradients.add(lambda: layer.accumulate_gradients(x_RI, gradient_RO, rows))
         return grouped_matmul(gradient_RO, layer.weight.transpose(1, 2), rows), None, None
 

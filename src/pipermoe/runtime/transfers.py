@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 
 import torch.distributed as dist
@@ -11,7 +10,7 @@ from torch import Tensor
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.meter import Meter
 from pipermoe.runtime.trace import POINT_TO_POINT
-from pipermoe.schedule.action import RECEIVES, SENDS, Action, Kind, Schedule
+from pipermoe.schedule.action import Action, Kind, Schedule
 from pipermoe.schedule.communication import matching_receive
 
 
@@ -71,44 +70,3 @@ class Transfers:
         return 2 * (receive.stage * self._schedule.microbatches + receive.microbatch) + (
             receive.kind is Kind.RECV_BACKWARD
         )
-
-
-def acknowledgements(schedule: Schedule, rank: int) -> dict[Action, tuple[Action, ...]]:
-    """Which sends of `rank` are known to have arrived after which of its receives.
-
-    A receive proves what its sender had received before sending, directly or through others: vector clocks (Fidge 1988,
-    Mattern 1989) over the schedule tell where. Waiting for a send there never blocks, so buffers are freed as early as
-    a rank can know, by a rule that depends on the schedule and not on timing.
-    """
-    programs = [list(schedule.parts(each)) for each in range(schedule.num_ranks)]
-    index = {(each, action): i for each, program in enumerate(programs) for i, action in enumerate(program)}
-    clocks = [[0] * schedule.num_ranks for _ in programs]  # clocks[a][b]: actions of b that a knows to be done
-    position = [0] * schedule.num_ranks
-    carried: dict[Action, list[int]] = {}  # by the receive that takes it
-    pending: dict[Action, tuple[int, int]] = {}  # sends of `rank`: (peer, index of the receive)
-    settled: dict[Action, list[Action]] = defaultdict(list)
-    progress = True
-    while progress:
-        progress = False
-        for each, program in enumerate(programs):
-            while position[each] < len(program):
-                action = program[position[each]]
-                if action.kind in RECEIVES:
-                    if action not in carried:
-                        break
-                    clocks[each] = [max(pair) for pair in zip(clocks[each], carried.pop(action), strict=True)]
-                position[each] += 1
-                clocks[each][each] = position[each]
-                progress = True
-                if action.kind in SENDS:
-                    receive = matching_receive(action)
-                    carried[receive] = list(clocks[each])
-                    peer = schedule.rank_of(receive.stage, receive.microbatch)
-                    if each == rank:
-                        pending[action] = (peer, index[peer, receive])
-                if each == rank and action.kind in RECEIVES:
-                    arrived = [send for send, (peer, i) in pending.items() if clocks[rank][peer] > i]
-                    for send in arrived:
-                        del pending[send]
-                        settled[action].append(send)
-    return {receive: tuple(sends) for receive, sends in settled.items()}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pipermoe.runtime.transfers import acknowledgements
 from pipermoe.schedule.action import SENDS
+from pipermoe.schedule.arrivals import acknowledgements
 from pipermoe.schedule.builders import build
 from pipermoe.schedule.communication import with_communication
 

@@ -1,0 +1,1 @@
+"""Activations: the tensors that each block keeps from its forward to its backward, mirrored from `runtime/stage.py`."""

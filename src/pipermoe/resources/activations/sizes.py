@@ -1,0 +1,164 @@
+"""The sizes that activations are made of, and the shape of the answer. All results are bytes for one micro-batch.
+
+T tokens whose attention a rank computes, X tokens of its residual stream (T / tp: sequence parallelism, Korthikanti et
+al., arXiv 2205.05198), K choices a token, A = X * K rows that leave the rank, R rows that arrive, D = X * hidden_size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipermoe.specs.model import ModelSpec
+from pipermoe.specs.strategy_table import RECOMPUTE_NAMES, StrategyTable
+from pipermoe.specs.train import TrainConfig
+
+STATISTIC_BYTES = 4
+INDEX_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryProfile:
+    """What a framework does with memory beyond the tensors of the model; the defaults are this project's runtime.
+
+    `materialised_attention` keeps the scores and probabilities of the attention core instead of its log-sum-exp.
+    The head works on `loss_chunks` slices of the tokens in turn; `logits_bytes` is the element in which logits are kept
+    (0: that of activations). `allocator_slack` is the fraction by which an allocator's reservation exceeds the live
+    tensors, `communicator_bytes` what communication libraries hold per rank: both 0 unless measured.
+    """
+
+    materialised_attention: bool = False
+    loss_chunks: int = 1
+    logits_bytes: int = 0
+    allocator_slack: float = 0.0
+    communicator_bytes: int = 0
+
+
+RUNTIME = MemoryProfile()
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """One micro-batch on one rank; every field but the specification broadcasts over strategies.
+
+    `imbalance` is the rows of the busiest rank over the mean. `capacity_factor` above 0 pads every expert to that many
+    times its even share, whatever the routing.
+    """
+
+    model: ModelSpec
+    element: int
+    tokens: Any
+    seq_len: int = 1
+    cp: Any = 1
+    tp: Any = 1
+    ep: Any = 1
+    etp: Any = 1
+    imbalance: Any = 1.0
+    capacity_factor: float = 0.0
+    profile: MemoryProfile = RUNTIME
+
+    @property
+    def stream(self) -> Any:
+        return self.tokens // self.tp
+
+    @property
+    def hidden(self) -> Any:
+        return self.stream * self.model.hidden_size * self.element
+
+    @property
+    def rows(self) -> Any:
+        """Rows that leave this rank's tokens for experts."""
+        return self.stream * self.model.moe.top_k
+
+    @property
+    def arriving(self) -> Any:
+        """Rows that this rank's experts compute; the ranks of an expert tensor group compute the same ones."""
+        share = self.capacity_factor if self.capacity_factor else self.imbalance
+        return np.ceil(self.rows * self.etp * share)
+
+    @property
+    def local_experts(self) -> Any:
+        return self.model.moe.num_experts // self.ep
+
+    def stream_by(self, width: Any) -> Any:
+        return self.stream * width * self.element
+
+    def tokens_by(self, width: Any) -> Any:
+        """A tensor that tensor parallelism divides by its `width`."""
+        return self.tokens * width * self.element / self.tp
+
+    def arriving_by(self, width: Any) -> Any:
+        return self.arriving * width * self.element
+
+
+def sizes_of(
+    model: ModelSpec, train: TrainConfig, table: StrategyTable, profile: MemoryProfile = RUNTIME, imbalance: Any = 1.0
+) -> Sizes:
+    """The sizes of every row of a table."""
+    return Sizes(
+        model,
+        train.recipe.activation,
+        table.micro_batch_size * train.seq_len // table.context_parallel,
+        train.seq_len,
+        table.context_parallel,
+        table.tensor_parallel,
+        table.expert_parallel,
+        table.expert_tensor_parallel,
+        imbalance,
+        train.capacity_factor,
+        profile,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Recompute:
+    """Masks over strategies: what is dropped after the forward (`specs.strategy.RECOMPUTE_MODULES`)."""
+
+    full: Any = False
+    norm: Any = False
+    attention: Any = False
+    moe_act: Any = False
+    experts: Any = False
+    shared_experts: Any = False
+    dense_mlp: Any = False
+
+    @classmethod
+    def of(cls, table: StrategyTable) -> Recompute:
+        return cls(
+            table.recompute == RECOMPUTE_NAMES.index("full"),
+            table.rebuilds("norm"),
+            table.rebuilds("attention"),
+            table.rebuilds("moe_act"),
+            table.rebuilds("experts"),
+            table.rebuilds("shared_experts"),
+            table.rebuilds("dense_mlp"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """One instant in the backward of a block: what it has freed of the kept tensors, and what it holds on top."""
+
+    freed: Any
+    communication: Any
+    temporary: Any
+
+    @property
+    def extra(self) -> Any:
+        return self.communication + self.temporary - self.freed
+
+
+@dataclass(frozen=True, slots=True)
+class BlockMemory:
+    """One layer: `kept` from forward to backward, `deferred` from an input gradient (I) to its weight gradient (W),
+    `forward` on top when its forward ends; the instants of its backward that can be the peak, in a full backward (B)
+    and in one whose weight gradients are deferred (I).
+    """
+
+    kept: Any
+    deferred: Any
+    forward: Any
+    moments: tuple[Moment, ...]
+    deferring: tuple[Moment, ...]
