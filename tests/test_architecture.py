@@ -15,14 +15,15 @@ FLOORS = [
     {"cli"},
     {"report"},
     {"validate"},
-    {"planner", "export", "runtime"},
-    {"resources"},
+    {"planner", "export", "dryrun"},
+    {"runtime"},
+    {"resources", "data"},
     {"measure"},
-    {"schedule", "exchange", "layout"},
+    {"schedule", "exchange", "layout", "processes"},
     {"specs", "catalogue"},
 ]
 HEIGHT = {name: len(FLOORS) - floor for floor, names in enumerate(FLOORS) for name in names}
-MAY_IMPORT_TORCH = ("runtime/", "measure/", "exchange/executor/")
+MAY_IMPORT_TORCH = ("runtime/", "dryrun/", "measure/", "exchange/executor/")
 
 
 def imports_of(path: Path) -> set[str]:

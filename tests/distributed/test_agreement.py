@@ -6,8 +6,8 @@ import pytest
 from tests.distributed.harness import run_ranks
 from tests.runtime.tiny import PLAIN, TRAIN
 
+from pipermoe.dryrun.dry_run import schedule_of
 from pipermoe.runtime.agreement import check_same_job
-from pipermoe.runtime.dryrun import schedule_of
 from pipermoe.specs.errors import UserError
 from pipermoe.specs.strategy import Strategy
 

@@ -7,12 +7,12 @@ import torch
 from tests.distributed.harness import run_ranks
 from tests.runtime.tiny import MODELS, TRAIN, batch_for
 
+from pipermoe.dryrun.dry_run import dry_run, schedule_of
+from pipermoe.dryrun.planned_routing import planned_counts
 from pipermoe.runtime.counting import counted
-from pipermoe.runtime.dryrun import dry_run, schedule_of
-from pipermoe.runtime.engine import Engine
 from pipermoe.runtime.groups import ProcessGroups
-from pipermoe.runtime.optimizer import Optimizer
-from pipermoe.runtime.planned_routing import planned_counts
+from pipermoe.runtime.optimizer.adamw import Optimizer
+from pipermoe.runtime.pipeline.engine import Engine
 from pipermoe.runtime.step import training_step
 from pipermoe.specs.strategy import Strategy
 

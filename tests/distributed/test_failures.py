@@ -15,11 +15,11 @@ import pytest
 from tests.plans import tiny_plan
 
 from pipermoe.cli import main
-from pipermoe.runtime.engine import Engine
+from pipermoe.processes.output_folder import lock_folder
+from pipermoe.processes.status_board import StatusBoard
 from pipermoe.runtime.launch import launch
-from pipermoe.runtime.output_folder import lock_folder
+from pipermoe.runtime.pipeline.engine import Engine
 from pipermoe.runtime.run import Run
-from pipermoe.runtime.status_board import StatusBoard
 from pipermoe.specs.documents import save
 from pipermoe.specs.errors import MachineError, UserError
 from pipermoe.specs.strategy import Strategy

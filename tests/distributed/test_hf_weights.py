@@ -16,9 +16,9 @@ from tests.runtime.test_hf_weights import REFERENCES, TRAIN, published
 from tests.runtime.tiny import engine_for
 
 from pipermoe.runtime.groups import ProcessGroups
-from pipermoe.runtime.hf_names import FAMILIES
-from pipermoe.runtime.hf_weights import INDEX, SINGLE, expected_shapes, load_weights, save_weights
 from pipermoe.runtime.launch import launch
+from pipermoe.runtime.published.names import FAMILIES
+from pipermoe.runtime.published.weights import INDEX, SINGLE, expected_shapes, load_weights, save_weights
 from pipermoe.runtime.run import Run
 from pipermoe.specs.errors import UserError
 from pipermoe.specs.model import ModelSpec

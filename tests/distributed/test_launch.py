@@ -14,8 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipermoe.runtime.local_ranks import run_local_ranks
-from pipermoe.runtime.world import World
+from pipermoe.processes.local_ranks import run_local_ranks
+from pipermoe.processes.world import World
 from pipermoe.specs.errors import MachineError, UserError
 
 pytestmark = pytest.mark.distributed
@@ -111,7 +111,7 @@ from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, {root!r})
 from tests.distributed.test_launch import report_and_step
-from pipermoe.runtime.local_ranks import run_local_ranks
+from pipermoe.processes.local_ranks import run_local_ranks
 try:
     run_local_ranks(2, report_and_step, Path({folder!r}), 60)
 except KeyboardInterrupt:

@@ -13,12 +13,12 @@ from tests.distributed.harness import run_ranks
 from tests.runtime.tiny import MODELS, TRAIN, batch_for, microbatches
 
 from pipermoe.runtime.counters import FlopCounter
-from pipermoe.runtime.emulated_link import EmulatedLink
-from pipermoe.runtime.engine import Engine
-from pipermoe.runtime.flight import Collective
-from pipermoe.runtime.gradients import gradient_of
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.meter import Meter
+from pipermoe.runtime.pipeline.emulated_link import EmulatedLink
+from pipermoe.runtime.pipeline.engine import Engine
+from pipermoe.runtime.pipeline.flight import Collective
+from pipermoe.runtime.pipeline.gradients import gradient_of
 from pipermoe.schedule.action import Schedule
 from pipermoe.schedule.builders import build
 from pipermoe.schedule.communication import with_communication

@@ -16,9 +16,9 @@ from tests.distributed.harness import run_ranks
 from tests.distributed.parity_cases import ARRANGEMENTS, MODEL, SCHEDULES, TRAIN, cases, portions
 from tests.runtime.tiny import batch_for, engine_for
 
-from pipermoe.runtime.gradients import gradient_of
 from pipermoe.runtime.groups import ProcessGroups
-from pipermoe.runtime.optimizer import Optimizer
+from pipermoe.runtime.optimizer.adamw import Optimizer
+from pipermoe.runtime.pipeline.gradients import gradient_of
 from pipermoe.runtime.weights import is_expert
 from pipermoe.specs.strategy import Strategy
 

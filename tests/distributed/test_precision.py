@@ -12,7 +12,7 @@ from tests.distributed.test_parity import arrangement
 from tests.runtime.tiny import MODELS, TRAIN, batch_for, engine_for
 
 from pipermoe.runtime.groups import ProcessGroups
-from pipermoe.runtime.optimizer import Optimizer
+from pipermoe.runtime.optimizer.adamw import Optimizer
 from pipermoe.specs.precision import Precision
 from pipermoe.specs.strategy import Strategy
 

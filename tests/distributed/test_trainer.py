@@ -9,8 +9,8 @@ import pytest
 from tests.plans import TINY_MODEL, tiny_plan
 
 from pipermoe.resources.flops import model_forward_flops
-from pipermoe.runtime.engine import Engine
 from pipermoe.runtime.launch import launch
+from pipermoe.runtime.pipeline.engine import Engine
 from pipermoe.runtime.run import Run
 from pipermoe.schedule.builders import build
 from pipermoe.specs.documents import load

@@ -2,12 +2,12 @@ import numpy as np
 import pytest
 from tests.resources.cases import MODEL, TRAIN, machine
 
+from pipermoe.dryrun.dry_run import dry_run
 from pipermoe.resources.evaluate import peak_bytes
 from pipermoe.resources.memory import rank_memory
 from pipermoe.resources.parameters import total_parameters
 from pipermoe.resources.states import state_elements
 from pipermoe.resources.step import placement_of, predict
-from pipermoe.runtime.dryrun import dry_run
 from pipermoe.specs.model import LatentAttention, ModelSpec
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.strategy_table import StrategyTable

@@ -17,10 +17,10 @@ from pipermoe.resources.parameters import (  # noqa: E402
     total_parameters,
 )
 from pipermoe.runtime.counters import FlopCounter  # noqa: E402
-from pipermoe.runtime.gradients import WeightGradients  # noqa: E402
-from pipermoe.runtime.model import MoELayer, StageModel  # noqa: E402
-from pipermoe.runtime.rotary import rotation_of  # noqa: E402
-from pipermoe.runtime.router import count_choices  # noqa: E402
+from pipermoe.runtime.modules.model import MoELayer, StageModel  # noqa: E402
+from pipermoe.runtime.modules.rotary import rotation_of  # noqa: E402
+from pipermoe.runtime.modules.router import count_choices  # noqa: E402
+from pipermoe.runtime.pipeline.gradients import WeightGradients  # noqa: E402
 from pipermoe.specs.model import (  # noqa: E402
     GroupedQueryAttention,
     LatentAttention,

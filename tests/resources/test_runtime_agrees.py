@@ -22,9 +22,9 @@ def count(rank: int, strategy: Strategy):
     import torch
 
     from pipermoe.runtime.counting import counted
-    from pipermoe.runtime.engine import Engine
     from pipermoe.runtime.groups import ProcessGroups
-    from pipermoe.runtime.optimizer import Optimizer
+    from pipermoe.runtime.optimizer.adamw import Optimizer
+    from pipermoe.runtime.pipeline.engine import Engine
     from pipermoe.schedule.builders import build
     from pipermoe.schedule.communication import with_communication
 

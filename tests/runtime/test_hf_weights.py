@@ -15,13 +15,13 @@ from tests.runtime.hf_tiny import CONFIGS, SEQ_LEN, SEQUENCES, along, numbers, t
 from tests.runtime.tiny import engine_for
 from torch._C._distributed_c10d import HashStore
 
-from pipermoe.runtime.engine import Engine
-from pipermoe.runtime.gradients import gradient_of
 from pipermoe.runtime.groups import ProcessGroups
-from pipermoe.runtime.hf_names import FAMILIES
-from pipermoe.runtime.hf_weights import INDEX, SINGLE, load_weights, named_parts, save_weights
-from pipermoe.runtime.interleave import drain
-from pipermoe.runtime.stage import Tape
+from pipermoe.runtime.pipeline.engine import Engine
+from pipermoe.runtime.pipeline.gradients import gradient_of
+from pipermoe.runtime.pipeline.interleave import drain
+from pipermoe.runtime.pipeline.stage import Tape
+from pipermoe.runtime.published.names import FAMILIES
+from pipermoe.runtime.published.weights import INDEX, SINGLE, load_weights, named_parts, save_weights
 from pipermoe.specs.errors import UserError
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.strategy import Strategy

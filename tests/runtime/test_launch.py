@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from tests.plans import tiny_plan
 
+from pipermoe.processes.local_ranks import Failure, culprit
+from pipermoe.processes.world import World, existing_world, first_host
 from pipermoe.runtime.launch import launch
-from pipermoe.runtime.local_ranks import Failure, culprit
 from pipermoe.runtime.run import Run
-from pipermoe.runtime.world import World, existing_world, first_host
 from pipermoe.specs.errors import MachineError, UserError
 from pipermoe.specs.strategy import Strategy
 

@@ -13,9 +13,9 @@ from tests.runtime.written_out import loss_of_step, losses
 from torch._C._distributed_c10d import HashStore
 
 from pipermoe.resources.parameters import embedding_parameters, final_norm_parameters, head_parameters, layer_parameters
-from pipermoe.runtime.engine import Engine
-from pipermoe.runtime.gradients import gradient_of
 from pipermoe.runtime.groups import ProcessGroups
+from pipermoe.runtime.pipeline.engine import Engine
+from pipermoe.runtime.pipeline.gradients import gradient_of
 from pipermoe.specs.strategy import Strategy
 
 

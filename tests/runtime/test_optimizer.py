@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pipermoe.runtime.gradient_norm import clip_scale
-from pipermoe.runtime.learning_rate import learning_rate
+from pipermoe.runtime.optimizer.gradient_norm import clip_scale
+from pipermoe.runtime.optimizer.learning_rate import learning_rate
 from pipermoe.specs.train import Optimizer
 
 CONFIG = Optimizer(learning_rate=1.0, minimum_learning_rate=0.1, warmup_steps=4)

@@ -12,10 +12,10 @@ from tests.runtime.tiny import MODELS, TRAIN, batch_for, engine_for, job_of
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
+from pipermoe.dryrun.dry_run import dry_run
 from pipermoe.resources.flops import layer_forward_flops
-from pipermoe.runtime.dryrun import dry_run
 from pipermoe.runtime.groups import ProcessGroups
-from pipermoe.runtime.rebuild import rebuilding
+from pipermoe.runtime.modules.rebuild import rebuilding
 from pipermoe.specs.footprint import Footprint
 from pipermoe.specs.model import GroupedQueryAttention
 from pipermoe.specs.strategy import RECOMPUTE_MODULES, RecomputeModule, Strategy

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from pipermoe.runtime.engine import Engine
 from pipermoe.runtime.groups import ProcessGroups
+from pipermoe.runtime.pipeline.engine import Engine
 from pipermoe.schedule.builders import build
 from pipermoe.schedule.communication import with_communication
 from pipermoe.specs.model import (

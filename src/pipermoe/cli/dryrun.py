@@ -73,7 +73,7 @@ def dryrun(
     else:
         raise UserError("give --plan, or --model and --strategy")
 
-    from pipermoe.runtime.dryrun import dry_run
+    from pipermoe.dryrun.dry_run import dry_run
 
     footprint = dry_run(spec, task, arrangement, rank=rank, world_size=world_size, routing=routing, seed=seed)
     show(footprint, lambda console: render_footprint(footprint, console), as_json=json)

@@ -37,7 +37,7 @@ def tokenize(
     """
     import os
 
-    from pipermoe.runtime.data.prepare import prepare_tokens
+    from pipermoe.data.prepare import prepare_tokens
     from pipermoe.specs.errors import UserError
     from pipermoe.specs.units import format_bytes
 

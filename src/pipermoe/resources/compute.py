@@ -1,7 +1,7 @@
 """What one micro-batch computes on a stage, operation by operation, and how long that takes on a device.
 
-The operations are those that the runtime executes (`runtime/attention.py`, `runtime/experts.py`, `runtime/stage.py`);
-their FLOPs add up to `resources.flops`. Arrays broadcast: one entry per strategy, or one number.
+The operations are those that the runtime executes (`runtime/modules`, `runtime/pipeline`); their FLOPs add up to
+`resources.flops`. Arrays broadcast: one entry per strategy, or one number.
 """
 
 from __future__ import annotations

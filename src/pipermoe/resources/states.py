@@ -2,7 +2,7 @@
 
 Dense parameters are divided over tp and shared by the dp * cp ranks of a group, routed experts are divided over ep and
 etp and shared by edp ranks; each lie in one flat buffer padded to a multiple of its group
-(`runtime/flat_parameters.py`). ZeRO: Rajbhandari et al. 2020, section 5.
+(`runtime/optimizer/flat_parameters.py`). ZeRO: Rajbhandari et al. 2020, section 5.
 """
 
 from __future__ import annotations

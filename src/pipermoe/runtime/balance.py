@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipermoe.runtime.meter import Meter
-from pipermoe.runtime.router import Router, count_choices
+from pipermoe.runtime.modules.router import Router, count_choices
 from pipermoe.specs.train import AuxiliaryLossLevel
 
 

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from pipermoe.runtime.counters import Counters, FlopCounter, MemoryCounter, TrafficCounter
 from pipermoe.runtime.meter import Meter
-from pipermoe.runtime.optimizer import Optimizer
+from pipermoe.runtime.optimizer.adamw import Optimizer
 from pipermoe.specs.report import RankReport
 
 Result = TypeVar("Result")

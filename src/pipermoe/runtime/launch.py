@@ -10,14 +10,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipermoe.runtime.output_folder import lock_folder
-from pipermoe.runtime.world import World, existing_world
+from pipermoe.processes.output_folder import lock_folder
+from pipermoe.processes.world import World, existing_world
 from pipermoe.specs.errors import UserError
 from pipermoe.specs.legality import violations
 from pipermoe.specs.plan import Measurement, Plan
 
 if TYPE_CHECKING:
-    from pipermoe.runtime.data.batches import TextData
+    from pipermoe.data.batches import TextData
     from pipermoe.runtime.run import Run
 
 
@@ -33,9 +33,9 @@ def launch(
     been stopped, and nothing half-written is left.
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # gloo prints a C++ stack for every closed connection
-    from pipermoe.runtime.checkpoint import partial_folder
-    from pipermoe.runtime.interrupt import end_on_signals
-    from pipermoe.runtime.progress import Display
+    from pipermoe.processes.interrupt import end_on_signals
+    from pipermoe.processes.progress import Display
+    from pipermoe.runtime.checkpoint.store import partial_folder
     from pipermoe.runtime.rank import run_rank
 
     world = existing_world(os.environ)
@@ -58,9 +58,9 @@ def launch(
 
 
 def _run_here(plan: Plan, data: TextData, run: Run) -> Measurement:
-    from pipermoe.runtime.local_ranks import run_local_ranks
+    from pipermoe.processes.local_ranks import run_local_ranks
+    from pipermoe.processes.status_board import StatusBoard
     from pipermoe.runtime.rank import device_for, run_rank
-    from pipermoe.runtime.status_board import StatusBoard
     from pipermoe.runtime.trainer import MEASUREMENT_FILE
     from pipermoe.specs.documents import load
 
@@ -92,7 +92,7 @@ def _check_world(plan: Plan, world: World | None, nproc: int | None, where: str)
 
 def _check_plan(plan: Plan, run: Run, where: str) -> None:
     """Everything about the plan that can be known to be wrong before a rank starts."""
-    from pipermoe.runtime.hf_weights import check_weights
+    from pipermoe.runtime.published.weights import check_weights
     from pipermoe.runtime.support import check_supported
     from pipermoe.runtime.tensorboard import require_tensorboard
 
@@ -115,7 +115,7 @@ def _check_plan(plan: Plan, run: Run, where: str) -> None:
 
 def _with_start(plan: Plan, run: Run, resume: bool) -> Run:
     """The run with the checkpoint it begins from. UserError for one of another job, and where one would be lost."""
-    from pipermoe.runtime.checkpoint import check_resumable, checkpoints, find_newest
+    from pipermoe.runtime.checkpoint.store import check_resumable, checkpoints, find_newest
 
     if resume:
         newest = find_newest(run.output)
@@ -135,6 +135,6 @@ def _remove_stale(output: Path) -> None:
 
 
 def _load_text(plan: Plan) -> TextData:
-    from pipermoe.runtime.data.batches import load_text
+    from pipermoe.data.batches import load_text
 
     return load_text(plan.train, plan.model.vocab_size)

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipermoe.runtime.engine import Engine
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.measurement import StepSeconds
-from pipermoe.runtime.model import MoELayer
+from pipermoe.runtime.modules.model import MoELayer
+from pipermoe.runtime.pipeline.engine import Engine
 
 
 @dataclass(frozen=True, slots=True)

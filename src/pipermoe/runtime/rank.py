@@ -11,10 +11,10 @@ import torch._dynamo
 import torch.distributed as dist
 import torch.fx.experimental.symbolic_shapes
 
-from pipermoe.runtime.data.batches import TextData
+from pipermoe.data.batches import TextData
+from pipermoe.processes.world import World
 from pipermoe.runtime.run import Run
 from pipermoe.runtime.trainer import train
-from pipermoe.runtime.world import World
 from pipermoe.specs.errors import MachineError, UserError
 from pipermoe.specs.plan import Measurement, Plan
 

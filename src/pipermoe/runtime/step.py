@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipermoe.runtime.engine import Engine
-from pipermoe.runtime.optimizer import Optimizer
+from pipermoe.runtime.optimizer.adamw import Optimizer
+from pipermoe.runtime.pipeline.engine import Engine
 
 # What a rank does after the pipeline, in this order: `Meter.action` beside the actions of the schedule.
 REDUCE, AGREE, UPDATE, GATHER, CLEAR = "reduce_gradients", "agree", "update", "gather_weights", "zero_gradients"

@@ -13,23 +13,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import pipermoe
+from pipermoe.data.batches import TextData, micro_batches
+from pipermoe.data.stream import Sequences
 from pipermoe.exchange.executor.gather_json import all_gather_json
+from pipermoe.processes.progress import Display
 from pipermoe.resources.flops import model_forward_flops
 from pipermoe.runtime.agreement import check_same_job
-from pipermoe.runtime.checkpoint import load_checkpoint
-from pipermoe.runtime.checkpoint_writer import CheckpointWriter
+from pipermoe.runtime.checkpoint.store import load_checkpoint
+from pipermoe.runtime.checkpoint.writer import CheckpointWriter
 from pipermoe.runtime.counting import counted
-from pipermoe.runtime.data.batches import TextData, micro_batches
-from pipermoe.runtime.data.stream import Sequences
-from pipermoe.runtime.engine import Engine
 from pipermoe.runtime.groups import ProcessGroups
-from pipermoe.runtime.hf_weights import load_weights, save_weights
-from pipermoe.runtime.learning_rate import learning_rate
 from pipermoe.runtime.log import CONVENTION, StepLine, StepLog
 from pipermoe.runtime.measurement import StepSeconds, counted_step, measured_steps, step_report
 from pipermoe.runtime.metrics import StepResult, take_census
-from pipermoe.runtime.optimizer import Optimizer
-from pipermoe.runtime.progress import Display
+from pipermoe.runtime.optimizer.adamw import Optimizer
+from pipermoe.runtime.optimizer.learning_rate import learning_rate
+from pipermoe.runtime.pipeline.engine import Engine
+from pipermoe.runtime.published.weights import load_weights, save_weights
 from pipermoe.runtime.run import Run
 from pipermoe.runtime.step import training_step
 from pipermoe.runtime.trace import Trace, spans_of

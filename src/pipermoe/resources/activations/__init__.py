@@ -1,1 +1,1 @@
-"""Activations: the tensors that each block keeps from its forward to its backward, mirrored from `runtime/stage.py`."""
+"""Activations: what each block keeps from forward to backward, mirrored from `runtime/pipeline/stage.py`."""

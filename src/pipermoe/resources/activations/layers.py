@@ -1,6 +1,6 @@
 """What a whole layer keeps, attention included, and the instants of its backward in which it needs most on top.
 
-A layer with experts is cut at its all-to-alls into pieces (`runtime/stage.py`): attend, experts, shared, merge.
+A layer with experts is cut at its all-to-alls: attend, experts, shared, merge (`runtime/pipeline/stage.py`).
 """
 
 from __future__ import annotations

@@ -1,0 +1,116 @@
+"""Checkpoints that any arrangement can resume: weights and moments by global name, each a flat fp32 vector.
+
+A checkpoint is a folder `checkpoints/step-000100`. It grows under a temporary name and is renamed when every rank's
+file is on disk, so a folder that is there is whole. `checkpoint.json` says what is in it and how long each file is.
+
+Routed experts are stored by logical id: one vector of all E experts, of which a rank holds a stretch. Neither the
+degrees nor the ZeRO levels of the run that resumes have to be those of the run that saved. Beside these vectors only
+the step is kept: the learning rate, the order of the data and every random draw are functions of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from pydantic import Field
+from torch import Tensor
+
+from pipermoe.runtime.checkpoint.format import Piece, Pieces, read_pieces
+from pipermoe.runtime.groups import ProcessGroups
+from pipermoe.runtime.optimizer.adamw import Optimizer, Part
+from pipermoe.runtime.weights import is_expert
+from pipermoe.specs.base import Frozen
+from pipermoe.specs.documents import load
+from pipermoe.specs.errors import UserError
+from pipermoe.specs.model import ModelSpec
+from pipermoe.specs.plan import Plan
+from pipermoe.specs.strategy import Strategy
+from pipermoe.specs.train import TrainConfig
+
+RECORD = "checkpoint.json"
+_FOLDER = re.compile(r"step-(\d{6,})")
+
+
+class CheckpointRecord(Frozen):
+    """What a checkpoint holds; `files` maps the name of every other file in the folder to its size in bytes."""
+
+    step: int = Field(ge=1)
+    model: ModelSpec
+    train: TrainConfig
+    strategy: Strategy
+    files: dict[str, int]
+    software: dict[str, str] = {}
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first."""
+    folders = [path for path in (output / "checkpoints").glob("step-*") if _FOLDER.fullmatch(path.name)]
+    return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def find_newest(output: Path) -> Path:
+    found = checkpoints(output)
+    if not found:
+        raise UserError(f"{output / 'checkpoints'}: holds no checkpoint to resume from; train without --resume")
+    return found[-1]
+
+
+def check_resumable(folder: Path, plan: Plan) -> CheckpointRecord:
+    """The record of the checkpoint in `folder`. Raises `UserError` if it is damaged or of another job than `plan`'s."""
+    record = load(folder / RECORD, CheckpointRecord)
+    for name, size in record.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path}: is missing; the checkpoint is not whole")
+        if path.stat().st_size != size:
+            raise UserError(f"{path}: is {path.stat().st_size:,} bytes instead of {size:,}; the checkpoint is damaged")
+    for key in ModelSpec.model_fields:
+        _must_agree(folder, f"model.{key}", getattr(record.model, key), getattr(plan.model, key))
+    for key in ("seq_len", "global_batch_size", "seed", "data", "precision"):  # else the steps would see other data
+        _must_agree(folder, f"train.{key}", getattr(record.train, key), getattr(plan.train, key))
+    return record
+
+
+def load_checkpoint(
+    folder: Path, plan: Plan, optimizer: Optimizer, biases: Iterable[tuple[str, Tensor]], groups: ProcessGroups
+) -> int:
+    """Fill weights, moments and correction biases in place; returns the number of steps done.
+
+    Collective: every rank calls it.
+    """
+    record = check_resumable(folder, plan)
+    pieces = pieces_of(optimizer.updated_parts(), plan, groups)
+    pieces |= pieces_of_biases(biases)
+    read_pieces(folder, pieces)
+    optimizer.gather_weights()
+    optimizer.steps_done = record.step
+    return record.step
+
+
+def partial_folder(output: Path) -> Path:
+    """Where a checkpoint grows before it is whole; what a killed run leaves behind, the next one removes."""
+    return output / "checkpoints" / ".partial"
+
+
+def pieces_of(parts: Iterable[Part], plan: Plan, groups: ProcessGroups) -> Pieces:
+    """The stretches of global vectors that these parts of a rank's parameters are, by their names in the checkpoint."""
+    pieces = {}
+    for part in parts:
+        size, start = part.whole, part.span.start
+        if is_expert(part.span.name):
+            size, start = size * plan.strategy.expert_parallel, start + size * groups.coordinates.ep
+        pieces[f"{part.kind}.{part.span.name}"] = Piece(part.values, size, start)
+    return pieces
+
+
+def pieces_of_biases(biases: Iterable[tuple[str, Tensor]]) -> Pieces:
+    return {f"weights.{name}": Piece(bias, bias.numel(), 0) for name, bias in biases}
+
+
+def _must_agree(folder: Path, key: str, saved: object, wanted: object) -> None:
+    if saved != wanted:
+        raise UserError(
+            f"{folder / RECORD}: {key} = {saved!r}: the plan has {wanted!r}; resume with the plan of the saved run"
+        )

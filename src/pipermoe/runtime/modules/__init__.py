@@ -1,0 +1,1 @@
+"""The model's modules: plain PyTorch, free of parallelism."""

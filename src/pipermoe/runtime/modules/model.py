@@ -1,0 +1,200 @@
+"""The modules of one pipeline stage, in plain PyTorch. Nothing here communicates; runtime/pipeline puts them in order.
+
+T tokens, D hidden size, K choices a token, V vocabulary size
+
+Global names: `embedding.weight`, `layers.7.attention.query.weight`, `layers.7.router.weight`,
+`layers.7.experts.gate_up.weight` (local experts, D, 2 * width), `final_norm.weight`, `head.weight`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from pipermoe.runtime.modules.attention import build_attention
+from pipermoe.runtime.modules.experts import Experts, FeedForward
+from pipermoe.runtime.modules.linear import Linear
+from pipermoe.runtime.modules.loss import cross_entropy
+from pipermoe.runtime.modules.norm import build_norm
+from pipermoe.runtime.modules.rebuild import rebuilding
+from pipermoe.runtime.modules.rotary import Rotation
+from pipermoe.runtime.modules.router import Router
+from pipermoe.runtime.pipeline.gradients import WeightGradients, accumulate_rows
+from pipermoe.specs.model import ModelSpec
+from pipermoe.specs.precision import Precision
+from pipermoe.specs.strategy import RecomputeModule
+
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Embedding(nn.Module):
+    """Token vectors. The first stage's input; its gradient is added by hand, so no graph hangs on it."""
+
+    def __init__(self, vocabulary: int, hidden: int, gradients: WeightGradients, dtype: torch.dtype):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocabulary, hidden, dtype=dtype))
+        self.gradients = gradients
+
+    @torch.no_grad()
+    def forward(self, tokens_T: Tensor) -> Tensor:
+        return self.weight[tokens_T]
+
+    @torch.no_grad()
+    def backward(self, tokens_T: Tensor, gradient_TD: Tensor) -> None:
+        self.gradients.add(lambda: accumulate_rows(self.weight, tokens_T, gradient_TD))
+
+
+class DenseLayer(nn.Module):
+    """Attention and a dense MLP: one piece, with no collective inside."""
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        layer: int,
+        seq_len: int,
+        gradients: WeightGradients,
+        dtype: torch.dtype,
+        drops: Collection[RecomputeModule],
+    ):
+        super().__init__()
+        self.drops_norm = "norm" in drops
+        self.attention_norm = build_norm(model, gradients, dtype)
+        self.attention = build_attention(model, layer, seq_len, gradients, dtype, drop="attention" in drops)
+        self.ffn_norm = build_norm(model, gradients, dtype)
+        self.mlp = FeedForward(
+            model.hidden_size,
+            model.dense_width,
+            gradients,
+            dtype,
+            matrices=model.dense_matrices,
+            bias=model.mlp_bias,
+            drop="dense_mlp" in drops,
+        )
+
+    def forward(self, x_TD: Tensor, rotation: Rotation) -> Tensor:
+        h_TD = _attended(self, x_TD, rotation)
+        return h_TD + rebuilding(self.drops_norm, self.ffn_norm, self.mlp, h_TD)
+
+
+class MoELayer(nn.Module):
+    """Attention and a mixture of experts, cut at its all-to-alls into differentiable pieces.
+
+    `attend` -> (dispatch) -> `experts` -> (combine) -> weighted sum; `shared` runs while tokens travel.
+    """
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        layer: int,
+        local_experts: int,
+        seq_len: int,
+        gradients: WeightGradients,
+        dtype: torch.dtype,
+        drops: Collection[RecomputeModule],
+    ):
+        super().__init__()
+        self.drops_norm = "norm" in drops
+        moe, hidden = model.moe, model.hidden_size
+        self.attention_norm = build_norm(model, gradients, dtype)
+        self.attention = build_attention(model, layer, seq_len, gradients, dtype, drop="attention" in drops)
+        self.ffn_norm = build_norm(model, gradients, dtype)
+        self.router = Router(model, gradients, dtype)
+        self.experts = Experts(model, local_experts, gradients, dtype, drops)
+        self.shared = (
+            FeedForward(
+                hidden,
+                moe.shared_width,
+                gradients,
+                dtype,
+                matrices=moe.expert_matrices,
+                bias=model.mlp_bias,
+                output_gate=moe.shared_gate,
+                drop="shared_experts" in drops,
+            )
+            if moe.shared_width
+            else None
+        )
+
+    def attend(
+        self, x_TD: Tensor, rotation: Rotation, planned_TK: Tensor | None, sequences: int = 1, z_loss: bool = False
+    ) -> tuple[Tensor, ...]:
+        """Residual stream h (T, D), experts' input (T, D), and what `Router.choose` gives for it."""
+        h_TD = _attended(self, x_TD, rotation)
+
+        def choose(normed_TD: Tensor) -> tuple[Tensor, ...]:
+            return normed_TD, *self.router.choose(normed_TD, planned_TK, sequences=sequences, z_loss=z_loss)
+
+        return h_TD, *rebuilding(self.drops_norm, self.ffn_norm, choose, h_TD)
+
+
+def _attended(layer: DenseLayer | MoELayer, x_TD: Tensor, rotation: Rotation) -> Tensor:
+    """`x + attention(norm(x))`."""
+    attend = partial(layer.attention, rotation=rotation)
+    return x_TD + rebuilding(layer.drops_norm, layer.attention_norm, attend, x_TD)
+
+
+class StageModel(nn.Module):
+    """The modules of one stage: `layers` of the model; the embedding if it is first, the head if it is last.
+
+    `drops` names the modules of a layer whose results are rebuilt in backward (`specs.strategy.RECOMPUTE_MODULES`).
+    """
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        layers: range,
+        local_experts: int,
+        seq_len: int,
+        dtype: torch.dtype,
+        gradients: WeightGradients,
+        drops: Collection[RecomputeModule] = (),
+    ):
+        super().__init__()
+        first, last = layers.start == 0, layers.stop == model.num_layers
+        hidden = model.hidden_size
+        self.embedding = Embedding(model.vocab_size, hidden, gradients, dtype) if first else None
+        self.layers = nn.ModuleDict(
+            {
+                str(layer): MoELayer(model, layer, local_experts, seq_len, gradients, dtype, drops)
+                if model.is_moe(layer)
+                else DenseLayer(model, layer, seq_len, gradients, dtype, drops)
+                for layer in layers
+            }
+        )
+        self.last = last
+        if last:
+            self.final_norm = build_norm(model, gradients, dtype)
+            self.head = Linear(hidden, model.vocab_size, gradients, bias=model.head_bias, dtype=dtype)
+            if model.tie_word_embeddings:
+                assert self.embedding is not None
+                self.head.weight = self.embedding.weight
+
+    def units(self) -> Iterator[str]:
+        """What is sharded as one, in the order of use."""
+        if self.embedding is not None:
+            yield "embedding"
+        yield from (f"layers.{name}" for name in self.layers)
+        if self.last:
+            yield "head"
+
+    def named_state(self) -> Iterator[tuple[str, Tensor]]:
+        """(global name, tensor) of all that a model is: what gradients train, then the routers' correction biases."""
+        yield from ((name, each) for name, each in self.named_parameters() if each.requires_grad)
+        yield from self.correction_biases()
+
+    def correction_biases(self) -> Iterator[tuple[str, Tensor]]:
+        """(global name, tensor) of what the balance of load moves."""
+        for name, layer in self.layers.items():
+            if isinstance(layer, MoELayer) and layer.router.correction_bias is not None:
+                yield f"layers.{name}.router.correction_bias", layer.router.correction_bias
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """Final norm and output projection (T, V); the last stage only."""
+        return self.head(self.final_norm(x_TD))
+
+    def loss(self, x_TD: Tensor, targets_T: Tensor) -> Tensor:
+        """Mean cross-entropy of the micro-batch; the last stage only."""
+        return cross_entropy(self.logits(x_TD), targets_T)

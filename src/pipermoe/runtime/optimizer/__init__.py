@@ -1,0 +1,1 @@
+"""Flat parameters, ZeRO sharding, AdamW."""

@@ -1,0 +1,155 @@
+"""ZeRO: which parameters lie in one flat buffer, and when those of a layer are gathered and their gradients reduced.
+
+Up to level 1 all parameters of a reduction group form one buffer. From level 2 each layer has its own, as have the
+embedding and the head: its gradients exist whole only while a backward fills them, and at level 3 its weights only
+while they are used. Dense parameters are sharded over dp, routed experts over edp, each at a level of its own.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from pipermoe.runtime.groups import ProcessGroups
+from pipermoe.runtime.meter import Meter
+from pipermoe.runtime.optimizer.flat_parameters import FlatParameters
+from pipermoe.runtime.weights import is_expert
+from pipermoe.specs.strategy import Strategy
+
+RESIDENT = 2  # layers whose gathered weights stay: the one in use, and the next one on its way or the last one used
+
+
+def unit_of(name: str) -> str:
+    """What is gathered together with the parameter of this global name: "layers.7", "embedding" or "head"."""
+    parts = name.split(".")
+    if parts[0] == "layers":
+        return f"layers.{parts[1]}"
+    return "head" if parts[0] == "final_norm" else parts[0]
+
+
+def flatten(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], groups: ProcessGroups, strategy: Strategy
+) -> list[FlatParameters]:
+    """Lay the parameters of a rank in flat buffers, which own their storage from then on. Collective over no group."""
+    units: dict[tuple[bool, str], list[tuple[str, nn.Parameter]]] = defaultdict(list)
+    for name, parameter in named_parameters:
+        expert = is_expert(name)
+        zero = strategy.zero_expert if expert else strategy.zero_dense
+        units[expert, unit_of(name) if zero >= 2 else ""].append((name, parameter))
+    return [
+        FlatParameters(held, *((groups.edp, strategy.zero_expert) if expert else (groups.dp, strategy.zero_dense)))
+        for (expert, _), held in sorted(units.items(), key=lambda item: item[0][0])
+    ]
+
+
+class Sharding:
+    """Brings the weights of one unit after another, and takes their gradients away. The order is the caller's, so it
+    is the same on all ranks of a group as long as the schedule is.
+
+    Weights stay until room is needed for others: the layer that a forward ends with is the one its backward begins
+    with. At most one reduction is in flight while the next unit's gradients are being filled.
+    """
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+        self._gathered: dict[str, list[FlatParameters]] = defaultdict(list)
+        self._scattered: dict[str, list[FlatParameters]] = defaultdict(list)
+        self._here: list[str] = []  # gathered units, the one used last at the end
+        self._reducing: list[FlatParameters] = []
+
+    def take(self, flats: Iterable[FlatParameters], *, tied: bool = False) -> None:
+        """Take charge of these; with `tied` word embeddings the head uses the embedding's weights too."""
+        for flat in flats:
+            unit = unit_of(flat.spans[0].name)
+            if flat.zero >= 3:
+                self._gathered[unit].append(flat)
+            if flat.zero >= 2:
+                self._scattered[unit].append(flat)
+        if tied:
+            for units in (self._gathered, self._scattered):
+                units["head"] = units["head"] + units["embedding"]
+
+    @property
+    def scatters_any(self) -> bool:
+        return any(self._scattered.values())
+
+    def scatters(self, unit: str) -> bool:
+        """Whether the gradients of `unit` exist whole only while a backward fills them."""
+        return bool(self._scattered.get(unit))
+
+    @contextmanager
+    def weights(self, unit: str, following: str | None = None) -> Iterator[None]:
+        """The parameters of `unit` hold their weights in this block; those of the `following` one set out."""
+        held = self._gathered.get(unit, ())
+        self._gather(unit)
+        for flat in held:
+            flat.acquire()
+        if following is not None:
+            self._gather(following)
+        with self._meter.term("gradient_sync"):
+            for flat in held:
+                flat.await_weights()
+        try:
+            yield
+        finally:
+            for flat in held:
+                flat.release()
+
+    def _gather(self, unit: str) -> None:
+        if not self._gathered.get(unit):
+            return
+        if unit in self._here:
+            self._here.remove(unit)
+        else:
+            unused = [each for each in self._here if not any(flat.in_use for flat in self._gathered[each])]
+            for each in unused[: len(self._here) + 1 - RESIDENT]:
+                self._drop(each)
+        self._here.append(unit)
+        with self._meter.born("communication"):
+            for flat in self._gathered[unit]:
+                flat.launch_gather()
+
+    def _drop(self, unit: str) -> None:
+        self._here.remove(unit)
+        for flat in self._gathered[unit]:
+            dropped = flat.drop()
+            if dropped is not None:
+                self._meter.release(dropped)
+
+    @contextmanager
+    def lent(self, unit: str) -> Iterator[None]:
+        """The parameters of `unit` hold their weights in this block, and what is written into them is kept."""
+        with self.weights(unit):
+            yield
+            for flat in self._gathered.get(unit, ()):
+                flat.keep_shard()
+
+    def open_gradients(self, unit: str) -> None:
+        """Let the parameters of `unit` receive gradients."""
+        with self._meter.born("communication"):
+            for flat in self._scattered[unit]:
+                flat.open_gradients()
+
+    def reduce_gradients(self, unit: str) -> None:
+        """Start to sum the gradients of `unit` over its ranks, and finish what was started before."""
+        self._settle_reductions()
+        self._reducing = self._scattered[unit]
+        for flat in self._reducing:
+            flat.launch_reduction()
+
+    def _settle_reductions(self) -> None:
+        with self._meter.term("gradient_sync"):
+            for flat in self._reducing:
+                reduced = flat.settle_reduction()
+                if reduced is not None:
+                    self._meter.release(reduced)
+        self._reducing = []
+
+    def settle(self) -> None:
+        """End a pass over the model: gradients are in their shards, gathered weights are gone (they get updated)."""
+        self._settle_reductions()
+        for unit in list(self._here):
+            self._drop(unit)

@@ -1,0 +1,89 @@
+"""Generators of a micro-batch's work, and the ways to run them: to the end at once, alone, or two in turn.
+
+A generator yields right after launching a collective, so its caller may compute something else meanwhile. Which turn
+follows which depends on the generators alone and not on time: all ranks of an expert group launch in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager
+from typing import Generic, NamedTuple, TypeVar
+
+from pipermoe.runtime.pipeline.flight import Flight
+
+Result = TypeVar("Result")
+
+
+class Pause(NamedTuple):
+    """Where a generator stands: what it has launched last, and whether its next turn computes next to nothing."""
+
+    flight: Flight
+    brief: bool = False
+
+
+Steps = Generator[Pause, None, Result]
+
+
+def drain(steps: Steps[Result]) -> Result:
+    """Run a generator to its end: the serial execution, which defines the result of every other."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+class Running(Generic[Result]):
+    """A generator under way; each of its turns runs inside `turn()`, which says in whose name."""
+
+    def __init__(self, steps: Steps[Result], turn: Callable[[], AbstractContextManager[None]]):
+        self._steps, self._turn, self._results = steps, turn, []
+        self.pause: Pause | None = None
+
+    @property
+    def done(self) -> bool:
+        return bool(self._results)
+
+    @property
+    def result(self) -> Result:
+        return self._results[0]
+
+    def advance(self) -> None:
+        """Run to the next launch, or to the end; nothing at the end."""
+        if self.done:
+            return
+        with self._turn():
+            try:
+                self.pause = next(self._steps)
+            except StopIteration as end:
+                self.pause = None
+                self._results.append(end.value)
+
+
+def alone(running: Running[Result], fill: Callable[[], bool]) -> Result:
+    """While what a generator has launched is on its way, `fill` does a bit of other work, and says if there was any."""
+    while not running.done:
+        running.advance()
+        while running.pause is not None and not running.pause.flight.arrived() and fill():
+            pass
+    return running.result
+
+
+def beside(forward: Running, backward: Running, fill: Callable[[], bool]) -> None:
+    """Two generators in turn: what one has launched travels while the other computes.
+
+    A forward has three launches a layer, counts, dispatch and combine, a backward two. So when the forward has only
+    read counts and launched the dispatch, what hides it is `fill`: weight gradients that the backward has left behind.
+    They also run beside the longer of the two when the other has ended. `fill` says whether there were any, by a rule
+    that is the same on all ranks.
+
+        backward   attention'       experts'        weights'           attention' ...
+        forward              attend         route            experts              merge, attend ...
+    """
+    while not (forward.done and backward.done):
+        backward.advance()
+        brief = forward.pause is not None and forward.pause.brief
+        forward.advance()
+        if (brief or forward.done or backward.done) and fill():
+            forward.advance()
