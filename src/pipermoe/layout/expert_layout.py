@@ -1,0 +1,103 @@
+"""ExpertLayout: which rank holds which copy of which expert. One of the four decisions."""
+
+# L MoE layers, N ranks of an expert-parallel group, S slots of a rank, E logical experts
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+EMPTY = -1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpertLayout:
+    """Slot s of rank n computes expert `slots_LNS[l, n, s]` of layer l; an `EMPTY` slot computes nothing.
+
+    Every expert has at least one copy in every layer. The numbers of experts, ranks and slots need not divide each
+    other. `version` counts the layouts of a run, so that ranks can agree on which one they mean.
+    """
+
+    slots_LNS: NDArray[np.int64]
+    num_experts: int
+    version: int = 0
+
+    def __post_init__(self) -> None:
+        slots = self.slots_LNS
+        if slots.ndim != 3:
+            raise ValueError(f"a layout has the shape (layers, ranks, slots), this one {slots.shape}")
+        if slots.min(initial=0) < EMPTY or slots.max(initial=0) >= self.num_experts:
+            raise ValueError(f"a slot holds an expert from 0 to {self.num_experts - 1}, or {EMPTY} if it is empty")
+        layers, experts = np.nonzero(self.copies_LE == 0)
+        if len(layers):
+            raise ValueError(f"expert {experts[0]} of layer {layers[0]} has no slot")
+        slots.flags.writeable = False
+
+    @classmethod
+    def static(cls, layers: int, ranks: int, experts: int, slots: int | None = None) -> ExpertLayout:
+        """One copy of every expert, in order over the ranks, as even as can be; the slots left over are empty."""
+        fewest = -(-experts // ranks)
+        slots = fewest if slots is None else slots
+        if slots < fewest:
+            raise ValueError(
+                f"{ranks} ranks of {slots} slots have no room for {experts} experts; slots = {fewest} have"
+            )
+        table_NS = np.full((ranks, slots), EMPTY, dtype=np.int64)
+        for rank, held in enumerate(np.array_split(np.arange(experts), ranks)):
+            table_NS[rank, : len(held)] = held
+        return cls(np.tile(table_NS, (layers, 1, 1)), experts)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(layers, ranks, slots of a rank)."""
+        layers, ranks, slots = self.slots_LNS.shape
+        return layers, ranks, slots
+
+    @property
+    def copies_LNE(self) -> NDArray[np.int64]:
+        """How many copies of each expert each rank holds."""
+        return count_copies(self.slots_LNS, self.num_experts)
+
+    @property
+    def copies_LE(self) -> NDArray[np.int64]:
+        """How many copies of each expert there are."""
+        return self.copies_LNE.sum(1)
+
+    def successor(self, slots_LNS: NDArray[np.int64]) -> ExpertLayout:
+        """The next layout of the run. An expert that stays on its rank keeps its slot, so that nothing moves for it."""
+        return ExpertLayout(_settled(self.slots_LNS, slots_LNS), self.num_experts, self.version + 1)
+
+    def same_as(self, other: ExpertLayout) -> bool:
+        """Whether both give every rank the same copies; versions may differ."""
+        return self.shape == other.shape and np.array_equal(self.copies_LNE, other.copies_LNE)
+
+
+def count_copies(slots_LNS: NDArray[np.int64], num_experts: int) -> NDArray[np.int64]:
+    """Copies of each expert on each rank, (L, N, E)."""
+    layers, ranks, _ = slots_LNS.shape
+    counts = np.zeros((layers, ranks, num_experts + 1), dtype=np.int64)
+    np.add.at(counts, (np.arange(layers)[:, None, None], np.arange(ranks)[:, None], slots_LNS), 1)
+    return counts[:, :, :num_experts]  # the empty slots were counted in the last column
+
+
+def _settled(before_LNS: NDArray[np.int64], after_LNS: NDArray[np.int64]) -> NDArray[np.int64]:
+    """`after` with the slots of every rank permuted so that what it held before lies where it lay."""
+    if before_LNS.shape != after_LNS.shape:
+        return after_LNS
+    settled = after_LNS.copy()
+    changed = (np.sort(before_LNS, axis=2) != np.sort(after_LNS, axis=2)).any(2)
+    settled[~changed] = before_LNS[~changed]
+    for layer, rank in np.argwhere(changed):
+        arriving = list(after_LNS[layer, rank])
+        stays = []
+        for expert in before_LNS[layer, rank]:
+            stays.append(expert in arriving)
+            if stays[-1]:
+                arriving.remove(expert)
+        places = iter(arriving)
+        settled[layer, rank] = [
+            expert if stay else next(places) for expert, stay in zip(before_LNS[layer, rank], stays, strict=True)
+        ]
+    return settled

@@ -1,0 +1,64 @@
+"""How the tokens of a step fall on experts and ranks: statistics of the load, and how even a layout makes it."""
+
+# P source ranks, L MoE layers, E logical experts, N ranks, W windows
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipermoe.layout.expert_layout import ExpertLayout
+from pipermoe.layout.replicas import greedy_copies
+
+
+@dataclass(frozen=True, slots=True)
+class LoadStatistics:
+    """Rows that each source rank sent to each expert of each layer: integers, so that all ranks plan alike."""
+
+    counts_PLE: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        if self.counts_PLE.ndim != 3:
+            raise ValueError(f"counts have the shape (source ranks, layers, experts), these {self.counts_PLE.shape}")
+        if self.counts_PLE.min(initial=0) < 0:
+            raise ValueError(f"a count of {self.counts_PLE.min()} rows; counts are 0 or more")
+
+    @property
+    def load_LE(self) -> NDArray[np.int64]:
+        """Rows of each expert from all sources."""
+        return self.counts_PLE.sum(0)
+
+
+def mean_load(windows: list[LoadStatistics]) -> NDArray[np.int64]:
+    """The forecast that most systems use: the mean of the last windows, (L, E), rounded to whole rows."""
+    return np.rint(np.mean([window.load_LE for window in windows], axis=0)).astype(np.int64)
+
+
+def drift(before_LE: NDArray, after_LE: NDArray) -> NDArray[np.float64]:
+    """Total variation between two loads per layer, (L,): the share of rows that went elsewhere, 0 to 1."""
+    shares = [load / np.maximum(load.sum(1, keepdims=True), 1) for load in (before_LE, after_LE)]
+    return np.abs(shares[0] - shares[1]).sum(1) / 2
+
+
+def rank_load(layout: ExpertLayout, load_LE: NDArray) -> NDArray[np.float64]:
+    """Rows that each rank computes if an expert's rows are divided evenly over its copies, (L, N)."""
+    copies_LNE = layout.copies_LNE
+    return np.einsum("lne,le->ln", copies_LNE, load_LE / copies_LNE.sum(1))
+
+
+def imbalance(load_LN: NDArray) -> NDArray[np.float64]:
+    """Load of the busiest rank over the mean, per layer, (L,): 1 is perfect; 1 also where there is no load."""
+    mean = load_LN.mean(1)
+    return np.where(mean > 0, load_LN.max(1) / np.where(mean > 0, mean, 1), 1.0)
+
+
+def least_imbalance(load_LE: NDArray, ranks: int, slots: int) -> NDArray[np.float64]:
+    """A lower bound of `imbalance` over all layouts of `ranks` x `slots`, (L,).
+
+    The busiest rank has at least the mean; and at least the largest copy that some way of copying must leave: with R
+    slots in all, the best counts of copies (greedy is optimal) still leave one copy this large.
+    """
+    largest = (load_LE / greedy_copies(load_LE, ranks * slots, most=ranks)).max(1)
+    return np.maximum(1.0, largest / np.maximum(load_LE.sum(1) / ranks, 1e-300))

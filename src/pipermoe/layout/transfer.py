@@ -1,0 +1,80 @@
+"""Transfer: what has to travel so that one layout becomes another, and whether that pays."""
+
+# L MoE layers, N ranks, E logical experts
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipermoe.layout.expert_layout import ExpertLayout
+from pipermoe.layout.policy import Nodes
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """`destination` gets a copy of `expert` of `layer` from `source`."""
+
+    layer: int
+    expert: int
+    source: int
+    destination: int
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """The moves between two layouts, in the order of layers, experts and destinations.
+
+    Read forwards it materialises copies (weights go out), read backwards it reduces them (gradients come home).
+    """
+
+    moves: tuple[Move, ...]
+    ranks: int
+
+    @classmethod
+    def between(cls, before: ExpertLayout, after: ExpertLayout, nodes: Nodes) -> Transfer:
+        """Every copy that a rank has in `after` and not in `before` comes from a rank that has one in `before`.
+
+        From a rank of the same node if there is one; of several the one that has sent least so far, so that no rank
+        sends everything.
+        """
+        had, gets = before.copies_LNE > 0, after.copies_LNE > 0
+        node = nodes.node_N
+        sent = np.zeros(nodes.ranks, dtype=np.int64)
+        moves = []
+        for layer, expert, destination in np.argwhere((gets & ~had).transpose(0, 2, 1)).tolist():
+            holders = np.flatnonzero(had[layer, :, expert])
+            near = holders[node[holders] == node[destination]]
+            candidates = near if len(near) else holders
+            source = int(candidates[sent[candidates].argmin()])
+            sent[source] += 1
+            moves.append(Move(layer, expert, source, destination))
+        return cls(tuple(moves), nodes.ranks)
+
+    def bytes_NN(self, bytes_per_expert: int) -> NDArray[np.int64]:
+        """Bytes from each rank to each rank."""
+        matrix = np.zeros((self.ranks, self.ranks), dtype=np.int64)
+        for move in self.moves:
+            matrix[move.source, move.destination] += bytes_per_expert
+        return matrix
+
+    def seconds(self, bytes_per_expert: int, bandwidth_bytes_per_s: float) -> float:
+        """Until the busiest rank has sent and received everything, both directions at once."""
+        matrix = self.bytes_NN(bytes_per_expert)
+        return float(max(matrix.sum(0).max(), matrix.sum(1).max()) / bandwidth_bytes_per_s)
+
+
+def pays(*, gain_seconds_per_step: float, horizon_steps: float, stays: float, move_seconds: float) -> bool:
+    """Whether a new layout earns its move back.
+
+    `horizon_steps` is how long the forecast lives, and `stays` the share of the gain that the measured drift of the
+    load leaves over that time (1: the load stands still).
+    """
+    return gain_seconds_per_step * horizon_steps * stays > move_seconds
+
+
+def expert_bytes(expert_parameters: int, *, bytes_per_parameter: float = 16.0) -> int:
+    """Bytes of one expert that moves with weights, gradients and optimizer state: 16 per parameter, 48*d*d_ffn."""
+    return round(expert_parameters * bytes_per_parameter)

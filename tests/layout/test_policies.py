@@ -1,0 +1,93 @@
+"""Policies: legal layouts, the same on every rank, none worse than what its rule promises."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from tests.layout.cases import problems
+
+from pipermoe.layout.expert_layout import ExpertLayout
+from pipermoe.layout.load import drift, imbalance, least_imbalance, rank_load
+from pipermoe.layout.policies import POLICIES
+from pipermoe.layout.policies.eplb import Eplb
+from pipermoe.layout.policies.incremental import Incremental
+from pipermoe.layout.policy import Nodes
+from pipermoe.layout.replicas import greedy_copies, proportional_copies
+from pipermoe.layout.transfer import Transfer
+from pipermoe.layout.workloads import drifted, log_normal_shares
+
+NEVER_WORSE = ("static", "hill-climbing", "swaps", "incremental")
+
+
+def peak(layout: ExpertLayout, load) -> np.ndarray:
+    return rank_load(layout, load).max(1)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@settings(deadline=None, max_examples=25)
+@given(problem=problems())
+def test_a_plan_is_legal_repeatable_and_loses_no_row(name, problem):
+    layout, load, nodes = problem
+    planned = POLICIES[name].plan(layout, load, nodes)
+    assert planned.shape == layout.shape
+    assert (planned.copies_LE >= 1).all()
+    assert planned.same_as(POLICIES[name].plan(layout, load.copy(), nodes))
+    assert rank_load(planned, load).sum(1) == pytest.approx(load.sum(1))
+    assert (imbalance(rank_load(planned, load)) >= least_imbalance(load, *layout.shape[1:]) - 1e-9).all()
+    if name in NEVER_WORSE:
+        assert (peak(planned, load) <= peak(layout, load) * (1 + 1e-9)).all()
+
+
+def test_swaps_reach_what_all_exchanges_can_where_that_is_one_swap():
+    layout, nodes = ExpertLayout.static(1, 2, 4), Nodes(2, 2)
+    load = np.array([[9, 8, 2, 1]])
+    assert peak(layout, load) == 17
+    assert peak(POLICIES["hill-climbing"].plan(layout, load, nodes), load) == 10
+
+
+def test_greedy_copies_leave_the_smallest_largest_copy():
+    load = np.array([[7, 5, 3]])
+    best = min(
+        max(size / count for size, count in zip(load[0], counts, strict=True))
+        for counts in product(range(1, 5), repeat=3)
+        if sum(counts) == 6
+    )
+    copies = greedy_copies(load, 6)
+    assert copies.sum() == 6
+    assert (load / copies).max() == best
+
+
+def test_proportional_copies_are_the_papers():
+    # Goals 4.2, 1.2, 0.6 of 6 slots: floors 4, 1 and at least 1 fill them.
+    assert proportional_copies(np.array([[7, 2, 1]]), 6).tolist() == [[4, 1, 1]]
+    assert proportional_copies(np.array([[0, 0, 0]]), 6).tolist() == [[2, 2, 2]]
+
+
+def test_groups_of_experts_stay_on_one_node():
+    nodes, load = Nodes(4, 2), np.array([[9, 1, 1, 1, 5, 5, 1, 1]])
+    layout = ExpertLayout.static(1, 4, 8, slots=3)
+    planned = Eplb(groups=4).plan(layout, load, nodes)
+    held = planned.copies_LNE[0].reshape(2, 2, 8).sum(1) > 0
+    assert (held.reshape(2, 4, 2).any(2).sum(0) == 1).all()
+    with pytest.raises(ValueError, match="groups = 3"):
+        Eplb(groups=3).plan(layout, load, nodes)
+
+
+def test_after_a_small_drift_a_repair_moves_a_handful_of_copies():
+    nodes, shares = Nodes(16, 8), log_normal_shares(4, 64, 0.5, seed=1)
+    load = np.rint(shares * 1e6).astype(np.int64)
+    now = np.rint(drifted(shares, 0.08, seed=2) * 1e6).astype(np.int64)
+    assert (drift(load, now) < 0.05).all()
+    layout = POLICIES["balanced"].plan(ExpertLayout.static(4, 16, 64, slots=5), load, nodes)
+    repaired, fresh = Incremental(target=1.03).plan(layout, now, nodes), POLICIES["balanced"].plan(layout, now, nodes)
+    assert (imbalance(rank_load(repaired, now)) <= 1.03).all()
+    moves = [len(Transfer.between(layout, new, nodes).moves) for new in (repaired, fresh)]
+    assert moves[0] * 4 < moves[1]
+
+
+def test_a_budget_is_kept():
+    nodes, layout = Nodes(4, 4), ExpertLayout.static(1, 4, 16, slots=5)
+    load = np.array([[30, 20, 20, 20] + [1] * 12])
+    planned = Incremental(target=1.0, budget=2).plan(layout, load, nodes)
+    assert 0 < len(Transfer.between(layout, planned, nodes).moves) <= 2
