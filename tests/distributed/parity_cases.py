@@ -10,7 +10,7 @@ from typing import Any
 from tests.runtime.tiny import RICH
 
 from pipermoe.schedule.builders import RECIPES, illegal
-from pipermoe.specs.legality import ENGINE, LEGAL, violations
+from pipermoe.specs.legality import violations
 from pipermoe.specs.strategy import RECOMPUTE_MODULES, Strategy
 from pipermoe.specs.train import Optimizer, TrainConfig
 
@@ -93,7 +93,7 @@ def _strategy(schedule: str, arrangement: tuple[int, int, int], options: dict[st
 def _runs(option: str, value: Any) -> bool:
     """Whether the runtime executes this value, all other options having their defaults."""
     strategy = _strategy("gpipe", (1, 2, 2), {name: values[0] for name, values in OPTIONS.items()} | {option: value})
-    return not violations(strategy, MODEL, TRAIN, strategy.world_size, LEGAL + ENGINE)
+    return not violations(strategy, MODEL, TRAIN, strategy.world_size)
 
 
 def portions(size: int) -> Iterator[list[tuple[Strategy, float]]]:

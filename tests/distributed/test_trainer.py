@@ -127,18 +127,22 @@ def test_a_step_that_is_not_finite_is_skipped_by_all_ranks_and_changes_nothing(t
         launch(stopping, Run(tmp_path / "stop", quiet=True))
 
 
-def test_the_trace_of_a_step_shows_the_actions_of_the_schedule_without_overlap(tmp_path, text):
-    launch(tiny_plan(HYBRID, data=text, steps=4), Run(tmp_path, trace_steps=frozenset({4}), quiet=True))
+@pytest.mark.parametrize("arrangement", ["pp2 dp2 ep2 1f1b", "pp2 vpp2 dp2 ep2 dualpipe-v"])
+def test_the_trace_of_a_step_shows_the_actions_of_the_schedule_without_overlap(tmp_path, text, arrangement):
+    strategy = Strategy.parse(arrangement)
+    plan = tiny_plan(strategy, data=text, steps=4)
+    plan = plan.model_copy(update={"model": plan.model.model_copy(update={"num_layers": 4})})
+    launch(plan, Run(tmp_path, trace_steps=frozenset({4}), quiet=True))
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     lanes = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
-    schedule = build("1f1b", 2, 4)
+    schedule = build(strategy.schedule, 2, 4, strategy.virtual_stages)
     for rank in range(4):
         own = {lanes[e["pid"], e["tid"]] for e in events if e["ph"] == "X" and e["pid"] == rank}
         assert {"compute", "all-to-all", "point-to-point", "reduce"} <= own
         names = {
             e["name"] for e in events if e["ph"] == "X" and e["cat"] in ("forward", "backward") and e["pid"] == rank
         }
-        assert names == {str(action) for action in schedule.parts(coordinates(HYBRID, rank).pp)}
+        assert names == {str(action) for action in schedule.parts(coordinates(strategy, rank).pp)}
     for lane in lanes:
         spans = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e["ph"] == "X" and (e["pid"], e["tid"]) == lane)
         assert all(end <= start + 1e-3 for (_, end), (start, _) in pairwise(spans))

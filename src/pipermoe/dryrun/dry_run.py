@@ -30,7 +30,7 @@ from pipermoe.schedule.builders import build
 from pipermoe.schedule.communication import with_communication
 from pipermoe.specs.errors import UserError
 from pipermoe.specs.footprint import ActionFootprint, Footprint, Routing
-from pipermoe.specs.legality import ENGINE, LEGAL, violations
+from pipermoe.specs.legality import violations
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.report import RankReport
 from pipermoe.specs.strategy import Strategy
@@ -105,7 +105,7 @@ def schedule_of(train: TrainConfig, strategy: Strategy) -> Schedule:
 
 
 def _check(model: ModelSpec, train: TrainConfig, strategy: Strategy, rank: int, world_size: int) -> None:
-    if broken := violations(strategy, model, train, world_size, LEGAL + ENGINE):
+    if broken := violations(strategy, model, train, world_size):
         raise UserError("\n".join(broken))
     check_model(model)
     if not 0 <= rank < world_size:

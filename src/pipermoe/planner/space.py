@@ -6,12 +6,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipermoe.specs.errors import UserError, describe_value
-from pipermoe.specs.legality import EXECUTABLE_SCHEDULES, legal_mask
+from pipermoe.specs.legality import legal_mask
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.strategy_table import RECOMPUTE_NAMES, SCHEDULE_NAMES, StrategyTable
 from pipermoe.specs.train import TrainConfig
 
 ZERO_LEVELS = (0, 1)
+SCHEDULES = ("gpipe", "1f1b")
 
 
 def divisors(number: int) -> list[int]:
@@ -29,7 +30,7 @@ def all_combinations(train: TrainConfig, world_size: int) -> StrategyTable:
         pipeline_parallel=divisors(world_size),
         expert_parallel=divisors(world_size),
         micro_batch_size=divisors(train.global_batch_size),
-        schedule=map(SCHEDULE_NAMES.index, EXECUTABLE_SCHEDULES),
+        schedule=map(SCHEDULE_NAMES.index, SCHEDULES),
         recompute=[RECOMPUTE_NAMES.index("none"), RECOMPUTE_NAMES.index("full")],
         zero_dense=ZERO_LEVELS,
         zero_expert=ZERO_LEVELS,

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from pipermoe.processes.output_folder import lock_folder
 from pipermoe.processes.world import World, existing_world
 from pipermoe.specs.errors import UserError
-from pipermoe.specs.legality import violations
 from pipermoe.specs.plan import Measurement, Plan
 
 if TYPE_CHECKING:
@@ -102,8 +101,6 @@ def _check_plan(plan: Plan, run: Run, where: str) -> None:
     if outside := [step for step in run.trace_steps if not 1 <= step <= last]:
         raise UserError(f"--trace-steps: {outside[0]} is not a step of this run; they are 1 to {last}")
     try:
-        if broken := violations(plan.strategy, plan.model, plan.train, plan.strategy.world_size):
-            raise UserError("\n".join(broken))
         check_supported(plan.model, plan.train, plan.strategy)
     except UserError as error:
         raise UserError("\n".join(f"{where}: {line}" for line in str(error).splitlines())) from None

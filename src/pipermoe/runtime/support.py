@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from pipermoe.schedule.builders import illegal
 from pipermoe.specs.errors import UserError, describe_value
-from pipermoe.specs.legality import EXECUTABLE, violations
+from pipermoe.specs.legality import violations
 from pipermoe.specs.model import GroupedQueryAttention, LatentAttention, ModelSpec
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.train import TrainConfig
@@ -11,7 +12,11 @@ from pipermoe.specs.train import TrainConfig
 
 def check_supported(model: ModelSpec, train: TrainConfig, strategy: Strategy) -> None:
     """Raise `UserError` with one line for each reason why this runtime cannot train `model` like that."""
-    reasons = [*violations(strategy, model, train, strategy.world_size, EXECUTABLE), *_reasons(model)]
+    reasons = [*violations(strategy, model, train, strategy.world_size), *_reasons(model)]
+    microbatches = train.global_batch_size // (strategy.data_parallel * strategy.micro_batch_size)
+    problem = illegal(strategy.schedule, strategy.pipeline_parallel, microbatches, strategy.virtual_stages)
+    if problem and not reasons:  # which may be why
+        reasons.append(problem)
     stretch = model.attention.rope_stretch
     if stretch:  # a dry run may have it: it changes no count
         rule = "this runtime does not turn positions like that; leave it out, or use yarn"

@@ -167,9 +167,16 @@ def _explain_precision(strategy: Strategy, job: Job) -> tuple[str, object, str]:
     return "train.precision", job.train.precision, f"this runtime executes {words} only"
 
 
-# What the engine executes, with any schedule of one copy of every stage; a dry run asks no more.
-ENGINE: tuple[Rule, ...] = (
+EXECUTABLE: tuple[Rule, ...] = (
     *(_must_be(key, (1,), (1,)) for key in ("context_parallel", "tensor_parallel", "expert_tensor_parallel")),
+    Rule(
+        lambda table, job: table.schedule != SCHEDULE_NAMES.index("dualpipe"),
+        lambda strategy, job: (
+            "schedule",
+            strategy.schedule,
+            "holds every stage on two ranks, which this runtime does not keep equal; use dualpipe-v",
+        ),
+    ),
     Rule(_precision_runs, _explain_precision),
     Rule(
         lambda table, job: (table.pipeline_parallel == 1) | (not job.model.tie_word_embeddings),
@@ -179,14 +186,6 @@ ENGINE: tuple[Rule, ...] = (
             f"{job.model.name} ties its word embeddings, which this runtime cannot split over stages; use 1",
         ),
     ),
-)
-
-EXECUTABLE_SCHEDULES = ("gpipe", "1f1b")
-
-EXECUTABLE: tuple[Rule, ...] = (
-    _must_be("virtual_stages", (1,), (1,)),
-    _must_be("schedule", EXECUTABLE_SCHEDULES, tuple(map(SCHEDULE_NAMES.index, EXECUTABLE_SCHEDULES))),
-    *ENGINE,
 )
 
 RULES = LEGAL + EXECUTABLE

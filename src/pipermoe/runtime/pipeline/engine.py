@@ -43,8 +43,7 @@ class Engine:
     dp (dense parameters) and edp (expert parameters), nothing else: an expert's gradient already holds the tokens of
     all ep ranks, which came through the all-to-all.
 
-    Any schedule of F, B, I, W, sends and receives runs, with any number of stages on a rank. What users may ask for is
-    narrower: runtime/support.py.
+    Any schedule of F, B, I, W, their pairs, sends and receives runs, with any number of stages on a rank.
 
     `schedule` is lowered by schedule.communication.with_communication. `planned_counts[source][expert]`, if given, are
     the rows that each rank of the expert-parallel group sends to each expert, instead of what the router would choose.
