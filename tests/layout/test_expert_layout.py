@@ -15,7 +15,7 @@ def test_static_puts_experts_in_order_as_evenly_as_can_be():
 
 
 def test_too_few_slots_are_refused_with_the_number_that_would_do():
-    with pytest.raises(ValueError, match="2 slots have no room for 7 experts; slots = 3 have"):
+    with pytest.raises(ValueError, match="2 slots have no room for 7 experts; slots = 3 do"):
         ExpertLayout.static(1, 3, 7, slots=2)
 
 

@@ -27,7 +27,7 @@ def greedy_copies(load_LE: NDArray, total: int, most: int | None = None) -> NDAr
 
 def proportional_copies(load_LE: NDArray, total: int) -> NDArray[np.int64]:
     """Copies (L, E) in proportion to the load, at least one, `total` in each layer (SwiftMoE, algorithm 1)."""
-    layers, experts = load_LE.shape
+    layers = len(load_LE)
     weight = np.where(load_LE.sum(1, keepdims=True) > 0, load_LE, 1)
     goal = weight / weight.sum(1, keepdims=True) * total
     copies = np.maximum(np.floor(goal).astype(np.int64), 1)

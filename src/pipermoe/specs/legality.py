@@ -141,6 +141,8 @@ LEGAL: tuple[Rule, ...] = (
     Rule(lambda table, job: table.ranks_per_stage == table.expert_ranks_per_stage, _explain_fold),
     _must_divide("expert_parallel", lambda job: job.model.moe.num_experts, "num_experts"),
     _must_divide("tensor_parallel", lambda job: job.model.attention.num_kv_heads, "num_kv_heads"),
+    _must_divide("tensor_parallel", lambda job: job.model.moe.shared_width, "shared_width"),
+    _must_divide("tensor_parallel", lambda job: job.model.dense_width * bool(job.model.dense_layers), "dense_width"),
     _must_divide("context_parallel", lambda job: job.train.seq_len, "seq_len"),
     _must_divide("expert_tensor_parallel", lambda job: job.model.moe.expert_width, "expert_width"),
     Rule(lambda table, job: table.num_stages <= job.model.num_layers, _explain_stages),

@@ -71,9 +71,9 @@ def build(name: str, pipeline_parallel: int, microbatches: int, virtual_stages: 
     Raises UserError when the name is unknown or the schedule does not exist for these numbers; the message names the
     rule and the nearest legal values.
     """
-    problem = illegal(name, pipeline_parallel, microbatches, virtual_stages)
-    if problem:
-        raise UserError(problem)
+    rule = illegal(name, pipeline_parallel, microbatches, virtual_stages)
+    if rule:
+        raise UserError(rule)
     return RECIPES[name].build(pipeline_parallel, microbatches, virtual_stages)
 
 
@@ -90,28 +90,36 @@ def build_or_read(
 
 def illegal(name: str, pipeline_parallel: int, microbatches: int, virtual_stages: int = 1) -> str | None:
     """Why the schedule does not exist for these numbers, with the nearest legal values; None if it does."""
+    found = problem(name, pipeline_parallel, microbatches, virtual_stages)
+    return describe_value("", *found) if found else None
+
+
+def problem(
+    name: str, pipeline_parallel: int, microbatches: int, virtual_stages: int = 1
+) -> tuple[str, object, str] | None:
+    """What `illegal` says, as (key, value, rule and way out)."""
     recipe = RECIPES.get(name)
     if recipe is None:
         close = difflib.get_close_matches(name, RECIPES, n=2, cutoff=0.4)
         hint = f"nearest: {', '.join(close)}; " if close else ""
-        return describe_value("", "schedule", name, f"unknown; {hint}known: {', '.join(RECIPES)}")
+        return "schedule", name, f"unknown; {hint}known: {', '.join(RECIPES)}"
     least, most = recipe.virtual_stages
     if virtual_stages < least or (most is not None and virtual_stages > most):
         count = f"exactly {least}" if least == most else f"at least {least}"
         rule = f"{name} needs {count} per pipeline rank; nearest: {least if virtual_stages < least else most}"
-        return describe_value("", "virtual_stages", virtual_stages, rule)
+        return "virtual_stages", virtual_stages, rule
     least = recipe.microbatches_per_rank * pipeline_parallel
-    problem = _not_a_multiple(name, "pipeline_parallel", pipeline_parallel, recipe.ranks_step, 1) or _not_a_multiple(
+    found = _not_a_multiple(name, "pipeline_parallel", pipeline_parallel, recipe.ranks_step, 1) or _not_a_multiple(
         name, "microbatches", microbatches, recipe.microbatches_step, least
     )
     stages = pipeline_parallel * virtual_stages
-    if not problem and stages * microbatches > MOST_FORWARDS:
+    if not found and stages * microbatches > MOST_FORWARDS:
         rule = f"stages * microbatches may be {MOST_FORWARDS:,} at most; nearest: {MOST_FORWARDS // stages}"
-        return describe_value("", "microbatches", microbatches, rule)
-    return problem
+        return "microbatches", microbatches, rule
+    return found
 
 
-def _not_a_multiple(name: str, key: str, value: int, step: int, least: int) -> str | None:
+def _not_a_multiple(name: str, key: str, value: int, step: int, least: int) -> tuple[str, object, str] | None:
     """Why `value` is not a positive multiple of `step` of at least `least`; None if it is."""
     least = max(-(-least // step) * step, step)
     if value >= least and value % step == 0:
@@ -119,4 +127,4 @@ def _not_a_multiple(name: str, key: str, value: int, step: int, least: int) -> s
     below, above = value // step * step, value // step * step + step
     nearest = f"{below}, {above}" if below >= least else f"{max(least, above if value >= least else least)}"
     rule = "a multiple of " + str(step) + " and " if step > 1 else ""
-    return describe_value("", key, value, f"{name} needs {rule}at least {least}; nearest: {nearest}")
+    return key, value, f"{name} needs {rule}at least {least}; nearest: {nearest}"
