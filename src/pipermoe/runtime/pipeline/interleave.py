@@ -73,17 +73,22 @@ def alone(running: Running[Result], fill: Callable[[], bool]) -> Result:
 def beside(forward: Running, backward: Running, fill: Callable[[], bool]) -> None:
     """Two generators in turn: what one has launched travels while the other computes.
 
-    A forward has three launches a layer, counts, dispatch and combine, a backward two. So when the forward has only
-    read counts and launched the dispatch, what hides it is `fill`: weight gradients that the backward has left behind.
-    They also run beside the longer of the two when the other has ended. `fill` says whether there were any, by a rule
-    that is the same on all ranks.
+    A forward has three launches a layer, counts, dispatch and combine, a backward two. The turn that only reads counts
+    and launches the dispatch hides nothing, so it takes none from the backward: what lies before it is `fill`, weight
+    gradients that the backward has left behind. Each all-to-all then has a computation of the other beside it, and the
+    link one at a time. Weight gradients also run beside the longer of the two when the other has ended. `fill` does as
+    many as a rule says that is the same on all ranks.
 
-        backward   attention'       experts'        weights'           attention' ...
-        forward              attend         route            experts              merge, attend ...
+        backward          experts'          attention'                            experts' ...
+        forward   attend            experts              merge, attend   (W) route          experts ...
     """
     while not (forward.done and backward.done):
         backward.advance()
-        brief = forward.pause is not None and forward.pause.brief
+        if backward.done:
+            fill()
         forward.advance()
-        if (brief or forward.done or backward.done) and fill():
+        if forward.done:
+            fill()
+        elif forward.pause is not None and forward.pause.brief:
+            fill()
             forward.advance()
