@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pipermoe.resources.activations.sizes import RUNTIME, MemoryProfile
 from pipermoe.resources.instants import Instants, instants
 from pipermoe.resources.memory import peak_activations, pipeline_of, prices
+from pipermoe.resources.sharded_units import whole_unit_bytes
 from pipermoe.resources.stages import StageShapes
 from pipermoe.resources.states import state_bytes, state_elements
 from pipermoe.specs.model import ModelSpec
@@ -104,6 +105,7 @@ def _per_group(
 
 
 def _states(model: ModelSpec, train: TrainConfig, found: Instants, table: StrategyTable) -> NDArray[np.float64]:
-    """Bytes of weights, gradients and optimizer state of every class of ranks: (rows, classes)."""
-    held = state_bytes(state_elements(model, StageShapes(*found.holds.T), table), train.recipe.state)
-    return sum(held.values()) + np.zeros((len(table), len(found.holds)))
+    """Bytes of weights, gradients and optimizer state, whole units included: (rows, classes)."""
+    shapes, per_parameter = StageShapes(*found.holds.T), train.recipe.state
+    held = state_bytes(state_elements(model, shapes, table), per_parameter)
+    return sum(held.values()) + whole_unit_bytes(model, shapes, table, per_parameter, defers=found.defers)

@@ -66,13 +66,15 @@ class Pipeline:
 class Instants:
     """`features[i]` of instant i, which belongs to class `owner[i]`; instants are sorted by class.
 
-    `holds[c]` are the MoE layers, dense layers, embeddings and heads of class c, `class_of[rank]` its ranks.
+    `holds[c]` are the MoE layers, dense layers, embeddings and heads of class c, `class_of[rank]` its ranks. `defers`:
+    backwards leave their weight gradients to W actions.
     """
 
     features: NDArray[np.float64]  # (instants, len(Feature))
     owner: NDArray[np.int64]
     holds: NDArray[np.int64]  # (classes, 4)
     class_of: tuple[int, ...]
+    defers: bool
 
     @property
     def starts(self) -> NDArray[np.int64]:
@@ -108,6 +110,7 @@ def instants(pipeline: Pipeline, *, by_rank: bool = False) -> Instants:
         owner=np.repeat(np.arange(len(kinds)), [len(each) for each in best]),
         holds=np.array(kinds, dtype=np.int64),
         class_of=class_of,
+        defers=any(kind is Kind.INPUT_GRAD for _, kind, _, _ in work),
     )
 
 

@@ -17,6 +17,8 @@ from pipermoe.resources.activations.ends import embedding_memory, head_memory
 from pipermoe.resources.activations.layers import dense_layer, moe_layer
 from pipermoe.resources.activations.sizes import RUNTIME, MemoryProfile, Moment, Recompute, sizes_of
 from pipermoe.resources.instants import Feature, Instants, Pipeline, instants
+from pipermoe.resources.sharded_units import whole_unit_bytes
+from pipermoe.resources.stages import StageShapes
 from pipermoe.resources.states import StateElements, state_bytes
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.report import MemoryCategory
@@ -101,10 +103,13 @@ def rank_memory(
     priced = prices(model, train, table, profile, imbalance)
     found = instants(pipeline_of(model, train, table), by_rank=True)
     held = {name: np.asarray(each)[0] for name, each in state_bytes(states, train.recipe.state).items()}
+    shapes = StageShapes(*found.holds.T)
+    [whole] = whole_unit_bytes(model, shapes, table, train.recipe.state, defers=found.defers)
     worst = []
     for rank in range(len(found.holds)):
         mine = found.features[found.owner == rank]
         split = _by_category(mine[int(np.argmax(mine @ priced.total[0]))], priced)
+        split["communication"] += int(whole[rank])
         worst.append({name: int(each[rank]) for name, each in held.items()} | split)
     return worst
 

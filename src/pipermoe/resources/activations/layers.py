@@ -37,13 +37,16 @@ def moe_layer(sizes: Sizes, recompute: Recompute) -> BlockMemory:
     has_shared = moe.shared_width > 0
     shared, to_shared = _shared(sizes), hidden * has_shared  # the gradient that waits for that of the routed experts
     keeps_gate_up, keeps_gated = 1 - recompute.experts, 1 - (recompute.experts | recompute.moe_act)
-    shared_kept = shared * (1 - recompute.shared_experts)
+    # A piece of its own, shared experts keep their normalised input: another one than what attention rebuilds.
+    shared_input = to_shared * (recompute.norm | recompute.full)
+    shared_kept = shared * (1 - recompute.shared_experts) + to_shared * recompute.norm
     inside = gate_up * keeps_gate_up + gated * keeps_gated
     kept = attend.kept + router + choices + route + arrived + inside + merge + shared_kept
     kept_full = hidden + route + arrived + merge + to_shared
     # Inputs and output gradients: of both products of experts and shared experts; then those of router and attention.
     behind_experts = 2 * arrived + gate_up + gated + shared + to_shared
-    deferred = behind_experts + attend.deferred + hidden + stream * moe.num_experts * sizes.element
+    behind_router = hidden + stream * moe.num_experts * sizes.element
+    deferred = behind_experts + shared_input + attend.deferred + behind_router
     exchanged = Moment(merge, (rows + arrived) * travels, hidden + weights + arrived * sorts)
     rebuilt = gate_up * (1 - keeps_gate_up) + gated * (1 - keeps_gated)
     # The gated product's backward: its gradient, the result, silu(gate).
@@ -67,7 +70,11 @@ def moe_layer(sizes: Sizes, recompute: Recompute) -> BlockMemory:
         moments=_choose(full, of_full, moments),
         deferring=_choose(
             full,
-            (*of_full[:2], _plus(of_full[2], gated + shared + to_shared), _plus(of_full[3], behind_experts)),
+            (
+                *of_full[:2],
+                _plus(of_full[2], gated + shared + to_shared),
+                _plus(of_full[3], behind_experts + shared_input + behind_router),
+            ),
             (*moments[:2], _plus(moments[2], gated + shared)),
         ),
     )

@@ -1,0 +1,44 @@
+"""The predicted peak of the worst rank, beside that of the dry run: never 1 % below it, never 2 % above."""
+
+import pytest
+from tests.resources.memory_cases import Case, error
+
+WITHIN = (
+    Case("shared", "fp32", "pp2 dp2 ep2 1f1b"),
+    Case("shared", "bf16", "pp2 dp2 ep2 1f1b"),
+    Case("shared", "fp32", "pp2 dp2 ep2 1f1b selective:norm"),
+    Case("shared", "fp32", "pp2 dp2 ep2 zb-h1 full"),
+    Case("latent", "fp32", "pp2 dp2 ep2 1f1b selective:attention"),
+    Case("latent", "fp32", "pp2 dp2 ep2 zb-h1 full"),
+    Case("dense-first", "fp32", "pp2 dp2 ep2 1f1b"),
+    Case("shared", "fp32", "pp2 dp2 ep2 1f1b z2"),
+    Case("latent", "fp32", "pp2 dp4 ep2 edp2 1f1b z3"),
+)
+MISSED = {
+    # Case: (its error, why).
+    Case("dense-first", "fp32", "pp2 dp2 ep2 zb-h1 full"): (-0.022, "an instant inside of attention is not listed"),
+    Case("dense-first", "bf16", "dp4 ep2 edp2 1f1b z3"): (0.069, "at the loss other units are whole than at a layer"),
+    Case("shared", "fp32", "pp2 dp4 ep4 1f1b deduplicated"): (-0.093, "copies and their sums are not listed"),
+    Case("shared", "fp32", "pp2 dp2 ep2 1f1b selective:experts"): (-0.015, "the instant of the rebuilt product"),
+    Case("shared", "fp32", "pp2 dp2 ep2 vpp2 dualpipe-v"): (0.067, "as 1f1b-overlap"),
+    Case("shared", "fp32", "pp2 dp2 ep2 1f1b-overlap"): (0.120, "pairs are taken to hold more at once than they do"),
+    Case("shared", "fp32", "pp2 dp2 ep2 zb-h2-overlap"): (0.139, "the same"),
+}
+
+
+def _name(case: Case) -> str:
+    return " ".join(case)
+
+
+@pytest.mark.parametrize("case", WITHIN, ids=_name)
+def test_the_worst_rank_holds_what_the_program_holds(case):
+    assert -0.01 <= error(case) <= 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MISSED, ids=_name)
+def test_what_is_missed_is_missed_by_as_much_as_is_said(case):
+    """A case that comes within the bounds moves to the list above."""
+    expected, _ = MISSED[case]
+    assert not -0.01 <= expected <= 0.02
+    assert error(case) == pytest.approx(expected, abs=0.003)
