@@ -9,6 +9,7 @@ from pipermoe.resources.memory import rank_memory
 from pipermoe.resources.states import state_elements
 from pipermoe.resources.step import placement_of
 from pipermoe.specs.model import GroupedQueryAttention, LatentAttention, MixtureOfExperts, ModelSpec, Router
+from pipermoe.specs.precision import Precision
 from pipermoe.specs.report import MemoryCategory
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.strategy_table import StrategyTable
@@ -49,7 +50,7 @@ class Case(NamedTuple):
     """A line of the matrix: a model of `MODELS`, the precision, and a strategy as text."""
 
     model: str
-    precision: str
+    precision: Precision
     strategy: str
 
     def train(self) -> TrainConfig:

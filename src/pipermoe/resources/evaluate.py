@@ -81,8 +81,8 @@ def peak_bytes(
         pipe[both_rows], found, lambda rows, each: peak_activations(each, price[inside[both_rows[rows]]])
     )
 
-    layouts: dict[bytes, int] = {}
-    layout = np.array([layouts.setdefault(each.holds.tobytes(), len(layouts)) for each in found])[pipe]
+    layouts: dict[tuple[bytes, bool], int] = {}
+    layout = np.array([layouts.setdefault((each.holds.tobytes(), each.defers), len(layouts)) for each in found])[pipe]
     state_rows, state = distinct([layout, *(getattr(table, name) for name in STATES)])
     chosen = table.take(state_rows)
     states = _per_group(pipe[state_rows], found, lambda rows, each: _states(model, train, each, chosen.take(rows)))
