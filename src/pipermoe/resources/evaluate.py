@@ -7,6 +7,7 @@ below 2^53 and so exact in any order: a row weighs the same alone as among other
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -32,33 +33,56 @@ STATES = (
     *("data_parallel", "context_parallel", "tensor_parallel"),
     *("expert_parallel", "expert_data_parallel", "expert_tensor_parallel", "zero_dense", "zero_expert"),
 )
-LARGEST_LOOKUP = 1 << 22  # codes; beyond it a lookup table no longer fits a cache and codes are made dense first
+HASH_FACTOR = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: Knuth, TAOCP volume 3, section 6.4
+HASH_BITS = 16
+BLOCK = 1 << 15  # rows; a block and the slots stay in the cache
 
 
 def distinct(columns: Sequence[NDArray]) -> tuple[NDArray, NDArray]:
-    """The rows that differ in `columns`: (index of one row of each kind, kind of every row)."""
-    kinds, code = 1, np.zeros(len(columns[0]), dtype=np.int64)
+    """The rows that differ in `columns`: (index of one row of each kind, kind of every row). Entries are at least 0."""
+    code, used = np.zeros(len(columns[0]), dtype=np.int64), 0
     for column in columns:
-        values, small = _dense(column)
-        if kinds * values > LARGEST_LOOKUP:
-            kinds, code = _dense(code)
-        kinds, code = kinds * values, code * values + small
-    kinds, code = _dense(code)
-    first = np.empty(kinds, dtype=np.int64)
-    first[code[::-1]] = np.arange(len(code) - 1, -1, -1)
-    return first, code
+        bits = int(column.max()).bit_length()
+        if used + bits > 63:
+            kinds, code = _kinds(code)
+            used = len(kinds).bit_length()
+        code, used = code << bits | column, used + bits
+    return _kinds(code)
 
 
-def _dense(values: NDArray) -> tuple[int, NDArray]:
-    """How many different values there are, and the rank of each entry's value among them."""
-    least, most = int(values.min()), int(values.max())
-    if most - least >= LARGEST_LOOKUP:
-        different, code = np.unique(values, return_inverse=True)
-        return len(different), code
-    seen = np.zeros(most - least + 1, dtype=bool)
-    seen[values - least] = True
-    rank = np.cumsum(seen) - 1
-    return int(rank[-1]) + 1, rank[values - least]
+def _kinds(code: NDArray[np.int64]) -> tuple[NDArray, NDArray]:
+    """One row of each kind of `code`, and the kind of every row: a hash table instead of a sort.
+
+    A slot belongs to one of the codes that reach it first; rows with another code in its slot try again elsewhere.
+    """
+    kind = np.empty(len(code), dtype=np.int64)
+    chosen: list[NDArray] = []
+    pending, known, factor = np.arange(len(code)), 0, HASH_FACTOR
+    while len(pending):
+        mine = code[pending] if known else code
+        slot, owner, agrees = _slots(mine, np.uint64(factor))
+        taken = np.flatnonzero(owner >= 0)
+        number = np.empty(len(owner), dtype=np.int64)
+        number[taken] = np.arange(known, known + len(taken))
+        kind[pending] = number[slot]
+        chosen.append(pending[owner[taken]])
+        pending, known, factor = pending[~agrees], known + len(taken), factor * HASH_FACTOR % (1 << 64)
+    return np.concatenate(chosen), kind
+
+
+def _slots(code: NDArray[np.int64], factor: np.uint64) -> tuple[NDArray, NDArray, NDArray[np.bool_]]:
+    """The slot of every row, the row that owns each slot (-1: none), and which rows have the code of their owner."""
+    owner, held = np.full(1 << HASH_BITS, -1), np.empty(1 << HASH_BITS, dtype=np.int64)
+    slot, agrees = np.empty(len(code), dtype=np.int64), np.empty(len(code), dtype=bool)
+    for start in range(0, len(code), BLOCK):
+        rows = slice(start, start + BLOCK)
+        mine = code[rows]
+        here = ((mine.view(np.uint64) * factor) >> np.uint64(64 - HASH_BITS)).view(np.int64)
+        free = np.flatnonzero(owner[here] < 0)
+        owner[here[free]] = start + free
+        held[here[free]] = code[owner[here[free]]]
+        slot[rows], agrees[rows] = here, held[here] == mine
+    return slot, owner, agrees
 
 
 def peak_bytes(
@@ -74,7 +98,8 @@ def peak_bytes(
     microbatches = table.microbatches(train.global_batch_size)
     inside_rows, inside = distinct([getattr(table, name) for name in INSIDE])
     pipe_rows, pipe = distinct([*(getattr(table, name) for name in PIPELINE), microbatches])
-    found = [instants(pipeline_of(model, train, table, int(row))) for row in pipe_rows]
+    pipelines = table.take(pipe_rows)
+    found = [instants(pipeline_of(model, train, pipelines, row)) for row in range(len(pipelines))]
     price = prices(model, train, table.take(inside_rows), profile, imbalance).total
     both_rows, both = distinct([pipe, inside])
     activations = _per_group(
@@ -86,7 +111,8 @@ def peak_bytes(
     state_rows, state = distinct([layout, *(getattr(table, name) for name in STATES)])
     chosen = table.take(state_rows)
     states = _per_group(pipe[state_rows], found, lambda rows, each: _states(model, train, each, chosen.take(rows)))
-    return np.max(activations[both] + states[state], axis=1)
+    together = (held[both] + kept[state] for held, kept in zip(activations.T.copy(), states.T.copy(), strict=True))
+    return functools.reduce(np.maximum, together)
 
 
 def _per_group(
