@@ -7,6 +7,7 @@ WITHIN = (
     Case("shared", "fp32", "pp2 dp2 ep2 1f1b"),
     Case("shared", "bf16", "pp2 dp2 ep2 1f1b"),
     Case("shared", "fp32", "pp2 dp2 ep2 1f1b selective:norm"),
+    Case("shared", "fp32", "pp2 dp2 ep2 1f1b selective:experts"),
     Case("shared", "fp32", "pp2 dp2 ep2 zb-h1 full"),
     Case("latent", "fp32", "pp2 dp2 ep2 1f1b selective:attention"),
     Case("latent", "fp32", "pp2 dp2 ep2 zb-h1 full"),
@@ -14,16 +15,27 @@ WITHIN = (
     Case("shared", "fp32", "pp2 dp2 ep2 1f1b z2"),
     Case("latent", "fp32", "pp2 dp4 ep2 edp2 1f1b z3"),
 )
+WITHIN_TOO = (
+    Case("shared", "fp32", "pp2 dp2 ep2 zb-h1"),
+    Case("shared", "fp32", "pp2 dp2 ep2 gpipe"),
+    Case("shared", "fp32", "pp2 dp2 ep2 vpp2 zb-v"),
+    Case("shared", "fp32", "pp2 dp2 ep2 vpp2 v-half full"),
+    Case("shared", "fp32", "pp2 dp2 ep2 vpp2 interleaved-1f1b z3"),
+    Case("shared", "fp32", "pp2 dp2 ep2 1f1b z3"),
+    Case("shared", "bf16", "pp2 dp2 ep2 1f1b full"),
+    Case("latent", "fp32", "pp2 dp2 ep2 1f1b"),
+    Case("latent", "bf16", "pp2 dp2 ep2 1f1b full"),
+    Case("dense-first", "fp32", "pp2 dp2 ep2 1f1b full"),
+)
 MISSED = {
     # Case: (its error, why).
     Case("dense-first", "fp32", "pp2 dp2 ep2 zb-h1 full"): (-0.022, "an instant inside of attention is not listed"),
     Case("dense-first", "bf16", "dp4 ep2 edp2 1f1b z3"): (0.069, "at the loss other units are whole than at a layer"),
     Case("dense-first", "fp32", "pp2 dp4 ep2 edp2 zb-h1 z2"): (-0.014, "two units are whole in an I, one is counted"),
     Case("shared", "fp32", "pp2 dp4 ep4 1f1b deduplicated"): (-0.093, "copies and their sums are not listed"),
-    Case("shared", "fp32", "pp2 dp2 ep2 1f1b selective:experts"): (-0.015, "the instant of the rebuilt product"),
-    Case("shared", "fp32", "pp2 dp2 ep2 vpp2 dualpipe-v"): (0.067, "as 1f1b-overlap"),
-    Case("shared", "fp32", "pp2 dp2 ep2 1f1b-overlap"): (0.120, "pairs are taken to hold more at once than they do"),
-    Case("shared", "fp32", "pp2 dp2 ep2 zb-h2-overlap"): (0.139, "the same"),
+    Case("shared", "fp32", "pp2 dp2 ep2 vpp2 dualpipe-v"): (0.036, "as 1f1b-overlap"),
+    Case("shared", "fp32", "pp2 dp2 ep2 1f1b-overlap"): (0.093, "pairs are taken to hold more at once than they do"),
+    Case("shared", "fp32", "pp2 dp2 ep2 zb-h2-overlap"): (0.111, "the same"),
 }
 
 
@@ -31,7 +43,9 @@ def _name(case: Case) -> str:
     return " ".join(case)
 
 
-@pytest.mark.parametrize("case", WITHIN, ids=_name)
+@pytest.mark.parametrize(
+    "case", [*WITHIN, *(pytest.param(case, marks=pytest.mark.slow) for case in WITHIN_TOO)], ids=_name
+)
 def test_the_worst_rank_holds_what_the_program_holds(case):
     assert -0.01 <= error(case) <= 0.02
 

@@ -55,7 +55,7 @@ def moe_layer(sizes: Sizes, recompute: Recompute) -> BlockMemory:
     moments = (
         first,
         exchanged,
-        Moment(merge + (gated * keeps_gated) + shared_kept, 0, product + rebuilt - gated * (1 - keeps_gated)),
+        Moment(merge + (gated * keeps_gated) + shared_kept, 0, product + rebuilt),  # what is rebuilt stays to the end
     )
     of_full = (
         Moment(0, 0, hidden + 3 * rows),
@@ -75,7 +75,7 @@ def moe_layer(sizes: Sizes, recompute: Recompute) -> BlockMemory:
                 _plus(of_full[2], gated + shared + to_shared),
                 _plus(of_full[3], behind_experts + shared_input + behind_router),
             ),
-            (*moments[:2], _plus(moments[2], gated + shared)),
+            (*moments[:2], _plus(moments[2], gated * keeps_gated + shared)),
         ),
     )
 
