@@ -16,7 +16,7 @@ def export(
     *,
     plan: Path,
     output: Output | None = None,
-    platform: Path | None = None,
+    platform: str | None = None,
     ranks_per_node: int | None = None,
     runs: Literal["pipermoe", "megatron", "torchtitan", "deepspeed"] = "pipermoe",
     time: str = "24:00:00",
@@ -36,7 +36,8 @@ def export(
     output
         The folder to write. Default: the target's name.
     platform
-        The platform file: its ranks per node, and the price of the nearest plan where this one has no form.
+        A machine of the catalogue or a platform file: its ranks per node, and the price of the nearest plan where this
+        one has no form. Default: the plan's, if that is of the catalogue.
     ranks_per_node
         Ranks that one node starts. Default: the platform's; without one 8, or all of a smaller plan.
     runs
@@ -56,12 +57,14 @@ def export(
     from pipermoe.export.slurm import batch_script
     from pipermoe.specs.documents import load, require_writable, write_files
     from pipermoe.specs.plan import Plan
-    from pipermoe.specs.platform import Platform
+    from pipermoe.specs.platform_file import load_platform, platform_names
 
     folder = output or Path(target)
     require_writable(folder / "launch.sh")
     document = load(plan, Plan)
-    machine = load(platform, Platform) if platform else None
+    if platform is None and document.platform in platform_names():
+        platform = document.platform
+    machine = load_platform(platform) if platform else None
     most = machine.host.ranks if machine else DEFAULT_RANKS_PER_NODE
     per_node = min(most, document.strategy.world_size) if ranks_per_node is None else ranks_per_node
     system = runs if target == "slurm" else target

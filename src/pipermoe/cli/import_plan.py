@@ -17,7 +17,7 @@ def import_plan(
     world_size: Annotated[int | None, Parameter(name=["--world-size", "--ranks", "--gpus"])] = None,
     model: str | None = None,
     seq_len: int | None = None,
-    platform: Path | None = None,
+    platform: str | None = None,
     output: Output = Path("imported"),
     json: Switch = False,
 ) -> None:
@@ -37,7 +37,7 @@ def import_plan(
     seq_len
         Tokens in a sequence of a DeepSpeed job.
     platform
-        The platform file to predict the job on: then a plan file is written, too.
+        A machine of the catalogue or a platform file, to predict the job on: then a plan file is written, too.
     output
         The folder for model.toml, job.toml, strategy.toml and plan.toml.
     json
@@ -46,11 +46,11 @@ def import_plan(
     from pipermoe.export.reading import read_job
     from pipermoe.planner.given import plan_given
     from pipermoe.report.configuration import render_configuration
-    from pipermoe.specs.documents import load, require_writable, save
-    from pipermoe.specs.platform import Platform
+    from pipermoe.specs.documents import require_writable, save
+    from pipermoe.specs.platform_file import load_platform
 
     require_writable(output / "plan.toml")
-    machine = load(platform, Platform) if platform else None
+    machine = load_platform(platform) if platform else None
     read = read_job(source, arguments, world_size, model=model, seq_len=seq_len)
     plan = plan_given(read, machine) if machine else None
     documents = {"model": read.model, "job": read.train, "strategy": read.strategy} | ({"plan": plan} if plan else {})
