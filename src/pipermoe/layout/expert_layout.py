@@ -41,9 +41,7 @@ class ExpertLayout:
         fewest = -(-experts // ranks)
         slots = fewest if slots is None else slots
         if slots < fewest:
-            raise ValueError(
-                f"{ranks} ranks of {slots} slots have no room for {experts} experts; slots = {fewest} do"
-            )
+            raise ValueError(f"{ranks} ranks of {slots} slots have no room for {experts} experts; slots = {fewest} do")
         table_NS = np.full((ranks, slots), EMPTY, dtype=np.int64)
         for rank, held in enumerate(np.array_split(np.arange(experts), ranks)):
             table_NS[rank, : len(held)] = held
