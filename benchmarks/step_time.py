@@ -16,7 +16,6 @@ from importlib.resources import files
 from pathlib import Path
 from statistics import fmean, median
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -33,6 +32,7 @@ from pipermoe.specs.report import TERMS, StepReport
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.train import TrainConfig
 from pipermoe.specs.units import GIB, format_seconds
+from pipermoe.validate.accuracy import spearman
 
 MODEL = "tiny-moe"
 RANKS = 4
@@ -52,12 +52,6 @@ STRATEGIES = (
     "pp4 dp1 ep1 mbs4 1f1b z0",
     "pp4 dp1 ep1 mbs2 gpipe z0 full",
 )
-
-
-def spearman(one: list[float], other: list[float]) -> float:
-    """Correlation of ranks; these times have no ties."""
-    first, second = (np.argsort(np.argsort(values)) for values in (one, other))
-    return float(np.corrcoef(first, second)[0, 1])
 
 
 def run(plan: Plan, steps: int) -> StepReport:

@@ -67,6 +67,7 @@ def test_a_dispatcher_sends_a_token_once_to_every_node():
     platform, moe = load_platform("dgx-h100"), recipe_of(ROWS["r0145"]).model.moe
     copies = copies_per_row(platform, moe, 16, "hybridep")  # 8 experts on 2 nodes: nearly always both
     assert copies["cluster"] == pytest.approx(2 * (1 - 0.5**8) / 8)
+    assert platform.levels[0].link is not None
     assert platform.levels[0].link.topology in INSIDE_A_NODE
     assert copies_per_row(platform, moe, 16, "alltoall") == {}
     assert distinct(1, 64) == pytest.approx(1)

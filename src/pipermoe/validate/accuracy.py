@@ -171,8 +171,8 @@ def _mean(values: Iterable[float]) -> float:
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float:
     """Rank correlation; equal values share their mean rank."""
-    ranks = [_ranks(np.asarray(values, dtype=float)) for values in (first, second)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    one, other = (_ranks(np.asarray(values, dtype=float)) for values in (first, second))
+    return float(np.corrcoef(one, other)[0, 1])
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
