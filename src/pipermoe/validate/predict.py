@@ -39,7 +39,8 @@ def predict_step(recipe: Recipe) -> Prediction:
     schedule = build(strategy.schedule, strategy.pipeline_parallel, microbatches, strategy.virtual_stages)
     durations = Durations(
         forward=cost["forward"].tolist(),
-        backward=cost["backward"].tolist(),
+        input_grad=cost["input_grad"].tolist(),
+        weight_grad=cost["weight_grad"].tolist(),
         forward_exchange=cost["forward_exchange"].tolist(),
         backward_exchange=cost["backward_exchange"].tolist(),
         transfer=float(cost["send"].max()) if strategy.pipeline_parallel > 1 else 0.0,
@@ -47,18 +48,19 @@ def predict_step(recipe: Recipe) -> Prediction:
     timeline = simulate(schedule, durations)
     stages_of = [list(schedule.stages_of(rank)) for rank in range(schedule.num_ranks)]
 
-    def per_rank(name: str) -> np.ndarray:
-        return np.array([cost[name][stages].sum() for stages in stages_of])
+    def per_rank(*names: str) -> np.ndarray:
+        return np.array([sum(cost[name][stages].sum() for name in names) for stages in stages_of])
 
-    reducing = np.maximum(0.0, per_rank("reduce") - per_rank("backward"))
-    gathering = np.maximum(0.0, per_rank("gather") - per_rank("forward"))
-    updating = per_rank("norm") + per_rank("update")
+    forward, backward = per_rank("forward"), per_rank("input_grad", "weight_grad")
+    reducing = np.maximum(0.0, cost["reduce"] - backward)
+    gathering = np.maximum(0.0, cost["gather"] - forward)
+    updating = cost["norm"] + cost["update"]
     ends = np.array([max(ends) for ends in timeline.end])
     sync = float(cost["flags"][0])
     step = float((ends + reducing).max() + sync + (updating + gathering).max())
-    busiest = int(np.argmax(per_rank("forward") + per_rank("backward")))
-    compute = microbatches * float((per_rank("forward") + per_rank("backward"))[busiest])
-    exchange = microbatches * float((per_rank("forward_exchange") + per_rank("backward_exchange"))[busiest])
+    busiest = int(np.argmax(forward + backward))
+    compute = microbatches * float((forward + backward)[busiest])
+    exchange = microbatches * float(per_rank("forward_exchange", "backward_exchange")[busiest])
     sync += float(reducing[busiest] + gathering[busiest])
     optimizer = float(updating[busiest])
     return Prediction(step, compute, exchange, step - compute - exchange - sync - optimizer, sync, optimizer)
