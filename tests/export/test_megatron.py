@@ -101,6 +101,20 @@ def test_the_nearest_plan_is_priced_on_the_platform():
         export_plan(plan, "megatron", 4, platform=machine(ranks=4))
 
 
+def test_a_nearest_plan_that_does_not_fit_says_so():
+    plan = plan_for("pp2 dp2 ep2 mbs1 gpipe z1/0", precision="fp32", seq_len=64, global_batch_size=16)
+    small = machine(ranks=4)
+    small = small.model_copy(update={"device": small.device.model_copy(update={"memory_bytes": 2**20})})
+    with pytest.raises(UserError, match=r"GiB on machine, which its 1\.00 MiB do not hold \(this plan: "):
+        export_plan(plan, "megatron", 4, platform=small)
+
+
+def test_where_the_platform_has_no_price_the_reason_stands_in_its_place():
+    plan = plan_for("pp2 dp2 ep2 mbs1 gpipe z1/0", precision="bf16", seq_len=64, global_batch_size=16)
+    with pytest.raises(UserError, match=r"schedule = 'gpipe'.*nearest: .*, not priced: .*precision = 'bf16'"):
+        export_plan(plan, "megatron", 4, platform=machine(ranks=4))
+
+
 @pytest.mark.parametrize(
     ("model", "train", "message"),
     [

@@ -18,6 +18,7 @@ from pipermoe.specs.legality import LEGAL, violations
 from pipermoe.specs.platform import Platform
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.strategy_text import strategy_text
+from pipermoe.specs.units import GIB, format_bytes
 
 Changes = dict[str, object]  # fields of Strategy and their new values
 
@@ -80,15 +81,20 @@ def microbatches(wanted: Configuration) -> int:
 
 
 def _cost(wanted: Configuration, nearest: Configuration, platform: Platform | None) -> str:
+    """What the nearest strategy is predicted to take beside the wanted one, and whether it fits; or why no price."""
     if platform is None:
         return "not priced without --platform"
-    require_priced(wanted.model, platform, wanted.train, wanted.strategy.world_size)
-    steps = [predict(one.model, platform, one.train, one.strategy) for one in (nearest, wanted)]
-    peaks = [max(rank.peak_bytes for rank in step.ranks) / 2**30 for step in steps]
-    times = [step.step_seconds for step in steps]
+    try:
+        require_priced(wanted.model, platform, wanted.train, wanted.strategy.world_size)
+        steps = [predict(one.model, platform, one.train, one.strategy) for one in (nearest, wanted)]
+    except UserError as error:
+        return f"not priced: {error}"
+    peaks = [max(rank.peak_bytes for rank in step.ranks) for step in steps]
+    budget = platform.device.memory_bytes - platform.reserved_bytes
+    lack = f", which its {format_bytes(budget)} do not hold" if peaks[0] > budget else ""
     return (
-        f"predicted {times[0]:.4g} s a step and {peaks[0]:.4g} GiB on {platform.name} "
-        f"(this plan: {times[1]:.4g} s, {peaks[1]:.4g} GiB)"
+        f"predicted {steps[0].step_seconds:.4g} s a step and {peaks[0] / GIB:.4g} GiB on {platform.name}{lack} "
+        f"(this plan: {steps[1].step_seconds:.4g} s, {peaks[1] / GIB:.4g} GiB)"
     )
 
 
