@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
+
+from pipermoe.export import Job
+from pipermoe.specs.errors import UserError
 from pipermoe.specs.model import GroupedQueryAttention, MixtureOfExperts, ModelSpec
 from pipermoe.specs.plan import Plan
 from pipermoe.specs.report import StepReport
@@ -42,3 +47,12 @@ def _changed(changes: dict[str, Any]) -> ModelSpec:
     moe = {key.removeprefix("moe."): value for key, value in changes.items() if key.startswith("moe.")}
     rest = {key: value for key, value in changes.items() if "." not in key}
     return MODEL.model_copy(update={"moe": MODEL.moe.model_copy(update=moe), **rest})
+
+
+def assert_refused_for(job_of: Callable[[str], tuple[Any, Job]], text: str, key: str, nearest: str) -> None:
+    """`job_of(text)` is refused because of `key`, and the nearest strategy that it names is expressible."""
+    with pytest.raises(UserError) as error:
+        job_of(text)
+    assert str(error.value).startswith(f"strategy.{key} = ")
+    assert f"; nearest: '{nearest}', not priced" in str(error.value)
+    assert job_of(nearest)[1].files

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tests.export.plans import MODEL, plan_for
+from tests.export.plans import MODEL, assert_refused_for, plan_for
 
 from pipermoe.export import export_plan
 from pipermoe.export.deepspeed.reading import check_keys
@@ -67,11 +67,7 @@ def test_every_written_key_is_known_and_the_version_is_said():
     ],
 )
 def test_what_deepspeed_cannot_express_is_refused_with_the_nearest_that_it_can(text, key, nearest):
-    with pytest.raises(UserError) as error:
-        job_of(text)
-    assert str(error.value).startswith(f"strategy.{key} = ")
-    assert f"; nearest: '{nearest}', not priced" in str(error.value)
-    assert job_of(nearest)[1].files
+    assert_refused_for(job_of, text, key, nearest)
 
 
 @pytest.mark.parametrize(
