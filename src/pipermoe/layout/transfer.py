@@ -1,4 +1,4 @@
-"""Transfer: what has to travel so that one layout becomes another, and whether that pays."""
+"""Transfer: what has to travel so that one layout becomes another."""
 
 # L MoE layers, N ranks, E logical experts
 
@@ -64,15 +64,6 @@ class Transfer:
         """Until the busiest rank has sent and received everything, both directions at once."""
         matrix = self.bytes_NN(bytes_per_expert)
         return float(max(matrix.sum(0).max(), matrix.sum(1).max()) / bandwidth_bytes_per_s)
-
-
-def pays(*, gain_seconds_per_step: float, horizon_steps: float, stays: float, move_seconds: float) -> bool:
-    """Whether a new layout earns its move back.
-
-    `horizon_steps` is how long the forecast lives, and `stays` the share of the gain that the measured drift of the
-    load leaves over that time (1: the load stands still).
-    """
-    return gain_seconds_per_step * horizon_steps * stays > move_seconds
 
 
 def expert_bytes(expert_parameters: int, *, bytes_per_parameter: float = 16.0) -> int:
