@@ -8,6 +8,7 @@ the rank itself before its node before the others.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -119,5 +120,5 @@ def copies_of(slots_NS: NDArray[np.int64], experts: int) -> Sequence[tuple[int, 
     bounds = np.searchsorted(held[order], np.arange(experts + 1))
     return [
         (expert, (ranks[order[first:last]], slots[order[first:last]]))
-        for expert, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False))
+        for expert, (first, last) in enumerate(itertools.pairwise(bounds))
     ]

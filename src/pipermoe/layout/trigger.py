@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -72,6 +73,6 @@ def horizon_steps(
     From the drift between consecutive `windows`, `steps_between` steps apart. Loads that walk drift with the square
     root of time; the straight line taken here is on the safe side beyond one window.
     """
-    steps = [drift(earlier, later).mean() for earlier, later in zip(windows, windows[1:], strict=False)]
+    steps = [drift(earlier, later).mean() for earlier, later in itertools.pairwise(windows)]
     per_step = float(np.mean(steps)) / steps_between if steps else 0.0
     return most if per_step * most <= tolerance else tolerance / per_step
