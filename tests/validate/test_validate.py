@@ -32,7 +32,6 @@ def test_model_flops_are_those_that_publications_count():  # 22.8 to 23.1 GFLOP 
     ("change", "reason"),
     [
         ({"mbs": None}, "the source does not give mbs"),
-        ({"tp": 2}, "time under tp = 2 is not modelled yet"),
         ({"model": "nobody/none"}, "model 'nobody/none' is not in the catalogue"),
         ({"gpu": "Z80"}, "machine 'Z80' is not in the catalogue"),
         ({"source": "a diary"}, "no software profile for 'a diary'"),
@@ -44,6 +43,15 @@ def test_a_row_that_cannot_be_predicted_says_why(change, reason):
     with pytest.raises(NotCovered) as error:
         recipe_of(ROWS["r0145"].model_copy(update=change))
     assert str(error.value) == reason
+
+
+def test_a_mapping_is_taken_whole():
+    strategy = recipe_of(ROWS["r0060"]).strategy  # layout Et*4|(t*4|)*14tmL, its prediction layer counted as a layer
+    assert strategy.layer_split == (4,) * 15 + (2,)
+    assert recipe_of(ROWS["r0225"]).strategy.tensor_parallel == 2
+    assert recipe_of(ROWS["r0062"]).strategy.recompute_modules == ("norm", "moe_act")
+    cut = recipe_of(ROWS["r0409"]).model
+    assert (cut.num_layers, cut.moe.num_experts, cut.moe.top_k, cut.moe.expert_width) == (14, 16, 4, 8192)
 
 
 def test_a_csv_of_others_is_read_and_a_mistake_names_line_and_column(tmp_path):

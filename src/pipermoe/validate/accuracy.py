@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from pipermoe.specs.base import Frozen
+from pipermoe.specs.report import Term
 from pipermoe.specs.software import load_software
 from pipermoe.validate.predict import Prediction, predict_step
 from pipermoe.validate.recipe import NotCovered, Recipe, recipe_of
@@ -21,7 +22,7 @@ Role = Literal["fit", "twin", "unseen"]
 
 
 class RowResult(Frozen):
-    """One row: seconds of a step measured and predicted, and the shares of the prediction."""
+    """One row: seconds of a step measured and predicted; `terms` are those of the busiest pipeline rank."""
 
     id: str
     source: str
@@ -34,9 +35,7 @@ class RowResult(Frozen):
     role: Role
     measured_seconds: float
     predicted_seconds: float
-    compute_seconds: float
-    exchange_seconds: float
-    sync_seconds: float
+    terms: dict[Term, float]
 
     @property
     def error(self) -> float:
@@ -127,9 +126,7 @@ def _result(row: PublishedRow, recipe: Recipe, role: Role, prediction: Predictio
         role=role,
         measured_seconds=recipe.measured_seconds,
         predicted_seconds=prediction.step_seconds,
-        compute_seconds=prediction.compute,
-        exchange_seconds=prediction.exchange,
-        sync_seconds=prediction.sync,
+        terms=prediction.terms,
     )
 
 

@@ -12,6 +12,7 @@ from pipermoe.schedule.builders import RECIPES as SCHEDULES
 from pipermoe.specs.catalogue import load_model, model_names
 from pipermoe.specs.documents import read_mapping
 from pipermoe.specs.legality import LEGAL, violations
+from pipermoe.specs.megatron.patterns import read_layout
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.platform import Platform
 from pipermoe.specs.platform_file import load_platform, platform_names
@@ -63,10 +64,14 @@ def _known(value: int | None) -> int:
 
 
 def _model(row: PublishedRow) -> ModelSpec:
-    name = _aliases()["models"].get(row.model, row.model.lower())
+    alias = _aliases()["models"].get(row.model, row.model.lower())
+    name, changes = (alias, {}) if isinstance(alias, str) else (alias["base"], alias)
     if name not in model_names():
         raise NotCovered(f"model {row.model!r} is not in the catalogue")
     model = load_model(name)
+    moe = model.moe.model_copy(update={key: value for key, value in changes.items() if hasattr(model.moe, key)})
+    own = {key: value for key, value in changes.items() if hasattr(model, key)}
+    model = model.model_copy(update=own | {"moe": moe})
     if model.mtp_layers and "no MTP" not in row.remark and "w/o MTP" not in row.model:
         # A multi-token prediction module is priced as one more layer; its head and loss are left out.
         model = model.model_copy(update={"num_layers": model.num_layers + model.mtp_layers})
@@ -100,9 +105,6 @@ def _precision(row: PublishedRow) -> Precision:
 
 def _strategy(row: PublishedRow, model: ModelSpec) -> Strategy:
     pp, tp, cp, etp, ep = (_known(row.pp), row.tp or 1, row.cp or 1, row.etp or 1, _known(row.ep))
-    unmodelled = [f"{name} = {n}" for name, n in (("tp", tp), ("cp", cp), ("etp", etp)) if n > 1]
-    if unmodelled:
-        raise NotCovered(f"time under {', '.join(unmodelled)} is not modelled yet")
     ranks_per_stage, rest = divmod(_known(row.n_gpus), pp)
     experts, uneven = divmod(ranks_per_stage, ep * etp)
     if rest or uneven:
@@ -122,10 +124,30 @@ def _strategy(row: PublishedRow, model: ModelSpec) -> Strategy:
         expert_data_parallel=experts,
         micro_batch_size=_known(row.mbs),
         schedule=name,
-        recompute="full" if row.recompute.startswith("full") else "none",
+        layer_split=_layer_split(row, model),
+        **_recompute(row),
         zero_dense=1,
         zero_expert=1,
     )
+
+
+def _layer_split(row: PublishedRow, model: ModelSpec) -> tuple[int, ...]:
+    """The layers of every stage where the remark gives Megatron's layout; a prediction layer counts as a layer."""
+    word, _, layout = row.remark.partition(" ")
+    if word != "layout":
+        return ()
+    stages = read_layout(layout)
+    split = tuple(decoder + mtp for decoder, mtp in zip(stages.decoder, stages.mtp, strict=True))
+    return split if sum(split) == model.num_layers and min(split) else ()
+
+
+def _recompute(row: PublishedRow) -> dict[str, Any]:
+    """Megatron's names of recomputed modules as ours; those that only it has are left out (docs/accuracy.md)."""
+    if row.recompute.startswith("full"):
+        return {"recompute": "full"}
+    names = (_aliases()["recompute"].get(name.strip()) for name in row.recompute.split("+"))
+    modules = tuple(name for name in names if name)
+    return {"recompute": "selective", "recompute_modules": modules} if modules else {}
 
 
 def _step_seconds(row: PublishedRow, model: ModelSpec, train: TrainConfig) -> float:
@@ -154,6 +176,6 @@ def model_flops(model: ModelSpec, train: TrainConfig) -> float:
 
 
 @cache
-def _aliases() -> dict[str, dict[str, str]]:
+def _aliases() -> dict[str, dict[str, Any]]:
     with resources.as_file(resources.files("pipermoe") / "catalogue" / "validation" / "aliases.toml") as path:
         return read_mapping(path)
