@@ -29,13 +29,14 @@ from pipermoe.specs.train import TrainConfig
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Everything that a search is about."""
+    """Everything that a search is about; `imbalance` is the busiest rank's rows over the mean."""
 
     model: ModelSpec
     platform: Platform
     train: TrainConfig
     world_size: int
     memory_budget_bytes: int
+    imbalance: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ def search_space(job: Job) -> Space:
         considered=len(everything),
         illegal=len(everything) - len(legal),
         redundant=len(legal) - len(table),
-        peak_bytes=peak_bytes(job.model, job.train, table),
+        peak_bytes=peak_bytes(job.model, job.train, table, imbalance=job.imbalance),
     )
 
 
@@ -70,7 +71,7 @@ def bounds(job: Job, table: StrategyTable) -> NDArray:
     """A lower bound of every row's step seconds."""
     bound = np.zeros(len(table))
     for rows, group in uniform_groups(table):
-        costs = step_costs(job.model, job.platform, job.train, group)
+        costs = step_costs(job.model, job.platform, job.train, group, job.imbalance)
         bound[rows] = lower_bound(job.platform, job.train, group, costs)
     return bound
 
@@ -78,7 +79,7 @@ def bounds(job: Job, table: StrategyTable) -> NDArray:
 def exact_seconds(job: Job, strategy: Strategy) -> float:
     """The simulated step seconds of one strategy."""
     table = StrategyTable.of([strategy])
-    costs: StepCosts = step_costs(job.model, job.platform, job.train, table)
+    costs: StepCosts = step_costs(job.model, job.platform, job.train, table, job.imbalance)
     return step_seconds_by_term(job.platform, job.train, strategy, costs)[0]
 
 

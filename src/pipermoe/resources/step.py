@@ -293,37 +293,53 @@ def shared_seconds(work: list[float], ranks_per_stage: int, slots: float) -> lis
     return finish
 
 
-def predict(model: ModelSpec, platform: Platform, train: TrainConfig, strategy: Strategy) -> StepReport:
-    """What one step of `strategy` costs, rank by rank."""
+def predict(
+    model: ModelSpec, platform: Platform, train: TrainConfig, strategy: Strategy, imbalance: float = 1.0
+) -> StepReport:
+    """What one step of `strategy` costs, rank by rank; `imbalance` is the busiest rank's rows over the mean."""
     table = StrategyTable.of([strategy])
-    return report(model, platform, train, strategy, step_costs(model, platform, train, table))
+    return report(model, platform, train, strategy, step_costs(model, platform, train, table, imbalance), imbalance)
 
 
 def report(
-    model: ModelSpec, platform: Platform, train: TrainConfig, strategy: Strategy, costs: StepCosts
+    model: ModelSpec,
+    platform: Platform,
+    train: TrainConfig,
+    strategy: Strategy,
+    costs: StepCosts,
+    imbalance: float = 1.0,
 ) -> StepReport:
     """The report of a strategy whose costs (one row) are known."""
     table = StrategyTable.of([strategy])
     place = placement_of(model, table)
     states = state_elements(model, place.ranks, table)
     step, terms = step_seconds_by_term(platform, train, strategy, costs)
-    memory = rank_memory(model, train, table, states)
-    calls = traffic(train, sizes_of(model, train, table), place.ranks, table, states, messages_sent(place.stages_of))
+    memory = rank_memory(model, train, table, states, imbalance=imbalance)
+    calls = traffic(
+        train,
+        sizes_of(model, train, table, imbalance=imbalance),
+        place.ranks,
+        table,
+        states,
+        messages_sent(place.stages_of),
+    )
     flops = step_flops(model, train, strategy)
-    ranks = []
-    for rank in range(strategy.world_size):
-        pp = coordinates(strategy, rank).pp
+    stages = []
+    for pp, held in enumerate(place.stages_of):
         sent = {key: Traffic(calls=int(c.calls[0, pp]), bytes=int(c.bytes[0, pp])) for key, c in calls.items()}
-        ranks.append(
+        stages.append(
             RankReport(
-                rank=rank,
+                rank=pp,
                 peak_bytes=sum(memory[pp].values()),
                 memory_bytes=memory[pp],
-                flops=sum(flops[stage] for stage in place.stages_of[pp]),
+                flops=sum(flops[stage] for stage in held),
                 traffic={key: traffic for key, traffic in sent.items() if traffic.calls},
                 seconds=terms[pp],
             )
         )
+    ranks = [
+        stages[coordinates(strategy, rank).pp].model_copy(update={"rank": rank}) for rank in range(strategy.world_size)
+    ]
     return StepReport(step_seconds=step, ranks=tuple(ranks))
 
 
