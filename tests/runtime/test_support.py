@@ -56,6 +56,6 @@ def test_experts_are_the_same_whichever_rank_draws_them():
     name = "layers.3.experts.down.weight"
     whole, half = torch.empty(4, 3, 5), torch.empty(2, 3, 5)
     initialize([(name, whole)], seed=7, num_layers=4)
-    initialize([(name, half)], seed=7, num_layers=4, first_expert=2)
+    initialize([(name, half)], seed=7, num_layers=4, experts_of=lambda name: range(2, 4))
     assert torch.equal(whole[2:], half)
     assert not torch.equal(whole[0], whole[1])

@@ -96,7 +96,7 @@ class Trainer:
             return 0
         with self._phase(f"loading {self.run.resume}"):
             biases = self.engine.correction_biases()
-            first = load_checkpoint(self.run.resume, self.plan, self.optimizer, biases, self.groups)
+            first = load_checkpoint(self.run.resume, self.plan, self.optimizer, biases)
         if first >= self.steps:
             raise UserError(f"{self.run.resume}: has trained {first} of {self.steps} steps already; use --steps")
         return first

@@ -7,11 +7,14 @@ draws the layers and experts that it holds and no others.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+
+from pipermoe.layout.expert_layout import EMPTY
 
 INITIAL_STD = 0.02  # GPT-2 (Radford et al. 2019); projections into the residual stream are divided by sqrt(2 L)
 
@@ -21,11 +24,22 @@ def is_expert(name: str) -> bool:
     return ".experts." in name
 
 
+def expert_name(name: str, expert: int) -> str:
+    """What the part of the parameter `name` is called that belongs to this logical expert."""
+    return f"{name}.{expert}"
+
+
 @torch.no_grad()
-def initialize(parameters: Iterable[tuple[str, Tensor]], *, seed: int, num_layers: int, first_expert: int = 0) -> None:
+def initialize(
+    parameters: Iterable[tuple[str, Tensor]],
+    *,
+    seed: int,
+    num_layers: int,
+    experts_of: Callable[[str], Iterable[int]] = lambda name: itertools.count(),
+) -> None:
     """Fill (global name, parameter) pairs in place: norms with ones, biases and sinks with zeros, matrices at random.
 
-    Expert parameters are (local experts, in, out); their first local expert is the logical expert `first_expert`.
+    Expert parameters are (slots, in, out); `experts_of(name)` are the logical experts in those slots, or `EMPTY`.
     """
     for name, parameter in parameters:
         if name.endswith("norm.weight"):
@@ -33,8 +47,11 @@ def initialize(parameters: Iterable[tuple[str, Tensor]], *, seed: int, num_layer
         elif name.endswith((".bias", ".sinks")):
             parameter.zero_()
         elif is_expert(name):
-            for local, expert in enumerate(parameter):
-                expert.copy_(_draw(seed, f"{name}.{first_expert + local}", expert, _std(name, num_layers)))
+            for slot, expert in zip(parameter, experts_of(name), strict=False):
+                if expert == EMPTY:
+                    slot.zero_()
+                else:
+                    slot.copy_(_draw(seed, expert_name(name, expert), slot, _std(name, num_layers)))
         else:
             parameter.copy_(_draw(seed, name, parameter, _std(name, num_layers)))
 

@@ -3,9 +3,9 @@
 A checkpoint is a folder `checkpoints/step-000100`. It grows under a temporary name and is renamed when every rank's
 file is on disk, so a folder that is there is whole. `checkpoint.json` says what is in it and how long each file is.
 
-Routed experts are stored by logical id: one vector of all E experts, of which a rank holds a stretch. Neither the
-degrees nor the ZeRO levels of the run that resumes have to be those of the run that saved. Beside these vectors only
-the step is kept: the learning rate, the order of the data and every random draw are functions of it.
+Routed experts are stored by logical id, each in vectors of its own. Neither the degrees, the ZeRO levels nor the expert
+layout of the run that resumes have to be those of the run that saved. Beside these vectors only the step is kept: the
+learning rate, the order of the data and every random draw are functions of it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pipermoe.runtime.checkpoint.format import Piece, Pieces, read_pieces
-from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.optimizer.adamw import Optimizer, Part
-from pipermoe.runtime.weights import is_expert
 from pipermoe.specs.base import Frozen
 from pipermoe.specs.documents import load
 from pipermoe.specs.errors import UserError
@@ -73,15 +71,13 @@ def check_resumable(folder: Path, plan: Plan) -> CheckpointRecord:
     return record
 
 
-def load_checkpoint(
-    folder: Path, plan: Plan, optimizer: Optimizer, biases: Iterable[tuple[str, Tensor]], groups: ProcessGroups
-) -> int:
+def load_checkpoint(folder: Path, plan: Plan, optimizer: Optimizer, biases: Iterable[tuple[str, Tensor]]) -> int:
     """Fill weights, moments and correction biases in place; returns the number of steps done.
 
     Collective: every rank calls it.
     """
     record = check_resumable(folder, plan)
-    pieces = pieces_of(optimizer.updated_parts(), plan, groups)
+    pieces = pieces_of(optimizer.updated_parts())
     pieces |= pieces_of_biases(biases)
     read_pieces(folder, pieces)
     optimizer.gather_weights()
@@ -94,15 +90,9 @@ def partial_folder(output: Path) -> Path:
     return output / "checkpoints" / ".partial"
 
 
-def pieces_of(parts: Iterable[Part], plan: Plan, groups: ProcessGroups) -> Pieces:
+def pieces_of(parts: Iterable[Part]) -> Pieces:
     """The stretches of global vectors that these parts of a rank's parameters are, by their names in the checkpoint."""
-    pieces = {}
-    for part in parts:
-        size, start = part.whole, part.span.start
-        if is_expert(part.span.name):
-            size, start = size * plan.strategy.expert_parallel, start + size * groups.coordinates.ep
-        pieces[f"{part.kind}.{part.span.name}"] = Piece(part.values, size, start)
-    return pieces
+    return {f"{part.kind}.{part.span.name}": Piece(part.values, part.whole, part.span.start) for part in parts}
 
 
 def pieces_of_biases(biases: Iterable[tuple[str, Tensor]]) -> Pieces:

@@ -57,7 +57,7 @@ class CheckpointWriter:
         Waits for the checkpoint before, if that is still being written. Older ones than the newest 3 go.
         """
         self.finish()
-        pieces = pieces_of(optimizer.owned_parts(), self._plan, self._groups)
+        pieces = pieces_of(optimizer.owned_parts())
         if self._groups.coordinates.dp == 0:
             pieces |= pieces_of_biases(biases)
         copies = {name: replace(piece, values=piece.values.to("cpu", copy=True)) for name, piece in pieces.items()}

@@ -51,7 +51,7 @@ class State:
 class Part:
     """A part of one parameter: its fp32 "weights", or of its moments "exp_avg" or "exp_avg_sq".
 
-    `span` is in elements of the parameter as it lies on this rank, flattened, which has `whole` of them.
+    `span` is in elements of the parameter, flattened, or of one routed expert of it; that has `whole` of them.
     """
 
     kind: str
@@ -146,9 +146,7 @@ class Optimizer:
 
 def _parts(state: State, held: slice) -> Iterator[Part]:
     first = state.flat.updated.start
-    for whole in state.flat.spans:
-        span = whole.within(held)
-        if span.start < span.stop:
-            local = Span(whole.name, span.start - whole.start, span.stop - whole.start)
-            for kind, values in state.items():
-                yield Part(kind, local, whole.stop - whole.start, values[span.start - first : span.stop - first])
+    for stretch in state.flat.stretches(held):
+        for kind, values in state.items():
+            part = values[stretch.held.start - first : stretch.held.stop - first]
+            yield Part(kind, stretch.span, stretch.size, part)

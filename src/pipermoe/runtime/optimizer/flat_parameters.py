@@ -10,12 +10,15 @@ uses depends on the ZeRO level (Rajbhandari et al. 2020): weights whole below 3,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from pipermoe.layout.expert_layout import EMPTY
+from pipermoe.runtime.weights import expert_name
 
 # torch 2.13 renamed both and warns on every rank about the names of 2.11.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -35,6 +38,15 @@ class Span:
         return Span(self.name, max(self.start, held.start), min(self.stop, held.stop))
 
 
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Elements `held` of a flat buffer are elements `span` of the vector of that name, which has `size` of them."""
+
+    span: Span
+    size: int
+    held: slice
+
+
 class FlatParameters:
     """The parameters that every rank of `group` holds a copy or a shard of, at ZeRO level `zero`.
 
@@ -44,14 +56,22 @@ class FlatParameters:
 
     Between `await_weights` and `drop` the parameters hold their weights, between `open_gradients` and
     `launch_reduction` their gradients; where those stay whole, always.
+
+    Of routed experts `experts` names the logical expert of each row of every parameter; `EMPTY` rows are nobody's.
     """
 
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], group: dist.ProcessGroup, zero: int) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        group: dist.ProcessGroup,
+        zero: int,
+        experts: Sequence[int] | None = None,
+    ) -> None:
         # Sorting is stable, so the order is the model's otherwise.
         ordered = sorted(parameters, key=lambda item: not _is_decayed(*item))
         self.group, self.ranks = group, dist.get_world_size(group)
         self.zero = zero if self.ranks > 1 else 0
-        self.spans = tuple(_spans(ordered))
+        self.spans, self.experts = tuple(_spans(ordered)), experts
         self.decayed = sum(parameter.numel() for name, parameter in ordered if _is_decayed(name, parameter))
         shard = -(-self.spans[-1].stop // self.ranks)
         self.size = shard * self.ranks
@@ -93,6 +113,25 @@ class FlatParameters:
     def whole_buffers(self) -> tuple[Tensor, ...]:
         """The buffers of all N elements that exist now, laid out as `spans` says."""
         return tuple(each for each in (self._whole_weights, self._whole_gradients) if each is not None)
+
+    def stretches(self, held: slice) -> Iterator[Stretch]:
+        """What lies in `held`, by the names of checkpoints: those of `spans`, and of each expert by its logical id."""
+        for span in self._named():
+            inside = span.within(held)
+            if inside.start < inside.stop:
+                within = Span(span.name, inside.start - span.start, inside.stop - span.start)
+                yield Stretch(within, span.stop - span.start, slice(inside.start, inside.stop))
+
+    def _named(self) -> Iterator[Span]:
+        if self.experts is None:
+            yield from self.spans
+            return
+        for span in self.spans:
+            each = (span.stop - span.start) // len(self.experts)
+            for row, expert in enumerate(self.experts):
+                if expert != EMPTY:
+                    start = span.start + row * each
+                    yield Span(expert_name(span.name, expert), start, start + each)
 
     # What the optimizer reads and writes.
 

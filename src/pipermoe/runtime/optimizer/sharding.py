@@ -8,10 +8,10 @@ while they are used. Dense parameters are sharded over dp, routed experts over e
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.meter import Meter
@@ -40,9 +40,17 @@ def flatten(
         zero = strategy.zero_expert if expert else strategy.zero_dense
         units[expert, unit_of(name) if zero >= 2 else ""].append((name, parameter))
     return [
-        FlatParameters(held, *((groups.edp, strategy.zero_expert) if expert else (groups.dp, strategy.zero_dense)))
+        FlatParameters(held, groups.edp, strategy.zero_expert, static_experts(held, groups))
+        if expert
+        else FlatParameters(held, groups.dp, strategy.zero_dense)
         for (expert, _), held in sorted(units.items(), key=lambda item: item[0][0])
     ]
+
+
+def static_experts(named_parameters: Sequence[tuple[str, Tensor]], groups: ProcessGroups) -> range:
+    """The logical experts of a rank where every rank holds the same number, in order."""
+    local = len(named_parameters[0][1])
+    return range(groups.coordinates.ep * local, (groups.coordinates.ep + 1) * local)
 
 
 class Sharding:

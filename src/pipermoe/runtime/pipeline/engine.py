@@ -108,7 +108,7 @@ class Engine:
             self.named_parameters(),
             seed=train.seed,
             num_layers=model.num_layers,
-            first_expert=here.ep * group.local_experts,
+            experts_of=lambda name: range(here.ep * group.local_experts, model.moe.num_experts),
         )
         self.flats = flatten(self.named_parameters(), groups, strategy)
         self.sharding.take(self.flats, tied=model.tie_word_embeddings)
