@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import numpy as np
@@ -47,6 +48,18 @@ def test_actions_and_modules_add_up_to_the_report():
     assert sum(report.memory_bytes.values()) == report.peak_bytes
     assert footprint.peak_action in actions
     assert (footprint.stages, footprint.layers) == ((0, 3), (0, 3))
+
+
+@pytest.mark.parametrize("dispatcher", ["all_to_all", "deduplicated"])
+def test_nothing_of_a_micro_batch_waits_for_the_garbage_collector(dispatcher):
+    gc.disable()
+    try:
+        actions = dry_run(MODELS["plain"], TINY, Strategy.parse(f"pp1 dp2 ep2 1f1b {dispatcher}"), rank=0).actions
+    finally:
+        gc.enable()
+    forwards = [action.peak_bytes for action in actions if action.kind == "F"]
+    assert len(forwards) > 2
+    assert forwards == forwards[:1] * len(forwards)
 
 
 def test_flops_belong_to_the_module_whose_weights_they_use():

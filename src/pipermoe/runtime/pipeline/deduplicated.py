@@ -120,11 +120,18 @@ class DeduplicatedJourney:
         return Both(slots, self._copies_out(x_TD))
 
     def compute(self, dispatched: Flight[tuple[Tensor, Tensor]]) -> Flight[Tensor]:
+        """What this rank's experts make of each copy: the weighted sum over those it goes to."""
         slots_R2, copies_BD = dispatched.wait()
         copy_R, weight_R = slots_R2[:, 0] + self._first_copy_R, slots_R2[:, 1].contiguous().view(torch.float32)
         if self._arrange_R is not None:
             copy_R, weight_R = copy_R[self._arrange_R], weight_R[self._arrange_R]
-        self._experts = Piece(lambda x_BD, weight_R: self._compute(x_BD, weight_R, copy_R), self._keep)
+        experts, rows = self._all_experts, self._rows  # a piece that held the journey would leave both to the collector
+
+        def weighted_sums(x_BD: Tensor, weight_R: Tensor) -> Tensor:
+            y_RD = experts(x_BD[copy_R], rows)
+            return torch.zeros_like(x_BD).index_add(0, copy_R, y_RD * weight_R[:, None])
+
+        self._experts = Piece(weighted_sums, self._keep)
         return self._copies_back(self._experts.forward(copies_BD, weight_R.to(self._dtype)))
 
     def merge(self, combined: Flight[Tensor]) -> Tensor:
@@ -142,11 +149,6 @@ class DeduplicatedJourney:
         to_weight_A, to_copies_CD = combined.wait()
         to_weights = to_weight_A.new_zeros(self._shape.numel()).index_copy_(0, self._order_A, to_weight_A)
         return self._sum_by_token(to_copies_CD), to_weights.view(self._shape)
-
-    def _compute(self, x_BD: Tensor, weight_R: Tensor, copy_R: Tensor) -> Tensor:
-        """What this rank's experts make of each copy: the weighted sum over those it goes to."""
-        y_RD = self._all_experts(x_BD[copy_R], self._rows)
-        return torch.zeros_like(x_BD).index_add(0, copy_R, y_RD * weight_R[:, None])
 
     def _copies_out(self, x_TD: Tensor) -> Flying[Tensor]:
         return self._group.launch(x_TD, self._token_C, self._copies, self._received_copies, None)
