@@ -16,7 +16,7 @@ from pipermoe.specs.strategy import Strategy
 
 COMMANDS = (
     *("measure", "describe", "plan", "tokenize", "train", "compare", "schedule", "dryrun", "demo"),
-    *("export", "import-plan", "megatron-memory"),
+    *("export", "import-plan", "megatron-memory", "balance"),
 )
 JOB = "seq_len = 32\nglobal_batch_size = 16\n"
 
@@ -93,6 +93,13 @@ def test_options_win_over_the_job_file(folder):
         (["describe", "no-model"], "no-model"),
         (["schedule", "2f2b"], "2f2b"),
         (["schedule", "1f1b", "--pp", "zero"], "--pp"),
+        (
+            ["balance", "tiny-none", "--ranks", "8", "--nodes", "3"],
+            "--nodes = 3: must divide --ranks = 8; nearest: 2, 4",
+        ),
+        (["balance", "tiny-none", "--slots", "0"], "32 experts on 64 ranks need at least 1 slots a rank"),
+        (["balance", "tiny-none", "--policy", "best"], "--policy = 'best': must be one of static, "),
+        (["balance", "model.toml"], "a trace is a .npz or a .csv file"),
         (["measure", "--nproc", "0"], "nproc = 0"),
         (["measure", "--colour"], "--colour"),
         (["teleport"], "teleport"),

@@ -11,6 +11,7 @@ import sys
 from cyclopts import App, CycloptsError
 
 from pipermoe import __version__
+from pipermoe.cli.balance import balance
 from pipermoe.cli.compare import compare
 from pipermoe.cli.demo import demo
 from pipermoe.cli.describe import describe
@@ -38,6 +39,7 @@ COMMANDS = (
     import_plan,
     megatron_memory,
     schedule,
+    balance,
     validate,
     demo,
 )

@@ -1,6 +1,6 @@
 """How the tokens of a step fall on experts and ranks: statistics of the load, and how even a layout makes it."""
 
-# P source ranks, L MoE layers, E logical experts, N ranks, W windows
+# P source ranks, L MoE layers, E logical experts, N ranks, W windows, G nodes, T tokens, K choices of a token
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipermoe.layout.expert_layout import ExpertLayout
+from pipermoe.layout.policy import Nodes
 from pipermoe.layout.replicas import greedy_copies
 
 
@@ -62,3 +63,31 @@ def least_imbalance(load_LE: NDArray, ranks: int, slots: int) -> NDArray[np.floa
     """
     largest = (load_LE / greedy_copies(load_LE, ranks * slots, most=ranks)).max(1)
     return np.maximum(1.0, largest / np.maximum(load_LE.sum(1) / ranks, 1e-300))
+
+
+def cross_node_share(layout: ExpertLayout, load_LE: NDArray, nodes: Nodes) -> NDArray[np.float64]:
+    """Share of the rows of each layer that leave their node, (L,), with sources spread evenly over the nodes.
+
+    An expert's rows are divided evenly over its copies, and a node's own rows go to its own copies as far as those
+    take them.
+    """
+    layers, _, experts = layout.copies_LNE.shape
+    held_LGE = layout.copies_LNE.reshape(layers, nodes.count, -1, experts).sum(2)
+    stays_LE = np.minimum(held_LGE / layout.copies_LE[:, None], 1 / nodes.count).sum(1)
+    return 1 - (stays_LE * load_LE).sum(1) / np.maximum(load_LE.sum(1), 1)
+
+
+def nodes_per_token(layout: ExpertLayout, routes_TLK: NDArray[np.int64], nodes: Nodes) -> NDArray[np.float64]:
+    """Nodes that a token's experts lie on, mean over tokens, (L,): the copies that a deduplicated dispatch sends.
+
+    A choice goes to a node that the token visits already where there is one, else to the first node with a copy.
+    """
+    layers, _, experts = layout.copies_LNE.shape
+    held_LGE = layout.copies_LNE.reshape(layers, nodes.count, -1, experts).sum(2) > 0
+    visited_LTG = np.zeros((layers, len(routes_TLK), nodes.count), dtype=bool)
+    every = np.arange(layers)[:, None]
+    for choice_LT in routes_TLK.transpose(2, 1, 0):
+        offered_LTG = held_LGE.transpose(0, 2, 1)[every, choice_LT]
+        new_LT = ~(offered_LTG & visited_LTG).any(2)
+        visited_LTG[every, np.arange(len(routes_TLK)), offered_LTG.argmax(2)] |= new_LT
+    return visited_LTG.sum(2).mean(1)

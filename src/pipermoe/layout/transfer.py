@@ -66,6 +66,11 @@ class Transfer:
         return float(max(matrix.sum(0).max(), matrix.sum(1).max()) / bandwidth_bytes_per_s)
 
 
+def moved_copies(before: ExpertLayout, after: ExpertLayout) -> NDArray[np.int64]:
+    """How many copies travel in each layer, (L,): those that a rank has after and not before."""
+    return ((after.copies_LNE > 0) & (before.copies_LNE == 0)).sum((1, 2))
+
+
 def expert_bytes(expert_parameters: int, *, bytes_per_parameter: float = 16.0) -> int:
     """Bytes of one expert that moves with weights, gradients and optimizer state: 16 per parameter, 48*d*d_ffn."""
     return round(expert_parameters * bytes_per_parameter)
