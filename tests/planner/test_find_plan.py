@@ -3,59 +3,71 @@ import pytest
 from tests.resources.cases import MODEL, TRAIN, machine
 
 from pipermoe.planner import find_plan
-from pipermoe.planner.search import Job, bounds, exact_seconds, search_space
-from pipermoe.planner.space import all_combinations, redundant_mask
+from pipermoe.planner.search import Field, Job, bounds, exact_seconds
+from pipermoe.planner.space import Space, job_space
+from pipermoe.resources.evaluate import peak_bytes
 from pipermoe.resources.step import predict
 from pipermoe.specs.documents import load, save
 from pipermoe.specs.errors import NoPlanFits, UserError
-from pipermoe.specs.legality import legal_mask
 from pipermoe.specs.plan import Plan
-from pipermoe.specs.strategy_table import StrategyTable
 
 MIB = 2**20
 BUDGET = 5 * MIB  # some of the neighbours of the best strategy do not fit
+
+
+def every_place(space: Space) -> np.ndarray:
+    return space.places(np.arange(len(space.heads)), space.select())
 
 
 @pytest.mark.parametrize(("slots", "budget"), [(2, 9 * MIB), (4, 100 * MIB)])
 def test_the_ranking_is_that_of_simulating_every_strategy(slots, budget):
     platform = machine(ranks=4, compute_slots=slots)
     result = find_plan(MODEL, platform, TRAIN, world_size=4, memory_budget_bytes=budget, top=5)
-    everything = all_combinations(TRAIN, 4)
-    legal = everything.take(legal_mask(everything, MODEL, TRAIN, 4))
-    legal = legal.take(~redundant_mask(legal))
-    reports = [predict(MODEL, platform, TRAIN, legal.row(row)) for row in range(len(legal))]
+    space = job_space(MODEL, TRAIN, 4)
+    reports = [predict(MODEL, platform, TRAIN, space.strategy(place)) for place in every_place(space)]
     fitting = [report.step_seconds for report in reports if max(r.peak_bytes for r in report.ranks) <= budget]
     assert [row.step_seconds for row in result.ranked] == sorted(fitting)[:5]
-    assert result.counts.not_fitting == len(legal) - len(fitting)
 
 
 def test_the_search_simulates_only_a_part_and_accounts_for_every_strategy():
     counts = find_plan(MODEL, machine(), TRAIN, world_size=4, top=3).counts
-    assert counts.considered == len(all_combinations(TRAIN, 4))
     assert counts.considered == (
         counts.illegal + counts.redundant + counts.not_fitting + counts.pruned + counts.simulated
     )
     assert 3 <= counts.simulated < counts.simulated + counts.pruned
 
 
+def test_the_best_with_a_given_value_is_the_fastest_of_those_that_have_it():
+    field = Field.of(Job(MODEL, machine(), TRAIN, 4, 9 * MIB))
+    selection = field.space.select(recompute=2, expert_parallel=[2, 4])
+    [best] = field.best(1, selection).best
+    ranking = field.best(len(every_place(field.space))).best
+    chosen = (field.space.strategy(found.place) for found in ranking)
+    first = next(s for s in chosen if s.recompute == "full" and s.expert_parallel > 1)
+    assert field.space.strategy(best.place) == first
+    assert field.bound[field.promising(selection) // len(field.space.tails)] <= best.seconds
+
+
 def test_every_bound_of_a_space_is_below_its_simulation():
     job = Job(MODEL, machine(ranks=8, compute_slots=3), TRAIN, 8, 2**40)
-    space = search_space(job)
-    exact = np.array([exact_seconds(job, space.table.row(row)) for row in range(len(space))])
-    assert (bounds(job, space.table) <= exact * (1 + 1e-12)).all()
+    space = job_space(MODEL, TRAIN, 8)
+    table = space.table(every_place(space))
+    exact = np.array([exact_seconds(job, table.row(row)) for row in range(len(table))])
+    assert (bounds(job, table) <= exact * (1 + 1e-12)).all()
 
 
 def test_redundant_strategies_cost_what_the_kept_ones_cost():
-    legal = all_combinations(TRAIN, 4)
-    legal = legal.take(legal_mask(legal, MODEL, TRAIN, 4))
-    dropped = legal.take(redundant_mask(legal))
-    assert _distinct_seconds(dropped) <= _distinct_seconds(legal.take(~redundant_mask(legal)))
+    space = job_space(MODEL, TRAIN, 4)
+    kept = every_place(space)
+    dropped = np.setdiff1d(np.arange(len(space.heads) * len(space.tails)), kept)
+    assert len(dropped) == space.redundant(space.select())
+    assert _distinct_seconds(space, dropped) <= _distinct_seconds(space, kept)
 
 
-def _distinct_seconds(table: StrategyTable) -> set[float]:
+def _distinct_seconds(space: Space, places: np.ndarray) -> set[float]:
     """To the nanosecond: sums in another order differ in their last digits."""
     job = Job(MODEL, machine(), TRAIN, 4, 2**40)
-    return {round(exact_seconds(job, table.row(row)), 9) for row in range(len(table))}
+    return {round(exact_seconds(job, space.strategy(place)), 9) for place in places}
 
 
 def test_a_plan_survives_its_file_and_names_the_source_of_every_input(tmp_path):
@@ -90,13 +102,14 @@ def test_what_does_not_fit_is_explained_by_its_missing_bytes_and_what_is_slower_
 def test_when_nothing_fits_the_closest_strategy_and_its_lack_are_named():
     with pytest.raises(NoPlanFits) as caught:
         find_plan(MODEL, machine(), TRAIN, world_size=4, memory_budget_bytes=MIB)
-    job = Job(MODEL, machine(), TRAIN, 4, MIB)
-    space = search_space(job)
-    missing = (space.peak_bytes.min() - MIB) / MIB
-    closest = space.table.row(int(space.peak_bytes.argmin()))
+    space = job_space(MODEL, TRAIN, 4)
+    table = space.table(every_place(space))
+    peaks = peak_bytes(MODEL, TRAIN, table)
+    missing = (peaks.min() - MIB) / MIB
+    closest = table.row(int(peaks.argmin()))
     assert f"no strategy for 4 ranks fits 1.00 MiB per rank; the closest, {closest.compact()}" in str(caught.value)
     assert f"misses {missing:.1f} MiB on rank" in str(caught.value)
-    needed = -(-int(space.peak_bytes.min()) // MIB)
+    needed = -(-int(peaks.min()) // MIB)
     assert str(caught.value).endswith(f"--memory {needed}MiB")
     assert find_plan(MODEL, machine(), TRAIN, world_size=4, memory_budget_bytes=needed * MIB).ranked
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipermoe.planner.result import Alternative, Candidate
-from pipermoe.planner.search import Job, Space, fastest
+from pipermoe.planner.search import Field, Job
+from pipermoe.planner.space import TAIL_COLUMNS
 from pipermoe.resources.flops import model_forward_flops
 from pipermoe.resources.step import compute_slots, peak_flops_per_rank, predict
 from pipermoe.specs.model import ModelSpec
@@ -27,25 +27,6 @@ AXES = (
     "zero_dense",
     "zero_expert",
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Field:
-    """The searched space with the lower bound of every row, fitting or not; arrays (rows,)."""
-
-    job: Job
-    space: Space
-    bound: NDArray
-
-    @property
-    def fits(self) -> NDArray[np.bool_]:
-        return self.space.peak_bytes <= self.job.memory_budget_bytes
-
-    def best(self, mask: NDArray[np.bool_], count: int = 1) -> tuple[tuple[tuple[int, float], ...], int]:
-        """The fastest rows of `mask` with their seconds, and how many were simulated."""
-        rows = np.flatnonzero(mask)
-        ranking = fastest(self.job, self.space, rows, self.bound[rows], count)
-        return ranking.rows, ranking.simulated
 
 
 def candidate(job: Job, strategy: Strategy, prediction: StepReport) -> Candidate:
@@ -78,14 +59,16 @@ def alternatives(field: Field, chosen: Candidate) -> tuple[Alternative, ...]:
     """
     axes_of: dict[int, list[str]] = {}
     for axis in AXES:
-        column = getattr(field.space.table, axis)
+        column = getattr(field.space.tails if axis in TAIL_COLUMNS else field.space.heads, axis)
         here = _code(axis, chosen.strategy)
         values = np.unique(column[column != here]).tolist()
         if axis == "micro_batch_size":
             values = [v for v in values if v < here][-1:] + [v for v in values if v > here][:1]
         for value in values:
-            axes_of.setdefault(_representative(field, column == value), []).append(axis)
-    return tuple(_alternative(field, row, tuple(axes), chosen) for row, axes in axes_of.items())
+            place = _representative(field, axis, value)
+            if place >= 0:
+                axes_of.setdefault(place, []).append(axis)
+    return tuple(_alternative(field, place, tuple(axes), chosen) for place, axes in axes_of.items())
 
 
 def _code(axis: str, strategy: Strategy) -> int:
@@ -97,20 +80,17 @@ def _code(axis: str, strategy: Strategy) -> int:
     )
 
 
-def _representative(field: Field, mask: NDArray[np.bool_]) -> int:
-    """The fastest row of `mask` that fits, or if none does the smallest."""
-    fitting = mask & field.fits
-    if fitting.any():
-        ((row, _),), _ = field.best(fitting)
-        return row
-    rows = np.flatnonzero(mask)
-    return int(rows[np.argmin(field.space.peak_bytes[rows])])
+def _representative(field: Field, axis: str, value: int) -> int:
+    """The fastest strategy with that value that fits, or if none does the smallest; -1 if there is none."""
+    selection = field.space.select(**{axis: value})
+    best = field.best(1, selection).best
+    return best[0].place if best else field.smallest(selection)
 
 
-def _alternative(field: Field, row: int, axes: tuple[str, ...], chosen: Candidate) -> Alternative:
-    job, strategy = field.job, field.space.table.row(row)
-    other = candidate(job, strategy, predict(job.model, job.platform, job.train, strategy))
-    if not field.fits[row]:
+def _alternative(field: Field, place: int, axes: tuple[str, ...], chosen: Candidate) -> Alternative:
+    job, strategy = field.job, field.space.strategy(place)
+    other = candidate(job, strategy, predict(job.model, job.platform, job.train, strategy, job.imbalance))
+    if other.peak_bytes > job.memory_budget_bytes:
         more = {name: other.memory_bytes[name] - chosen.memory_bytes[name] for name in MEMORY_CATEGORIES}
         return Alternative(
             axes=axes,
@@ -148,13 +128,12 @@ def bottleneck(field: Field, chosen: Candidate) -> str:
     slots = compute_slots(job.platform, job.world_size)
     if part == "computing" and slots < job.world_size:
         sentence += f", because {job.world_size} ranks share {slots:.3g} core{'s' * (slots != 1)}"
-    if not field.fits.all():
-        ((row, unlimited),), _ = field.best(np.ones(len(field.space), dtype=bool))
-        if unlimited < chosen.step_seconds:
-            gain = 1 - unlimited / chosen.step_seconds
-            strategy = field.space.table.row(row)
-            sentence += (
-                f"; with memory for {strategy.compact()} mbs{strategy.micro_batch_size} "
-                f"it would take {format_seconds(unlimited)} ({gain:.1%} less)"
-            )
+    [unlimited] = field.best(memory_budget_bytes=math.inf).best
+    if unlimited.seconds < chosen.step_seconds:
+        gain = 1 - unlimited.seconds / chosen.step_seconds
+        strategy = field.space.strategy(unlimited.place)
+        sentence += (
+            f"; with memory for {strategy.compact()} mbs{strategy.micro_batch_size} "
+            f"it would take {format_seconds(unlimited.seconds)} ({gain:.1%} less)"
+        )
     return sentence

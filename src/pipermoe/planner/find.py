@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import time
 
-import numpy as np
-
-from pipermoe.planner.explain import Field, alternatives, bottleneck, candidate
+from pipermoe.planner.explain import alternatives, bottleneck, candidate
 from pipermoe.planner.inputs import plan_inputs
 from pipermoe.planner.result import PlanningResult, SearchCounts
-from pipermoe.planner.search import Job, Space, bounds, search_space
+from pipermoe.planner.search import Field, Job
 from pipermoe.planner.space import require_legal_world
 from pipermoe.resources.parameters import total_parameters
 from pipermoe.resources.priced import require_priced
@@ -44,16 +42,14 @@ def find_plan(
     require_priced(model, platform, train, world_size)
     require_legal_world(model, train, world_size)
     job = Job(model, platform, train, world_size, budget)
-    space = search_space(job)
-    field = Field(job, space, bounds(job, space.table))
-    if not field.fits.any():
-        raise NoPlanFits(_nothing_fits(job, space))
-    best, simulated = field.best(field.fits, top)
-    strategies = [space.table.row(row) for row, _ in best]
+    field = Field.of(job)
+    ranking = field.best(top)
+    if not ranking.best:
+        raise NoPlanFits(_nothing_fits(field))
+    strategies = [field.space.strategy(found.place) for found in ranking.best]
     predictions = [predict(model, platform, train, strategy) for strategy in strategies]
     ranked = tuple(candidate(job, *pair) for pair in zip(strategies, predictions, strict=True))
     chosen = ranked[0]
-    fitting = int(field.fits.sum())
     return PlanningResult(
         model=model,
         platform=platform.name,
@@ -63,12 +59,12 @@ def find_plan(
         memory_budget_bytes=budget,
         parameters=total_parameters(model),
         counts=SearchCounts(
-            considered=space.considered,
-            illegal=space.illegal,
-            redundant=space.redundant,
-            not_fitting=len(space) - fitting,
-            pruned=fitting - simulated,
-            simulated=simulated,
+            considered=field.space.considered,
+            illegal=field.space.illegal,
+            redundant=field.space.redundant(field.space.select()),
+            not_fitting=ranking.not_fitting,
+            pruned=ranking.pruned,
+            simulated=ranking.simulated,
         ),
         ranked=ranked,
         bottleneck=bottleneck(field, chosen),
@@ -89,10 +85,9 @@ def find_plan(
     )
 
 
-def _nothing_fits(job: Job, space: Space) -> str:
+def _nothing_fits(field: Field) -> str:
     """The strategy that comes closest, what it lacks and where, and the ways out."""
-    row = int(np.argmin(space.peak_bytes))
-    strategy = space.table.row(row)
+    job, strategy = field.job, field.space.strategy(field.smallest())
     report = predict(job.model, job.platform, job.train, strategy)
     worst = max(report.ranks, key=lambda rank: (rank.peak_bytes, -rank.rank))
     missing = (worst.peak_bytes - job.memory_budget_bytes) / MIB

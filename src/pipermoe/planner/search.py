@@ -1,30 +1,29 @@
-"""The exact search: drop what is illegal or cannot fit, order by lower bound, simulate until no bound can win.
+"""The exact search: branch and bound over the heads and tails of a space.
 
-Because no simulation undercuts its bound, the ranking is that of simulating every strategy.
+Heads come in the order of their lower bounds. A head that could still win is written out with its tails; of these
+strategies what does not fit is dropped, the rest is simulated in the order of its own bounds, until no bound is below
+the last of the ranking. Because no simulation undercuts its bound, the ranking is that of simulating every strategy.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipermoe.planner.space import all_combinations, redundant_mask
+from pipermoe.planner.space import Selection, Space, job_space
 from pipermoe.resources.evaluate import peak_bytes
-from pipermoe.resources.step import (
-    StepCosts,
-    lower_bound,
-    step_costs,
-    step_seconds_by_term,
-    uniform_groups,
-)
-from pipermoe.specs.legality import legal_mask
+from pipermoe.resources.step import lower_bound, step_costs, step_seconds_by_term, uniform_groups
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.platform import Platform
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.strategy_table import StrategyTable
 from pipermoe.specs.train import TrainConfig
+
+FIRST_HEADS = 64  # that are written out at once; then twice as many each time
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,35 +38,58 @@ class Job:
     imbalance: float = 1.0
 
 
+class Found(NamedTuple):
+    """A simulated strategy; equal times are ranked by memory, then by place, so that the answer is always the same."""
+
+    seconds: float
+    peak_bytes: float
+    place: int
+
+
 @dataclass(frozen=True, slots=True)
-class Space:
-    """The legal strategies that differ from each other, with their peak memory; arrays (rows,)."""
+class Ranking:
+    """The fastest strategies, best first, and what became of all others of the selection."""
 
-    table: StrategyTable
-    considered: int
-    illegal: int
-    redundant: int
-    peak_bytes: NDArray
-
-    def __len__(self) -> int:
-        return len(self.table)
+    best: tuple[Found, ...]
+    not_fitting: int
+    pruned: int
+    simulated: int
 
 
-def search_space(job: Job) -> Space:
-    """Enumerate, judge and weigh every strategy of the job."""
-    everything = all_combinations(job.train, job.world_size)
-    legal = everything.take(legal_mask(everything, job.model, job.train, job.world_size))
-    table = legal.take(~redundant_mask(legal))
-    return Space(
-        table=table,
-        considered=len(everything),
-        illegal=len(everything) - len(legal),
-        redundant=len(legal) - len(table),
-        peak_bytes=peak_bytes(job.model, job.train, table, imbalance=job.imbalance),
-    )
+@dataclass(frozen=True, slots=True)
+class Field:
+    """A searched space with the lower bound of every head under any of its tails; arrays (heads,)."""
+
+    job: Job
+    space: Space
+    bound: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, job: Job) -> Field:
+        space = job_space(job.model, job.train, job.world_size)
+        places = np.arange(len(space.heads) * len(space.tails))
+        return cls(job, space, bounds(job, space.table(places)).reshape(len(space.heads), -1).min(axis=1))
+
+    def best(
+        self, count: int = 1, selection: Selection | None = None, memory_budget_bytes: float | None = None
+    ) -> Ranking:
+        """The `count` fastest of the selected strategies that fit the budget (default: the job's), exactly ranked."""
+        budget = self.job.memory_budget_bytes if memory_budget_bytes is None else memory_budget_bytes
+        return _Search(self, selection or self.space.select(), budget, count).run()
+
+    def promising(self, selection: Selection | None = None) -> int:
+        """The place of the fitting strategy with the lowest bound, not simulated; -1 if none fits."""
+        return _Search(self, selection or self.space.select(), self.job.memory_budget_bytes, 1).lowest_bound()
+
+    def smallest(self, selection: Selection | None = None) -> int:
+        """The place of the strategy that holds least at its peak, the first of equals; -1 if none is selected."""
+        selection = selection or self.space.select()
+        places = self.space.places(np.flatnonzero(selection.heads), selection)
+        peaks = peak_bytes(self.job.model, self.job.train, self.space.table(places), imbalance=self.job.imbalance)
+        return int(places[np.argmin(peaks)]) if len(places) else -1
 
 
-def bounds(job: Job, table: StrategyTable) -> NDArray:
+def bounds(job: Job, table: StrategyTable) -> NDArray[np.float64]:
     """A lower bound of every row's step seconds."""
     bound = np.zeros(len(table))
     for rows, group in uniform_groups(table):
@@ -79,31 +101,77 @@ def bounds(job: Job, table: StrategyTable) -> NDArray:
 def exact_seconds(job: Job, strategy: Strategy) -> float:
     """The simulated step seconds of one strategy."""
     table = StrategyTable.of([strategy])
-    costs: StepCosts = step_costs(job.model, job.platform, job.train, table, job.imbalance)
+    costs = step_costs(job.model, job.platform, job.train, table, job.imbalance)
     return step_seconds_by_term(job.platform, job.train, strategy, costs)[0]
 
 
-@dataclass(frozen=True, slots=True)
-class Ranking:
-    """The fastest strategies, best first, as (row, step seconds); and how many were simulated to be sure."""
+class _Search:
+    """One run of branch and bound. Open strategies are written out and fit, but are not simulated yet."""
 
-    rows: tuple[tuple[int, float], ...]
-    simulated: int
+    def __init__(self, field: Field, selection: Selection, budget: float, count: int) -> None:
+        self.field, self.selection, self.budget, self.count = field, selection, budget, count
+        self.best: list[Found] = []
+        self.open_places, self.open_peaks, self.open_bounds = np.zeros(0, dtype=np.int64), np.zeros(0), np.zeros(0)
+        self.not_fitting = self.simulated = 0
 
+    def run(self) -> Ranking:
+        selection, space = self.selection, self.field.space
+        for heads, next_bound in self._waves(np.flatnonzero(selection.heads)):
+            self._open(heads)
+            self._simulate_below(next_bound)
+            if next_bound > self.worst:
+                break
+        total = int(selection.heads.sum() * selection.tails.sum()) - space.redundant(selection)
+        pruned = total - self.not_fitting - self.simulated
+        return Ranking(tuple(self.best), self.not_fitting, pruned, self.simulated)
 
-def fastest(job: Job, space: Space, rows: NDArray, bound: NDArray, count: int) -> Ranking:
-    """The `count` fastest of `rows`, exactly. `bound` holds the lower bounds of these rows.
+    def lowest_bound(self) -> int:
+        """The place of the strategy with the lowest bound; -1 if none fits."""
+        for heads, next_bound in self._waves(np.flatnonzero(self.selection.heads)):
+            self._open(heads)
+            if len(self.open_places) and self.open_bounds[0] <= next_bound:
+                break
+        return int(self.open_places[0]) if len(self.open_places) else -1
 
-    Equal times are ranked by memory, then by the order of the space, so that the answer is always the same.
-    """
-    order = np.lexsort((rows, space.peak_bytes[rows], bound))
-    best: list[tuple[float, float, int]] = []
-    simulated = 0
-    for index in order.tolist():
-        if len(best) == count and bound[index] > best[-1][0]:
-            break
-        row = int(rows[index])
-        seconds = exact_seconds(job, space.table.row(row))
-        simulated += 1
-        best = sorted([*best, (seconds, float(space.peak_bytes[row]), row)])[:count]
-    return Ranking(tuple((row, seconds) for seconds, _, row in best), simulated)
+    @property
+    def worst(self) -> float:
+        """What a strategy has to undercut."""
+        return self.best[-1].seconds if len(self.best) == self.count else np.inf
+
+    def _waves(self, heads: NDArray) -> Iterator[tuple[NDArray, float]]:
+        """Heads in the order of their bounds, and the bound of the first head that comes after them."""
+        bound = self.field.bound[heads]
+        order = np.argsort(bound, kind="stable")
+        start, size = 0, FIRST_HEADS
+        while start < len(order):
+            following = order[start + size : start + size + 1]
+            yield heads[order[start : start + size]], float(bound[following[0]]) if len(following) else np.inf
+            start, size = start + size, 2 * size
+
+    def _open(self, heads: NDArray) -> None:
+        """Write out the strategies of `heads`; keep those that fit."""
+        job, space = self.field.job, self.field.space
+        places = space.places(heads, self.selection)
+        table = space.table(places)
+        peaks = peak_bytes(job.model, job.train, table, imbalance=job.imbalance)
+        fits = peaks <= self.budget
+        self.not_fitting += int(np.count_nonzero(~fits))
+        found = bounds(job, table.take(fits))
+        places = np.concatenate([self.open_places, places[fits]])
+        peaks = np.concatenate([self.open_peaks, peaks[fits]])
+        found = np.concatenate([self.open_bounds, found])
+        order = np.lexsort((places, peaks, found))
+        self.open_places, self.open_peaks, self.open_bounds = places[order], peaks[order], found[order]
+
+    def _simulate_below(self, limit: float) -> None:
+        """Simulate the open strategies in the order of their bounds, up to `limit` or the last of the ranking."""
+        done = 0
+        for place, peak, bound in zip(self.open_places, self.open_peaks, self.open_bounds, strict=True):
+            if bound > min(limit, self.worst):
+                break
+            done += 1
+            seconds = exact_seconds(self.field.job, self.field.space.strategy(int(place)))
+            self.best = sorted([*self.best, Found(seconds, float(peak), int(place))])[: self.count]
+        self.simulated += done
+        self.open_places, self.open_peaks = self.open_places[done:], self.open_peaks[done:]
+        self.open_bounds = self.open_bounds[done:]
