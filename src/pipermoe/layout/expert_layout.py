@@ -75,27 +75,28 @@ class ExpertLayout:
 def count_copies(slots_LNS: NDArray[np.int64], num_experts: int) -> NDArray[np.int64]:
     """Copies of each expert on each rank, (L, N, E)."""
     layers, ranks, _ = slots_LNS.shape
-    counts = np.zeros((layers, ranks, num_experts + 1), dtype=np.int64)
-    np.add.at(counts, (np.arange(layers)[:, None, None], np.arange(ranks)[:, None], slots_LNS), 1)
-    return counts[:, :, :num_experts]  # the empty slots were counted in the last column
+    width = num_experts + 1  # the last column counts the empty slots
+    held = np.where(slots_LNS == EMPTY, num_experts, slots_LNS).reshape(layers * ranks, -1)
+    flat = held + width * np.arange(layers * ranks)[:, None]
+    counts = np.bincount(flat.ravel(), minlength=layers * ranks * width)
+    return counts.reshape(layers, ranks, width)[:, :, :num_experts]
 
 
 def _settled(before_LNS: NDArray[np.int64], after_LNS: NDArray[np.int64]) -> NDArray[np.int64]:
     """`after` with the slots of every rank permuted so that what it held before lies where it lay."""
     if before_LNS.shape != after_LNS.shape:
         return after_LNS
-    settled = after_LNS.copy()
-    changed = (np.sort(before_LNS, axis=2) != np.sort(after_LNS, axis=2)).any(2)
-    settled[~changed] = before_LNS[~changed]
-    for layer, rank in np.argwhere(changed):
-        arriving = list(after_LNS[layer, rank])
-        stays = []
-        for expert in before_LNS[layer, rank]:
-            stays.append(expert in arriving)
-            if stays[-1]:
-                arriving.remove(expert)
-        places = iter(arriving)
-        settled[layer, rank] = [
-            expert if stay else next(places) for expert, stay in zip(before_LNS[layer, rank], stays, strict=True)
-        ]
-    return settled
+    same = _distinct(before_LNS)[..., :, None] == _distinct(after_LNS)[..., None, :]  # (L, N, slot before, slot after)
+    stays, stayed = same.any(3), same.any(2)
+    # The slots that become free, in order, take what arrives, in order.
+    free, arriving = np.argsort(stays, axis=2, kind="stable"), np.argsort(stayed, axis=2, kind="stable")
+    settled = np.empty_like(after_LNS)
+    np.put_along_axis(settled, free, np.take_along_axis(after_LNS, arriving, axis=2), axis=2)
+    return np.where(stays, before_LNS, settled)
+
+
+def _distinct(slots_LNS: NDArray[np.int64]) -> NDArray[np.int64]:
+    """A number for every slot that tells its expert and which copy on its rank it is: no rank has one twice."""
+    width = slots_LNS.shape[2]
+    earlier = np.tril(slots_LNS[..., :, None] == slots_LNS[..., None, :], -1).sum(3)
+    return slots_LNS * width + earlier

@@ -8,10 +8,14 @@ they are placed together only where nothing else is free.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
-from pipermoe.layout.expert_layout import EMPTY
+from pipermoe.layout.expert_layout import EMPTY, count_copies
+
+FORBIDDEN = 1e30  # rows; more than any load, and less than a full rank's infinity
 
 
 def items_of(copies_LE: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -26,65 +30,96 @@ def longest_first(experts_LI: NDArray[np.int64], size_LE: NDArray, ranks: int, s
     `size_LE` is the rows of one copy of each expert. Ties go to the lower expert and the lower rank.
     """
     layers, items = experts_LI.shape
+    if items > ranks * slots:
+        raise ValueError(f"{items} copies need more than {ranks} ranks of {slots} slots")
     rows = np.arange(layers)
-    weight_LI = np.take_along_axis(size_LE, experts_LI, axis=1)
+    weight_LI = np.take_along_axis(size_LE, experts_LI, axis=1).astype(float)
     order = np.argsort(-weight_LI, axis=1, kind="stable")
     table = np.full((layers, ranks, slots), EMPTY, dtype=np.int64)
-    held = np.zeros((layers, ranks, size_LE.shape[1]), dtype=bool)
+    held = np.zeros((layers, size_LE.shape[1], ranks))  # FORBIDDEN where the rank has a copy of the expert
     load, used = np.zeros((layers, ranks)), np.zeros((layers, ranks), dtype=np.int64)
-    for i in range(items):
-        item = order[:, i]
-        expert = experts_LI[rows, item]
-        room = used < slots
-        fresh = room & ~held[rows, :, expert]
-        allowed = np.where(fresh.any(1, keepdims=True), fresh, room)
-        rank = np.where(allowed, load, np.inf).argmin(1)
-        table[rows, rank, used[rows, rank]] = expert
-        held[rows, rank, expert] = True
-        load[rows, rank] += weight_LI[rows, item]
+    for expert, weight in zip(
+        np.take_along_axis(experts_LI, order, axis=1).T, np.take_along_axis(weight_LI, order, axis=1).T, strict=True
+    ):
+        rank = (load + held[rows, expert]).argmin(1)
+        place = used[rows, rank]
+        table[rows, rank, place] = expert
+        held[rows, expert, rank] = FORBIDDEN
+        load[rows, rank] += np.where(place + 1 == slots, np.inf, weight)
         used[rows, rank] += 1
     return table
 
 
-def swap_down(
-    slots_LNS: NDArray[np.int64], size_LE: NDArray, *, rounds: int, partners: int, enough: float = 1.0
-) -> NDArray[np.int64]:
-    """Lower every layer's busiest rank by exchanging one of its slots with a slot of another rank, best pair first.
+@dataclass(frozen=True, slots=True)
+class Search:
+    """Which exchanges are looked at: the `hottest` ranks, each with `partners` cold ranks of its own, `rounds` times.
 
-    The others are the `partners` least loaded ranks: 1 is the paper's hill climbing, more find more. At most `rounds`
-    swaps a layer; a layer stops when no swap lowers the busier of the two, or at imbalance `enough`.
+    One of each is the paper's hill climbing; more partners find more, more hot ranks at once are quicker.
     """
-    slots = slots_LNS.copy()
-    size = np.concatenate([size_LE, np.zeros((len(size_LE), 1))], axis=1)  # an empty slot weighs nothing
-    weight = np.take_along_axis(size[:, None], slots % size.shape[1], axis=2)
-    active = np.arange(len(slots))
-    for _ in range(rounds):
+
+    rounds: int
+    hottest: int = 1
+    partners: int = 1
+
+
+def swap_down(
+    slots_LNS: NDArray[np.int64], size_LE: NDArray, search: Search, *, enough: float = 1.0
+) -> NDArray[np.int64]:
+    """Lower every layer's busiest ranks by exchanging one of their slots with one of a colder rank, best pair first.
+
+    A layer stops when no exchange lowers the busier of its two ranks, or at imbalance `enough`.
+    """
+    layers, ranks, _ = slots_LNS.shape
+    hottest = min(search.hottest, ranks // 2)
+    partners = min(search.partners, ranks // hottest - 1) if hottest else 0
+    if not partners:
+        return slots_LNS
+    empty = size_LE.shape[1]  # an empty slot is the expert after the last: it weighs nothing and may be anywhere twice
+    slots = np.where(slots_LNS == EMPTY, empty, slots_LNS)
+    weight = np.take_along_axis(np.concatenate([size_LE, np.zeros((layers, 1))], axis=1)[:, None], slots, axis=2)
+    copies = np.pad(count_copies(slots_LNS, empty).astype(np.int8), ((0, 0), (0, 0), (0, 1)))  # small: it is read at random
+    active = np.arange(layers)
+    for _ in range(search.rounds):
         load = weight[active].sum(2)
-        peak = load.max(1)
-        reached, swap = _best_swap(slots[active], weight[active], load, min(partners, load.shape[1] - 1))
-        better = (reached < peak * (1 - 1e-9)) & (peak > enough * load.mean(1))
-        active, (hot, here, cold, there) = active[better], (index[better] for index in swap)
-        if not len(active):
+        uneven = load.max(1) > enough * load.mean(1)
+        if not uneven.any():
             break
+        active = active[uneven]
+        swaps = _best_swaps(active, slots, weight, copies, load[uneven], hottest, partners)
+        layer, hot, here, cold, there = swaps
+        active = np.unique(layer)
+        mine, theirs = slots[layer, hot, here], slots[layer, cold, there]
+        for rank, gone, come in ((hot, mine, theirs), (cold, theirs, mine)):
+            copies[layer, rank, gone] -= 1
+            copies[layer, rank, come] += 1
+            copies[layer, rank, empty] = 0
         for table in (slots, weight):
-            mine, other = table[active, hot, here], table[active, cold, there]
-            table[active, hot, here], table[active, cold, there] = other, mine
-    return slots
+            table[layer, hot, here], table[layer, cold, there] = table[layer, cold, there], table[layer, hot, here]
+    return np.where(slots == empty, EMPTY, slots)
 
 
-def _best_swap(slots: NDArray, weight: NDArray, load: NDArray, partners: int) -> tuple[NDArray, tuple[NDArray, ...]]:
-    """Of each layer's best swap: the load of the busier of the two ranks afterwards, and (rank, slot, rank, slot)."""
-    layers, _, width = slots.shape
-    rows = np.arange(layers)
+def _best_swaps(
+    active: NDArray, slots: NDArray, weight: NDArray, copies: NDArray, load: NDArray, hottest: int, partners: int
+) -> tuple[NDArray, ...]:
+    """(layer, rank, slot, rank, slot) of the best exchange of each hot rank, where it lowers the busier of the two.
+
+    With a gap between two ranks, moving w rows to the colder changes the busier one's load by |w - gap / 2| - gap / 2.
+    """
     order = np.argsort(load, axis=1, kind="stable")
-    hot, cold = order[:, -1], order[:, :partners]
-    mine = slots[rows, hot][:, None, None, :]
-    theirs = slots[rows[:, None], cold][..., None]
-    moved = weight[rows, hot][:, None, None, :] - weight[rows[:, None], cold][..., None]  # leaves the busiest rank
-    peak = np.maximum(load[rows, hot][:, None, None, None] - moved, load[rows[:, None], cold][..., None, None] + moved)
-    same = (theirs == mine) & (mine != EMPTY)
-    peak[same.any(2)[:, :, None, :] | same.any(3)[..., None]] = np.inf  # one of the two has what it would get
-    flat = peak.reshape(layers, -1)
-    best = flat.argmin(1)
-    partner, there, here = np.unravel_index(best, (partners, width, width))
-    return flat[rows, best], (hot, here, cold[rows, partner], there)
+    hot = order[:, : -hottest - 1 : -1]  # (layers, hottest)
+    cold = order[:, : hottest * partners].reshape(len(active), partners, hottest).transpose(0, 2, 1)
+    layer = active[:, None, None]
+    half_gap = (np.take_along_axis(load, hot, 1)[..., None] - load[np.arange(len(active))[:, None, None], cold]) / 2
+    mine, theirs = slots[layer[..., 0], hot], slots[layer, cold]
+    taken = copies[layer[..., None], cold[..., None], mine[:, :, None]] > 0  # the partner has what it would get
+    given = copies[layer[..., None], hot[:, :, None, None], theirs] > 0
+    out = weight[layer[..., 0], hot][:, :, None] - half_gap[..., None] + FORBIDDEN * taken
+    back = weight[layer, cold] - FORBIDDEN * given
+    change = np.abs(out[..., None, :] - back[..., None])  # (layers, hottest, partners, their slot, own slot)
+    change -= half_gap[..., None, None]
+    flat = change.reshape(*hot.shape, -1)
+    best = flat.argmin(2)
+    chosen = np.nonzero(np.take_along_axis(flat, best[..., None], 2)[..., 0] < -1e-9 * load.max(1, keepdims=True))
+    partner, there, here = np.unravel_index(best[chosen], change.shape[2:])
+    where = (chosen[0], chosen[1], partner)
+    return active[chosen[0]], hot[chosen], here, cold[where], there

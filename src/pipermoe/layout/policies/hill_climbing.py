@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from numpy.typing import NDArray
 
 from pipermoe.layout.expert_layout import ExpertLayout
-from pipermoe.layout.packing import swap_down
+from pipermoe.layout.packing import Search, swap_down
 from pipermoe.layout.policy import Nodes
 
 
@@ -38,5 +38,5 @@ class Swaps:
 
 def _swapped(layout: ExpertLayout, load_LE: NDArray, rounds: int, threshold: float, *, partners: int) -> ExpertLayout:
     size_LE = load_LE / layout.copies_LE
-    slots_LNS = swap_down(layout.slots_LNS, size_LE, rounds=rounds, partners=partners, enough=threshold)
+    slots_LNS = swap_down(layout.slots_LNS, size_LE, Search(rounds, partners=partners), enough=threshold)
     return layout.successor(slots_LNS)
