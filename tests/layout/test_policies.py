@@ -12,6 +12,8 @@ from pipermoe.layout.load import drift, imbalance, least_imbalance, rank_load
 from pipermoe.layout.policies import POLICIES
 from pipermoe.layout.policies.eplb import Eplb
 from pipermoe.layout.policies.incremental import Incremental
+from pipermoe.layout.policies.sharding import HeterogeneousSharding
+from pipermoe.layout.policies.sparse import SparseMaterialisation
 from pipermoe.layout.policy import Nodes
 from pipermoe.layout.replicas import greedy_copies, proportional_copies
 from pipermoe.layout.transfer import Transfer
@@ -89,5 +91,29 @@ def test_after_a_small_drift_a_repair_moves_a_handful_of_copies():
 def test_a_budget_is_kept():
     nodes, layout = Nodes(4, 4), ExpertLayout.static(1, 4, 16, slots=5)
     load = np.array([[30, 20, 20, 20] + [1] * 12])
-    planned = Incremental(target=1.0, budget=2).plan(layout, load, nodes)
+    planned = Incremental(target=1.0, budget=2, rebuild_above=9.0).plan(layout, load, nodes)
     assert 0 < len(Transfer.between(layout, planned, nodes).moves) <= 2
+
+
+def test_what_cannot_be_repaired_within_the_budget_is_planned_from_scratch():
+    nodes, layout = Nodes(4, 4), ExpertLayout.static(1, 4, 16, slots=5)
+    load = np.array([[30, 20, 20, 20] + [1] * 12])
+    planned = Incremental(target=1.0, budget=2, rebuild_above=1.3).plan(layout, load, nodes)
+    assert imbalance(rank_load(planned, load))[0] < 1.1
+
+
+def test_a_home_owns_as_many_experts_of_all_layers_as_any_other():
+    nodes, load = Nodes(4, 2), np.array([[40, 10, 10, 10, 5, 5], [1, 2, 3, 4, 5, 6]])
+    planned = HeterogeneousSharding().plan(ExpertLayout.static(2, 4, 6, slots=3), load, nodes)
+    assert planned.copies_LNE.sum((0, 2)).tolist() == [3, 3, 3, 3]
+    assert planned.copies_LNE[0, 0].tolist() == [1, 0, 0, 0, 0, 0]  # the hottest expert has its rank to itself
+
+
+def test_copies_come_and_go_but_homes_stay():
+    layout, nodes = ExpertLayout.static(1, 4, 8, slots=4), Nodes(4, 2)
+    policy = SparseMaterialisation()
+    first = policy.plan(layout, np.array([[1, 1, 1, 1, 1, 1, 1, 90]]), nodes)
+    again = policy.plan(first, np.array([[90, 1, 1, 1, 1, 1, 1, 1]]), nodes)
+    assert first.copies_LE.tolist() == [[1, 1, 1, 1, 1, 1, 1, 4]]
+    assert again.copies_LE.tolist() == [[4, 1, 1, 1, 1, 1, 1, 1]]
+    assert (again.home_LE == layout.home_LE).all()

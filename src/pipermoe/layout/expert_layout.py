@@ -17,12 +17,14 @@ class ExpertLayout:
     """Slot s of rank n computes expert `slots_LNS[l, n, s]` of layer l; an `EMPTY` slot computes nothing.
 
     Every expert has at least one copy in every layer. The numbers of experts, ranks and slots need not divide each
-    other. `version` counts the layouts of a run, so that ranks can agree on which one they mean.
+    other. `version` counts the layouts of a run, so that ranks can agree on which one they mean. `kept_LE` is the rank
+    that has kept an expert's optimizer state so far, where that is known: see `home_LE`.
     """
 
     slots_LNS: NDArray[np.int64]
     num_experts: int
     version: int = 0
+    kept_LE: NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         slots = self.slots_LNS
@@ -63,9 +65,22 @@ class ExpertLayout:
         """How many copies of each expert there are."""
         return self.copies_LNE.sum(1)
 
+    @property
+    def home_LE(self) -> NDArray[np.int64]:
+        """The rank that owns each expert's optimizer state where that is not sharded over all.
+
+        It stays where it was kept so far if that rank has a copy, and else is with the copy on the lowest rank.
+        """
+        held_LEN = self.copies_LNE.transpose(0, 2, 1) > 0
+        lowest_LE = held_LEN.argmax(2)
+        if self.kept_LE is None:
+            return lowest_LE
+        stays_LE = np.take_along_axis(held_LEN, self.kept_LE[..., None], axis=2)[..., 0]
+        return np.where(stays_LE, self.kept_LE, lowest_LE)
+
     def successor(self, slots_LNS: NDArray[np.int64]) -> ExpertLayout:
         """The next layout of the run. An expert that stays on its rank keeps its slot, so that nothing moves for it."""
-        return ExpertLayout(_settled(self.slots_LNS, slots_LNS), self.num_experts, self.version + 1)
+        return ExpertLayout(_settled(self.slots_LNS, slots_LNS), self.num_experts, self.version + 1, self.home_LE)
 
     def same_as(self, other: ExpertLayout) -> bool:
         """Whether both give every rank the same copies; versions may differ."""

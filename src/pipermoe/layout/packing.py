@@ -77,7 +77,9 @@ def swap_down(
     empty = size_LE.shape[1]  # an empty slot is the expert after the last: it weighs nothing and may be anywhere twice
     slots = np.where(slots_LNS == EMPTY, empty, slots_LNS)
     weight = np.take_along_axis(np.concatenate([size_LE, np.zeros((layers, 1))], axis=1)[:, None], slots, axis=2)
-    copies = np.pad(count_copies(slots_LNS, empty).astype(np.int8), ((0, 0), (0, 0), (0, 1)))  # small: it is read at random
+    copies = np.pad(
+        count_copies(slots_LNS, empty).astype(np.int8), ((0, 0), (0, 0), (0, 1))
+    )  # small: it is read at random
     active = np.arange(layers)
     for _ in range(search.rounds):
         load = weight[active].sum(2)

@@ -8,6 +8,7 @@ from pipermoe.layout.policies.heap import HeapReplicas
 from pipermoe.layout.policies.hill_climbing import HillClimbing, Swaps
 from pipermoe.layout.policies.incremental import Incremental
 from pipermoe.layout.policies.proportional import Proportional
+from pipermoe.layout.policies.sharding import HeterogeneousSharding
 from pipermoe.layout.policies.sparse import SparseMaterialisation
 from pipermoe.layout.policies.static import Static
 from pipermoe.layout.policy import Policy
@@ -19,6 +20,7 @@ POLICIES: dict[str, Policy] = {
     "balanced": Balanced(),
     "incremental": Incremental(),
     "proportional": Proportional(),
+    "sharding": HeterogeneousSharding(),
     "sparse": SparseMaterialisation(),
     "heap": HeapReplicas(),
     "eplb": Eplb(),

@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipermoe.layout.expert_layout import EMPTY, ExpertLayout
+from pipermoe.layout.load import imbalance, rank_load
+from pipermoe.layout.policies.balanced import Balanced
 from pipermoe.layout.policy import Nodes
 
 
@@ -23,17 +25,25 @@ class Incremental:
 
     Each step relieves the busiest rank by the action that lowers the peak most per copy moved: exchange one of its
     copies with another rank's (two moves; one into an empty slot), or give one of its experts another copy in the place
-    of a redundant one elsewhere (one move).
+    of a redundant one elsewhere (one move). A layer that stays above `rebuild_above` all the same is planned from
+    scratch, whatever that moves: the first layout of a run, or a load that has turned around.
     """
 
     target: float = 1.05
     budget: int = 64
+    rebuild_above: float = 1.25
 
     def plan(self, layout: ExpertLayout, load_LE: NDArray, nodes: Nodes) -> ExpertLayout:
         slots_LNS = layout.slots_LNS.copy()
         for layer, load_E in enumerate(load_LE.astype(float)):
             _repair(slots_LNS[layer], load_E, self.target, self.budget)
-        return layout.successor(slots_LNS)
+        repaired = layout.successor(slots_LNS)
+        short = imbalance(rank_load(repaired, load_LE)) > self.rebuild_above
+        if not short.any():
+            return repaired
+        rebuilt = Balanced().plan(layout, load_LE, nodes)
+        better = short & (rank_load(rebuilt, load_LE).max(1) < rank_load(repaired, load_LE).max(1))
+        return layout.successor(np.where(better[:, None, None], rebuilt.slots_LNS, repaired.slots_LNS))
 
 
 def _repair(slots_NS: NDArray[np.int64], load_E: NDArray, target: float, budget: int) -> None:

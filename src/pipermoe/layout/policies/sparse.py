@@ -1,6 +1,6 @@
 """Hecate (FSSDP, arXiv 2502.02581): every expert has one home; copies of the hottest live only while a layer computes.
 
-Algorithm 1 chooses the copies for one use of a layer, algorithm 2 the homes, every hundred steps or so.
+Algorithm 1 chooses the copies for one use of a layer; algorithm 2, the homes, is `sharding`.
 """
 
 # L MoE layers, N ranks, S slots of a rank, E logical experts
@@ -43,7 +43,7 @@ class SparseMaterialisation:
             for expert in hottest[:hidden]:
                 _give(slots_NS, expert, np.flatnonzero(~(slots_NS == expert).any(1)))
             return slots_NS
-        total = nodes.ranks * min(free, hidden)
+        total = int(np.minimum((homes_NS == EMPTY).sum(1), hidden).sum())
         for expert in hottest:
             copies = round(total * load_E[expert] / max(load_E.sum(), 1))
             _give(slots_NS, expert, _spread_ranks(slots_NS, expert, copies, nodes))
@@ -51,14 +51,11 @@ class SparseMaterialisation:
 
 
 def _homes_only(layout: ExpertLayout) -> NDArray[np.int64]:
-    """The slots of the first copy of every expert; the others are free."""
-    layers, ranks, slots = layout.shape
-    flat = layout.slots_LNS.reshape(layers, -1)
-    homes = np.full_like(flat, EMPTY)
-    for layer in range(layers):
-        experts, first = np.unique(flat[layer], return_index=True)
-        homes[layer, first[experts != EMPTY]] = experts[experts != EMPTY]
-    return homes.reshape(layers, ranks, slots)
+    """The slots of the copy at every expert's home; the others are free."""
+    layers, ranks, _ = layout.shape
+    home_LE = np.concatenate([layout.home_LE, np.full((layers, 1), EMPTY)], axis=1)  # an empty slot is nobody's home
+    home_LNS = home_LE[np.arange(layers)[:, None, None], layout.slots_LNS]
+    return np.where(home_LNS == np.arange(ranks)[:, None], layout.slots_LNS, EMPTY)
 
 
 def _spread_ranks(slots_NS: NDArray[np.int64], expert: int, copies: int, nodes: Nodes) -> NDArray[np.int64]:
