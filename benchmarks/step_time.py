@@ -128,6 +128,7 @@ def main() -> None:
     model, job = load_model(MODEL), files("pipermoe.catalogue").joinpath("jobs/demo.toml")
     train = load(str(job), TrainConfig).model_copy(update={"validation_batches": 1})
     platform = load(options.platform, Platform) if options.platform else measure_platform(nproc=RANKS, model=model)
+    assert platform is not None
     plans = [plan_of(text, model, platform, train) for text in STRATEGIES if options.only in text]
     measured: dict[str, list[StepReport]] = {plan.name: [] for plan in plans}
     for _ in range(options.passes):

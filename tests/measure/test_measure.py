@@ -5,9 +5,11 @@ import dataclasses
 import pytest
 
 from pipermoe.measure import measure_platform
-from pipermoe.measure.assemble import Assembly, Circumstances
+from pipermoe.measure.assemble import Assembly
+from pipermoe.measure.collectives import groupings
+from pipermoe.measure.record import Record, Settings
 from pipermoe.measure.samples import Point
-from pipermoe.measure.sizes import MOST_EXPERT_BYTES, QUICK, WIDEST, Effort, Widths
+from pipermoe.measure.sizes import MOST_EXPERT_BYTES, QUICK, WIDEST, Effort, Widths, on_gpu
 from pipermoe.specs.catalogue import load_model
 from pipermoe.specs.device import PASSES
 from pipermoe.specs.documents import load, save
@@ -48,6 +50,11 @@ def test_a_huge_model_is_measured_in_pieces_that_a_rank_can_hold():
     assert widths.experts == 1 or widths.experts * 12 * widths.hidden * widths.expert_width <= MOST_EXPERT_BYTES
 
 
+def test_an_accelerator_is_measured_at_larger_sizes():
+    assert on_gpu(QUICK).tokens[-1] == 16 * QUICK.tokens[-1]
+    assert on_gpu(QUICK).message_bytes[:-1] == QUICK.message_bytes
+
+
 FASTEST = dataclasses.replace(
     QUICK, tokens=(64, 256), rows_per_expert=(8, 64), seq_lens=(64,), pass_tokens=(64,), element_counts=(2**10, 2**16),
     parameter_counts=(2**14,), message_bytes=(2**12, 2**16, 2**18), compute_seconds=2e-3, message_seconds=5e-3,
@@ -67,6 +74,7 @@ def fastest(monkeypatch):
 def test_two_ranks_measure_everything_that_a_platform_holds(fastest, tmp_path, capsys):
     model = load_model("tiny-moe")
     platform = measure_platform(nproc=2, model=model, memory_bytes=96 * MIB, quick=True)
+    assert platform is not None
     device, host, (level,) = platform.device, platform.host, platform.levels
     assert device.memory_bytes == 96 * MIB
     assert device.peak_flops_per_s["fp32"] >= max(device.grouped_gemm["fp32"][0].rate)
@@ -95,16 +103,25 @@ def test_two_ranks_measure_everything_that_a_platform_holds(fastest, tmp_path, c
 @pytest.mark.distributed
 def test_one_rank_alone_has_a_network_to_itself_that_is_marked_as_assumed(fastest):
     platform = measure_platform(nproc=1, quick=True)
+    assert platform is not None
     assert platform.levels[0].ranks == 1
     evidence = platform.evidence_for("levels.host.cost.send")
     assert evidence is not None
     assert evidence.kind == "assumed"
 
 
-FACTS = Circumstances("host", "cpu", 2**30, "given", 0, 4, 256, "2026-01-01", {"torch": "2.13"})
+SETTINGS = Settings(
+    ranks=4, ranks_per_host=4, device="cpu", device_bytes=0, reserved_bytes=0, precision="fp32", widths=Widths(),
+    effort=QUICK, software={"torch": "2.13"},
+)  # fmt: skip
 
 
-def synthetic_rank(rank: int) -> dict[str, list[Point]]:
+def assemble(ranks: list[dict[str, list[Point]]], settings: Settings = SETTINGS) -> Platform:
+    points = tuple({key: tuple(found) for key, found in rank.items()} for rank in ranks)
+    return Assembly(Record(settings=settings, sections={"all": points}), 2**30, "given", 0, "2026-01-01").platform()
+
+
+def synthetic_rank(ranks_per_host: int = 4) -> dict[str, list[Point]]:
     """What a rank of a machine with 4 ranks on 2 cores measures: 100 GFLOP/s, 1 GB/s, 10 ms of yardstick, no noise."""
     points = {"gemm": [Point(1e6, 3e6, 3e-5)], "grouped_gemm": [Point(r, 1e6 * r, 1e-5 * r) for r in (1.0, 1024.0)]}
     points["grouped_skew"] = [Point(r, 1e6 * r, 2e-5 * 400) for r in (100.0, 300.0)]
@@ -115,13 +132,15 @@ def synthetic_rank(rank: int) -> dict[str, list[Point]]:
     points |= {"alone": [Point(2, 1, 1e-2)], "crowd": [Point(4, 50, 1.0)]}
     messages = [Point(n, n, 1e-4 + n / 1e9) for n in (1e3, 1e5, 1e7)]
     collectives: list[Collective] = [name for name in COLLECTIVES if name != "send"]
-    points |= {f"{name}.{size}": messages for name in collectives for size in (2, 4)}
-    points["all_to_all_skew"] = [Point(1e6 / (1 + rank), 1e6, 2 * (1e-4 + 1e6 / 1e9))]
-    return points | {"send": messages}
+    for group in groupings(4, ranks_per_host):
+        points |= {f"{group.level}.{name}.{group.size}": messages for name in collectives}
+        points[f"{group.level}.all_to_all_skew"] = [Point(1e6, 1e6, 2 * (1e-4 + 1e6 / 1e9))]
+        points[f"{group.level}.send"] = messages
+    return points
 
 
 def test_known_points_assemble_to_the_machine_that_they_came_from():
-    platform = Assembly([synthetic_rank(rank) for rank in range(4)], FACTS).platform()
+    platform = assemble([synthetic_rank()] * 4)
     assert platform.host.compute_slots == 2.0  # 4 ranks x 50 calls/s x 10 ms
     assert platform.host.noise == 0.0
     assert platform.device.gemm["fp32"].rate == (1e11,)
@@ -134,7 +153,7 @@ def test_known_points_assemble_to_the_machine_that_they_came_from():
 
 
 def test_evidence_tells_how_well_even_curves_price_uneven_work():
-    platform = Assembly([synthetic_rank(rank) for rank in range(4)], FACTS).platform()
+    platform = assemble([synthetic_rank()] * 4)
     grouped, uneven = (platform.evidence_for(key) for key in ("device.grouped_gemm", "levels.host.cost.all_to_all"))
     assert grouped is not None
     assert "uneven rows took 2.00 of" in grouped.source
@@ -143,6 +162,30 @@ def test_evidence_tells_how_well_even_curves_price_uneven_work():
 
 
 def test_a_collective_without_enough_sizes_is_a_machine_error():
-    ranks = [synthetic_rank(rank) | {"all_gather.4": [Point(1e3, 1e3, 1e-4)]} for rank in range(4)]
+    broken = synthetic_rank() | {"host.all_gather.4": [Point(1e3, 1e3, 1e-4)]}
     with pytest.raises(MachineError, match="measuring all_gather: 1 of at least 2 message sizes"):
-        Assembly(ranks, FACTS).platform()
+        assemble([broken] * 4)
+
+
+def test_several_hosts_make_a_level_inside_and_one_between_them():
+    settings = SETTINGS.model_copy(update={"ranks_per_host": 2})
+    platform = assemble([synthetic_rank(ranks_per_host=2)] * 4, settings)
+    assert [(level.name, level.ranks, sorted(level.group_cost)) for level in platform.levels] == [
+        ("node", 2, []),
+        ("system", 4, [2]),
+    ]
+    assert platform.host.ranks == 2
+    assert platform.host.compute_slots == 1.0  # 4 ranks x 50 calls/s x 10 ms, on two hosts
+
+
+def test_groups_are_powers_of_two_on_a_host_and_one_rank_of_each_between_hosts():
+    found = [(group.level, group.size, group.members(5)) for group in groupings(16, 4)]
+    assert found == [
+        ("node", 2, [4, 5]),
+        ("node", 4, [4, 5, 6, 7]),
+        ("system", 4, [1, 5, 9, 13]),
+        ("system", 8, [0, 1, 2, 3, 4, 5, 6, 7]),
+        ("system", 16, list(range(16))),
+    ]
+    assert [group.size for group in groupings(6, 6)] == [2, 6]
+    assert groupings(1, 1) == []

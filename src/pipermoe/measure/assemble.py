@@ -2,68 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 
+from pipermoe.measure.collectives import Grouping, groupings
 from pipermoe.measure.fits import fit_link_cost, fit_rate_curve
+from pipermoe.measure.record import Record
 from pipermoe.measure.samples import Point, merge_ranks
 from pipermoe.specs.device import PASSES, Device, GroupedCurve, Pass, PassRate, RateCurve
 from pipermoe.specs.errors import MachineError
 from pipermoe.specs.network import COLLECTIVES, Collective, Level, LinkCost
 from pipermoe.specs.platform import Evidence, Host, Platform
-from pipermoe.specs.precision import Precision
-
-LEVEL = "host"
-
-
-@dataclass(frozen=True, slots=True)
-class Circumstances:
-    """What the ranks do not measure: the names, sizes and versions that belong to a Platform."""
-
-    name: str
-    device: str
-    memory_bytes: int
-    memory_source: str
-    reserved_bytes: int
-    ranks: int
-    expert_width: int
-    date: str
-    software: Mapping[str, str]
-    precision: Precision = "fp32"
 
 
 class Assembly:
-    """The merged points of all ranks and the evidence that gathers while a Platform is made from them."""
+    """The merged points of all ranks and the evidence that gathers while a Platform is made from them.
 
-    def __init__(self, ranks: Sequence[Mapping[str, Sequence[Point]]], facts: Circumstances) -> None:
-        self.per_rank, self.facts = ranks, facts
-        keys = dict.fromkeys(key for points in ranks for key in points)
-        self.points = {key: merge_ranks([points[key] for points in ranks if key in points]) for key in keys}
+    What the ranks did not measure is given: the memory of one rank and where it comes from, the bytes that the
+    framework keeps, and the date.
+    """
+
+    def __init__(self, record: Record, memory_bytes: int, memory_source: str, reserved_bytes: int, date: str) -> None:
+        self.settings, self.date = record.settings, date
+        self.memory_bytes, self.memory_source, self.reserved_bytes = memory_bytes, memory_source, reserved_bytes
+        self.per_rank = record.points_of_ranks()
+        keys = dict.fromkeys(key for points in self.per_rank for key in points)
+        self.points = {key: merge_ranks([points[key] for points in self.per_rank if key in points]) for key in keys}
         self.evidence: dict[str, Evidence] = {}
 
     def platform(self) -> Platform:
         """The Platform. Raises `MachineError` when the measurements do not make one."""
-        facts = self.facts
-        device, level = self._device(), self._level()
+        settings = self.settings
+        device, levels = self._device(), self._levels()
         return Platform(
-            name=facts.name,
-            source=f"measured with {facts.ranks} ranks on {facts.date}",
+            name=f"{settings.device}, {settings.ranks} ranks",
+            source=f"measured with {settings.ranks} ranks on {self.date}",
             device=device,
             host=self._host(),
-            levels=(level,),
-            reserved_bytes=facts.reserved_bytes,
-            software=dict(facts.software),
+            levels=levels,
+            reserved_bytes=self.reserved_bytes,
+            software=dict(settings.software),
             evidence=self.evidence,
         )
 
     def _device(self) -> Device:
-        facts = self.facts
+        precision = self.settings.precision
         gemm = self._curve("device.gemm", "gemm", "three products of a dense layer")
         grouped = self._curve("device.grouped_gemm", "grouped_gemm", "three products of the experts, equal rows")
         self._judge_skew(grouped)
-        self._record("device.memory_bytes", "assumed", facts.memory_source)
+        self._record("device.memory_bytes", "assumed", self.memory_source)
         best = max(point.rate for key in ("gemm", "grouped_gemm") for point in self.points[key])
         self._record("device.peak_flops_per_s", "measured", "the fastest matrix product seen")
         tiny = self.points["kernel_seconds"]
@@ -72,15 +60,15 @@ class Assembly:
         )
         core = "causal scaled_dot_product_attention"
         return Device(
-            name=facts.device,
-            memory_bytes=facts.memory_bytes,
-            peak_flops_per_s={facts.precision: _round(best)},
-            gemm={facts.precision: gemm},
-            grouped_gemm={facts.precision: (GroupedCurve(width=facts.expert_width, **grouped.model_dump()),)},
-            attention={facts.precision: self._curve("device.attention", "attention.forward", core)},
-            attention_backward={facts.precision: self._curve("device.attention_backward", "attention.backward", core)},
+            name=self.settings.device,
+            memory_bytes=self.memory_bytes,
+            peak_flops_per_s={precision: _round(best)},
+            gemm={precision: gemm},
+            grouped_gemm={precision: (GroupedCurve(width=self.settings.widths.expert_width, **grouped.model_dump()),)},
+            attention={precision: self._curve("device.attention", "attention.forward", core)},
+            attention_backward={precision: self._curve("device.attention_backward", "attention.backward", core)},
             memory_bound=self._curve("device.memory_bound", "memory_bound", "c = a + b into new memory"),
-            passes={facts.precision: {kind: self._pass(kind) for kind in PASSES}},
+            passes={precision: {kind: self._pass(kind) for kind in PASSES}},
             kernel_seconds=_round(1 / tiny[0].rate),
             layer_forward_seconds=self._layer_seconds("forward"),
             layer_backward_seconds=self._layer_seconds("backward"),
@@ -96,7 +84,7 @@ class Assembly:
         forward = fit_rate_curve(self.points[f"passes.{kind}.forward"])
         backward = self.points.get(f"passes.{kind}.backward")
         both = [*self.points[f"passes.{kind}.forward"], *(backward or [])]
-        self._record(f"device.passes.{self.facts.precision}.{kind}", "measured", _quality(both))
+        self._record(f"device.passes.{self.settings.precision}.{kind}", "measured", _quality(both))
         return PassRate(forward=forward, backward=fit_rate_curve(backward) if backward else None)
 
     def _curve(self, key: str, points_key: str, what: str) -> RateCurve:
@@ -114,50 +102,56 @@ class Assembly:
         self.evidence["device.grouped_gemm"] = known.model_copy(update={"source": f"{known.source}; {note}"})
 
     def _host(self) -> Host:
-        """Slots = calls per second that all ranks make together x seconds of a call on a core of its own."""
-        ranks = self.facts.ranks
+        """Slots = calls per second that a host's ranks make together x seconds of a call on a core of its own."""
+        ranks, hosts = self.settings.ranks_per_host, self.settings.ranks // self.settings.ranks_per_host
         crowd = [points["crowd"][0] for points in self.per_rank]
         alone = self.points["alone"][0]
-        slots = min(float(ranks), sum(point.rate for point in crowd) * alone.seconds)
+        slots = min(float(ranks), sum(point.rate for point in crowd) / hosts * alone.seconds)
         walls = [point.seconds for points in self.per_rank for point in points.get("noise", ())]
         low, median, high = np.percentile(walls, [10, 50, 90])
         self._record(
             "host.compute_slots",
             "measured",
-            f"a fixed kernel on {int(alone.size)} and on all {ranks} ranks, which meet every 5 ms",
+            f"a fixed kernel on {int(alone.size)} and on all {ranks} ranks of a host, which meet every 5 ms",
         )
         self._record("host.noise", "measured", f"{len(walls)} runs of a fixed kernel between the measurements")
         return Host(ranks=ranks, compute_slots=round(slots, 3), noise=round(float((high - low) / median), 3))
 
-    def _level(self) -> Level:
-        ranks = self.facts.ranks
-        if ranks == 1:
-            return self._alone()
-        sizes = sorted({int(key.split(".")[1]) for key in self.points if key.startswith("all_reduce.")})
-        send = self._link("send", "send", f"levels.{LEVEL}.cost.send", "a message there and back between neighbours")
-        costs: dict[int, dict[Collective, LinkCost]] = {}
-        for size in sizes:
-            where = "cost" if size == ranks else f"group_cost.{size}"
-            costs[size] = {
-                collective: self._link(
-                    collective,
-                    f"{collective}.{size}",
-                    f"levels.{LEVEL}.{where}.{collective}",
-                    _grouping(ranks, size),
-                )
-                for collective in COLLECTIVES
-                if collective != "send"
-            }
-        whole: dict[Collective, LinkCost] = {"send": send, **costs.pop(ranks)}
-        self._judge_uneven(whole["all_to_all"])
-        return Level(name=LEVEL, ranks=ranks, cost=whole, group_cost=costs)
+    def _levels(self) -> tuple[Level, ...]:
+        found = groupings(self.settings.ranks, self.settings.ranks_per_host)
+        if not found:
+            return (self._alone(),)
+        names = dict.fromkeys(grouping.level for grouping in found)
+        return tuple(self._level(name, [grouping for grouping in found if grouping.level == name]) for name in names)
+
+    def _level(self, name: str, found: Sequence[Grouping]) -> Level:
+        """The last grouping holds all ranks of the level."""
+        *parts, whole = found
+        send = self._link("send", f"{name}.send", f"levels.{name}.cost.send", "a message there and back of neighbours")
+        costs = {part.size: self._costs(part, f"levels.{name}.group_cost.{part.size}") for part in parts}
+        cost = self._costs(whole, f"levels.{name}.cost")
+        cost["send"] = send
+        self._judge_uneven(name, cost["all_to_all"])
+        return Level(name=name, ranks=whole.size, cost=cost, group_cost=costs)
+
+    def _costs(self, grouping: Grouping, key: str) -> dict[Collective, LinkCost]:
+        return {
+            collective: self._link(
+                collective,
+                f"{grouping.level}.{collective}.{grouping.size}",
+                f"{key}.{collective}",
+                _describe(grouping, self.settings.ranks),
+            )
+            for collective in COLLECTIVES
+            if collective != "send"
+        }
 
     def _alone(self) -> Level:
         """One rank exchanges only with itself: a copy in its memory."""
         curve = fit_rate_curve(self.points["memory_bound"])
         cost = LinkCost(latency_seconds=1 / self.points["kernel_seconds"][0].rate, bandwidth_bytes_per_s=curve.rate[-1])
-        self._record(f"levels.{LEVEL}", "assumed", "one rank exchanges with itself: a copy in memory")
-        return Level(name=LEVEL, ranks=1, cost=dict.fromkeys(COLLECTIVES, cost))
+        self._record("levels.host", "assumed", "one rank exchanges with itself: a copy in memory")
+        return Level(name="host", ranks=1, cost=dict.fromkeys(COLLECTIVES, cost))
 
     def _link(self, collective: Collective, points_key: str, key: str, what: str) -> LinkCost:
         points = self.points.get(points_key, [])
@@ -167,25 +161,26 @@ class Assembly:
         self._record(key, "fitted", f"{what}; {_quality(points)}", residual)
         return cost
 
-    def _judge_uneven(self, cost: LinkCost) -> None:
-        uneven = self.points["all_to_all_skew"]
+    def _judge_uneven(self, level: str, cost: LinkCost) -> None:
+        uneven = self.points[f"{level}.all_to_all_skew"]
         measured = float(np.median([point.seconds for point in uneven]))
-        busiest = max(points["all_to_all_skew"][0].size for points in self.per_rank)
-        predicted = cost.latency_seconds + busiest / cost.bandwidth_bytes_per_s
-        key = f"levels.{LEVEL}.cost.all_to_all"
+        predicted = cost.latency_seconds + uneven[0].size / cost.bandwidth_bytes_per_s
+        key = f"levels.{level}.cost.all_to_all"
         note = f"an uneven call took {measured / predicted:.2f} of what its busiest rank predicts"
         self.evidence[key] = self.evidence[key].model_copy(update={"source": f"{self.evidence[key].source}; {note}"})
 
     def _record(self, key: str, kind, source: str, residual: float | None = None) -> None:
-        software = self.facts.software
+        software = self.settings.software
         versions = ", ".join(f"{name} {software[name]}" for name in ("torch", "python", "cpu") if name in software)
-        self.evidence[key] = Evidence(
-            kind=kind, source=source, date=self.facts.date, software=versions, residual=residual
-        )
+        self.evidence[key] = Evidence(kind=kind, source=source, date=self.date, software=versions, residual=residual)
 
 
-def _grouping(ranks: int, size: int) -> str:
-    return f"all {ranks} ranks" if size == ranks else f"{ranks // size} groups of {size} ranks at once"
+def _describe(grouping: Grouping, ranks: int) -> str:
+    """The groups of a collective in words."""
+    if grouping.size == ranks:
+        return f"all {ranks} ranks"
+    apart = f", {grouping.stride} apart," if grouping.stride > 1 else ""
+    return f"{ranks // grouping.size} groups of {grouping.size} ranks{apart} at once"
 
 
 def _quality(points: Sequence[Point]) -> str:

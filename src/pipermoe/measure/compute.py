@@ -19,7 +19,6 @@ TOKENS_OF_ATTENTION = 1024  # at least one sequence
 GRAPH_OPERATIONS = 64
 LAYERS = 6  # each with its own operands, as in a stage
 REPEATED_SECONDS = 2e-3
-FP32 = 4  # bytes
 PASS_TENSORS = 4  # about so many tensors does a pass read and write
 MOST_ELEMENTS = 2**24  # of one tensor of a pass: 64 MiB
 
@@ -74,7 +73,7 @@ def products(bench: Bench) -> None:
 
 def _product(bench: Bench, tokens: int, inner: int, outer: int) -> Case:
     flops = 2 * tokens * inner * outer
-    operand_bytes = FP32 * (2 * tokens * (inner + outer) + 2 * inner * outer)
+    operand_bytes = bench.kernels.element_bytes * (2 * tokens * (inner + outer) + 2 * inner * outer)
     return Case(flops, 3 * flops, operand_bytes, partial(bench.kernels.product, tokens, inner, outer))
 
 
@@ -106,7 +105,7 @@ def _expert_block(bench: Bench, rows: list[int]) -> Case:
 
     matrices = 3 * widths.experts * widths.hidden * widths.expert_width
     activations = sum(rows) * (4 * widths.hidden + 6 * widths.expert_width)
-    return Case(rows[0], _grouped_flops(rows, widths), FP32 * (2 * matrices + activations), build)
+    return Case(rows[0], _grouped_flops(rows, widths), kernels.element_bytes * (2 * matrices + activations), build)
 
 
 def _grouped_flops(rows: list[int], widths: Widths) -> float:
@@ -123,7 +122,8 @@ def attention(bench: Bench) -> None:
         if done and 2 * flops / done[-1].rate > bench.effort.longest_call_seconds:
             return
         build = _both(partial(bench.kernels.attention, batch, seq_len, widths))
-        forward, backward = cold(build, 8 * FP32 * batch * seq_len * widths.num_heads * widths.head_dim)
+        element_bytes = bench.kernels.element_bytes
+        forward, backward = cold(build, 8 * element_bytes * batch * seq_len * widths.num_heads * widths.head_dim)
         bench.point("attention.forward", seq_len, flops, [forward])
         bench.point("attention.backward", seq_len, 2 * flops, [backward])
 
@@ -138,7 +138,7 @@ def _both(build: Callable[[], Directions]) -> Callable[[], Sequence[Call]]:
 
 def memory_bound(bench: Bench) -> None:
     """`memory_bound`: bytes/s of an addition against its bytes; `kernel_seconds`: one operation on a tiny tensor."""
-    moved = 3 * FP32  # bytes for each element: two operands, one result
+    moved = 3 * bench.kernels.element_bytes  # bytes for each element: two operands, one result
     bench.sweep(
         "memory_bound",
         (
@@ -158,12 +158,15 @@ def memory_bound_passes(bench: Bench) -> None:
             if tokens * row > MOST_ELEMENTS and tokens > effort.pass_tokens[0]:
                 break
             elements = passes.elements(kind, tokens, widths)
-            calls = cold(_both(partial(build, kernels, tokens, widths)), PASS_TENSORS * FP32 * elements)
+            calls = cold(
+                _both(partial(build, kernels, tokens, widths)), PASS_TENSORS * kernels.element_bytes * elements
+            )
             for direction, call in zip(("forward", "backward"), calls, strict=True):
                 bench.point(f"passes.{kind}.{direction}", elements, elements, [call])
+    masters = kernels.in_fp32()
     for count in effort.parameter_counts:
-        bench.point("passes.optimizer.forward", count, count, [passes.optimizer(kernels, count)])
-        bench.point("passes.gradient_norm.forward", count, count, [passes.gradient_norm(kernels, count)])
+        bench.point("passes.optimizer.forward", count, count, [passes.optimizer(masters, count)])
+        bench.point("passes.gradient_norm.forward", count, count, [passes.gradient_norm(masters, count)])
 
 
 def whole_layers(bench: Bench) -> None:

@@ -54,6 +54,14 @@ class Kernels:
         self.device, self.dtype = device, dtype
         self._pool = torch.randn(POOL, device=device, dtype=dtype)
 
+    @property
+    def element_bytes(self) -> int:
+        return self.dtype.itemsize
+
+    def in_fp32(self) -> Kernels:
+        """The same for what stays fp32 in every recipe: masters, moments, gradients."""
+        return self if self.dtype == torch.float32 else Kernels(self.device, torch.float32)
+
     def random(self, *shape: int) -> Tensor:
         """Normal numbers of `shape`, copied from one pool: drawing them anew took longer than what they are for."""
         count = math.prod(shape)

@@ -1,163 +1,216 @@
 """What every rank runs: the device first, as many ranks as have a core of their own; then all ranks; then the network.
 
-The result is JSON-able: points by the name of what was measured, merged over ranks by `measure.assemble`.
+After every section the ranks' points are gathered and rank 0 writes them down (`record`), so that a measurement that is
+cut off goes on behind its last section.
 """
 
 from __future__ import annotations
 
-import os
-import sys
+import platform as system
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+# Autograd and optimizers import these two at their first call: here once, before ranks are forked.
+import torch._dynamo
+import torch.distributed as dist
+import torch.fx.experimental.symbolic_shapes
+
+from pipermoe.exchange.executor.gather_json import all_gather_json
+from pipermoe.exchange.executor.transport import gather_places
 from pipermoe.measure import compute
-from pipermoe.measure.clock import Call, cpu_seconds, gpu_seconds, wall_seconds
-from pipermoe.measure.collectives import Network, group_sizes
+from pipermoe.measure.clock import cpu_seconds, gpu_seconds, wall_seconds
+from pipermoe.measure.collectives import Network, groupings
 from pipermoe.measure.compute import Bench, Points
 from pipermoe.measure.kernels import Kernels
+from pipermoe.measure.machine import cpu_name
+from pipermoe.measure.record import Record, Settings, keep_section, open_record, to_plain
 from pipermoe.measure.samples import Point
 from pipermoe.measure.sizes import Effort, Widths
-from pipermoe.specs.network import COLLECTIVES
+from pipermoe.processes.world import World
+from pipermoe.specs.errors import MachineError, UserError
+from pipermoe.specs.precision import Precision
 
 NOISE_SAMPLES = 8  # of the reference kernel between any two measurements
 NETWORK_TIMEOUT = timedelta(seconds=120)
 WARM_UP_CALLS = 10
 PIECE_SECONDS = 5e-3  # of computing between two collectives: a layer of a small model
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What to measure. `alone` ranks have a core (or a GPU) of their own and measure the device."""
+    """What to measure; `cores` ranks of a host have a core (or a GPU) of their own and measure the device."""
 
-    ranks: int
-    alone: int
     use_gpu: bool
-    store: str
+    cores: int
+    precision: Precision
     widths: Widths
     effort: Effort
-
-    @property
-    def steps(self) -> int:
-        """How many steps a rank reports."""
-        collectives = len(group_sizes(self.ranks)) if self.ranks > 1 else 0
-        return len(compute.SECTIONS) + 1 + collectives
+    record: Path
 
 
-def measure_rank(rank: int, report: Callable[[str], None], job: Job) -> dict[str, Any]:
-    """Measure as one of `job.ranks` ranks; the points of this rank as plain lists."""
+Section = Callable[[], Points]
+
+
+def measure_rank(world: World, job: Job, tell: Callable[[str], None]) -> None:
+    """Measure as one rank of `world`; rank 0 leaves the points of all ranks in `job.record`.
+
+    `tell` hears the name of every section that begins. Raises `MachineError` naming rank and section.
+    """
+    doing = "meeting the other ranks"
+    try:
+        device = _join(world, job)
+        group = dist.group.WORLD
+        assert group is not None
+        settings = _settings(job, device, gather_places(group))
+        record = open_record(job.record, settings) if world.rank == 0 else Record(settings=settings)
+        measured = all_gather_json(list(record.sections), group)[0]
+        bed = _Bed(world, job, device, settings.ranks_per_host)
+        for name, section in bed.sections():
+            if name in measured:
+                continue
+            doing = name
+            tell(name)
+            points = section() | bed.noise()
+            everyone = all_gather_json(to_plain(points), group)
+            if world.rank == 0:
+                record = keep_section(job.record, record, name, everyone)
+        dist.barrier()
+        dist.destroy_process_group()
+    except UserError:
+        raise
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), "")[:300]
+        raise MachineError(
+            f"rank {world.rank} failed while measuring {doing}: {type(error).__name__}: {reason}"
+        ) from error
+
+
+def section_names(ranks: int, ranks_per_host: int) -> list[str]:
+    """The sections of a measurement in their order."""
+    collectives = [_collectives_of(grouping) for grouping in groupings(ranks, ranks_per_host)]
+    return [*(name for name, _ in compute.SECTIONS), "all ranks at once", *collectives]
+
+
+def _collectives_of(grouping: Any) -> str:
+    apart = f", every {grouping.stride}th" if grouping.stride > 1 else ""
+    return f"collectives of {grouping.size} ranks{apart}"
+
+
+def _join(world: World, job: Job) -> torch.device:
+    """Meet the other ranks; this rank's device."""
     torch.set_num_threads(1)
-    torch.manual_seed(rank)
-    device = torch.device("cuda", rank) if job.use_gpu else torch.device("cpu")
+    torch.manual_seed(world.rank)
+    device = torch.device("cuda", world.local_rank) if job.use_gpu else torch.device("cpu")
     if job.use_gpu:
         torch.cuda.set_device(device)
-    _join(rank, job)
-    free_bytes, device_bytes = torch.cuda.mem_get_info() if job.use_gpu else (0, 0)
-    kernels = Kernels(device, torch.float32)
-    bench = Bench(kernels, job.widths, job.effort, gpu_seconds if job.use_gpu else cpu_seconds)
-    yardstick = Yardstick(kernels.reference(job.widths), quiet=rank < job.alone)
-    for name, section in compute.SECTIONS:
-        report(name)
-        if rank < job.alone:
-            section(bench)
-        yardstick.sample()
-    points = bench.points
-    report("all ranks at once")
-    network = Network(device, job.effort.message_seconds)
-    points |= _crowd(bench, yardstick.call, job, network)
-    points |= _network(network, report, job.effort, yardstick)
-    if yardstick.walls:
-        points["noise"] = [Point(1, 1, seconds) for seconds in yardstick.walls]
-    dist.barrier()
-    dist.destroy_process_group()
-    plain = {key: [asdict(point) for point in measured] for key, measured in points.items()}
-    return {
-        "points": plain,
-        "device": torch.cuda.get_device_name() if job.use_gpu else "",
-        "device_bytes": device_bytes,
-        "reserved_bytes": device_bytes - free_bytes,
-    }
-
-
-def _join(rank: int, job: Job) -> None:
-    if sys.platform == "linux":  # every rank is on this host: no name look-up, no route that may be missing
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(
         "nccl" if job.use_gpu else "gloo",
-        init_method=f"file://{job.store}",
-        rank=rank,
-        world_size=job.ranks,
+        init_method=world.init_method,
+        rank=world.rank,
+        world_size=world.size,
         timeout=NETWORK_TIMEOUT,
+    )
+    return device
+
+
+def _settings(job: Job, device: torch.device, places: list[Any]) -> Settings:
+    """What belongs to the points; `places` says on which host every rank is."""
+    free_bytes, device_bytes = torch.cuda.mem_get_info() if job.use_gpu else (0, 0)
+    per_host = places.count(places[0])
+    if any(places[first : first + per_host] != [places[first]] * per_host for first in range(0, len(places), per_host)):
+        hosts = sorted({place[0] for place in places})
+        raise MachineError(f"hosts {', '.join(hosts)} hold different numbers of ranks; start as many on each, in order")
+    return Settings(
+        ranks=len(places),
+        ranks_per_host=per_host,
+        device=torch.cuda.get_device_name(device) if job.use_gpu else cpu_name(),
+        device_bytes=device_bytes,
+        reserved_bytes=device_bytes - free_bytes,
+        precision=job.precision,
+        widths=job.widths,
+        effort=job.effort,
+        software={
+            "torch": torch.__version__,
+            "python": system.python_version(),
+            "system": f"{system.system()} {system.release()}",
+            "cpu": cpu_name(),
+            "network": "nccl" if job.use_gpu else "gloo",
+        },
     )
 
 
-class Yardstick:
-    """A fixed kernel, timed on the wall clock between any two measurements: how steady the machine is."""
+class _Bed:
+    """What one rank measures with: its device, its groups, and a yardstick."""
 
-    def __init__(self, call: Call, quiet: bool) -> None:
-        self.call, self.quiet = call, quiet
-        self.walls: list[float] = []
+    def __init__(self, world: World, job: Job, device: torch.device, ranks_per_host: int) -> None:
+        self.job, self.ranks = job, world.size
+        self.alone = min(job.cores, ranks_per_host)
+        self.quiet = world.local_rank < self.alone
+        self.kernels = Kernels(device, DTYPES[job.precision])
+        self.yardstick = self.kernels.reference(job.widths)
+        self.clock = gpu_seconds if job.use_gpu else cpu_seconds
+        self.network = Network(device, ranks_per_host, job.effort, gpu_seconds if job.use_gpu else wall_seconds)
 
-    def sample(self) -> None:
-        """Time it on the ranks that have a core of their own, while the others wait."""
+    def sections(self) -> Iterator[tuple[str, Section]]:
+        """Every section with its name, as `section_names` lists them."""
+        for name, section in compute.SECTIONS:
+            yield name, partial(self._device, section)
+        yield "all ranks at once", self._crowd
+        for grouping in self.network.groupings:
+            yield _collectives_of(grouping), partial(self.network.measure, grouping)
+
+    def noise(self) -> Points:
+        """A fixed kernel on the wall clock, on the ranks that have a core of their own: how steady the machine is."""
         dist.barrier()
+        walls = []
         if self.quiet:
-            wall_seconds(self.call, WARM_UP_CALLS)
-            self.walls += [wall_seconds(self.call, 1) for _ in range(NOISE_SAMPLES)]
+            wall_seconds(self.yardstick, WARM_UP_CALLS)
+            walls = [Point(1, 1, wall_seconds(self.yardstick, 1)) for _ in range(NOISE_SAMPLES)]
         dist.barrier()
+        return {"noise": walls}
 
+    def _device(self, section: Callable[[Bench], None]) -> Points:
+        bench = Bench(self.kernels, self.job.widths, self.job.effort, self.clock)
+        if self.quiet:
+            section(bench)
+        return bench.points
 
-def _crowd(bench: Bench, yardstick: Call, job: Job, network: Network) -> Points:
-    """`alone`: seconds of the yardstick on a core of its own. `crowd`: the calls that one of all ranks made in seconds.
+    def _crowd(self) -> Points:
+        """`alone`: seconds of the yardstick on a core of its own. `crowd`: the calls that one of all ranks made.
 
-    Neighbours meet in a small all-to-all every few milliseconds, as in a training step: where ranks share cores, the
-    wait for a neighbour whose turn has not come is part of the price. `alone` is computing time, so that load from
-    outside shows in the crowd's rate and not in what it is compared with.
-    """
-    points: Points = {}
-    calls_per_piece = torch.ones(1, dtype=torch.int64, device=bench.kernels.device)
-    if dist.get_rank() < job.alone:
-        wall_seconds(yardstick, WARM_UP_CALLS)
-        bench.point("alone", job.alone, 1, [yardstick])
-        points["alone"] = bench.points["alone"]
-        calls_per_piece.fill_(max(1, round(PIECE_SECONDS / points["alone"][-1].seconds)))
-    dist.broadcast(calls_per_piece, 0)
-    calls, pieces = int(calls_per_piece.item()), max(1, round(job.effort.crowd_seconds / PIECE_SECONDS))
-    dist.barrier()
-    start = time.perf_counter()
-    for _ in range(pieces):
-        for _ in range(calls):
-            yardstick()
-        network.meet()
-    if job.use_gpu:
-        torch.cuda.synchronize()
-    points["crowd"] = [Point(job.ranks, calls * pieces, time.perf_counter() - start)]
-    dist.barrier()
-    return points
-
-
-def _network(network: Network, report: Callable[[str], None], effort: Effort, yardstick: Yardstick) -> Points:
-    points: Points = {}
-    if network.ranks == 1:
+        Neighbours meet in a small all-to-all every few milliseconds, as in a training step: where ranks share cores,
+        the wait for a neighbour whose turn has not come is part of the price. `alone` is computing time, so that load
+        from outside shows in the crowd's rate and not in what it is compared with.
+        """
+        points: Points = {}
+        calls_per_piece = torch.ones(1, dtype=torch.int64, device=self.kernels.device)
+        if self.quiet:
+            wall_seconds(self.yardstick, WARM_UP_CALLS)
+            bench = Bench(self.kernels, self.job.widths, self.job.effort, self.clock)
+            alone = bench.point("alone", self.alone, 1, [self.yardstick])
+            points["alone"] = [alone]
+            calls_per_piece.fill_(max(1, round(PIECE_SECONDS / alone.seconds)))
+        dist.broadcast(calls_per_piece, 0)
+        calls, pieces = int(calls_per_piece.item()), max(1, round(self.job.effort.crowd_seconds / PIECE_SECONDS))
+        points["crowd"] = [Point(self.ranks, calls * pieces, self._pieces_seconds(pieces, calls))]
+        dist.barrier()
         return points
 
-    def keep(key: str, point: Point | None) -> None:
-        if point:
-            points.setdefault(key, []).append(point)
-
-    for size in network.groups:
-        report(f"collectives of {size} ranks")
-        for message_bytes in effort.message_bytes:
-            for collective in COLLECTIVES:
-                if collective != "send":
-                    keep(f"{collective}.{size}", network.point(collective, size, message_bytes))
-                elif size == network.ranks:
-                    keep("send", network.point("send", size, message_bytes))
-        yardstick.sample()
-    keep("all_to_all_skew", network.skewed_all_to_all(effort.message_bytes[-2]))
-    return points
+    def _pieces_seconds(self, pieces: int, calls: int) -> float:
+        dist.barrier()
+        start = time.perf_counter()
+        for _ in range(pieces):
+            for _ in range(calls):
+                self.yardstick()
+            self.network.meet()
+        if self.job.use_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start

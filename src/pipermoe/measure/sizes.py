@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.units import KIB, MIB
@@ -103,3 +103,18 @@ QUICK = Effort(
     crowd_seconds=0.8,
     longest_call_seconds=0.15,
 )
+
+
+def on_gpu(effort: Effort) -> Effort:
+    """The sizes that show what an accelerator reaches: beyond those of a processor core, in as many steps."""
+    return replace(
+        effort,
+        tokens=tuple(16 * tokens for tokens in effort.tokens),
+        rows_per_expert=tuple(8 * rows for rows in effort.rows_per_expert),
+        seq_lens=tuple(8 * seq_len for seq_len in effort.seq_lens),
+        pass_tokens=tuple(8 * tokens for tokens in effort.pass_tokens),
+        element_counts=tuple(32 * count for count in effort.element_counts),
+        parameter_counts=tuple(32 * count for count in effort.parameter_counts),
+        message_bytes=(*effort.message_bytes, 16 * effort.message_bytes[-1]),
+        compute_seconds=2 * effort.compute_seconds,
+    )
