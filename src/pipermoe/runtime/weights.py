@@ -24,6 +24,19 @@ def is_expert(name: str) -> bool:
     return ".experts." in name
 
 
+def unit_of(name: str) -> str:
+    """What is gathered together with the parameter of this global name: "layers.7", "embedding" or "head"."""
+    parts = name.split(".")
+    if parts[0] == "layers":
+        return f"layers.{parts[1]}"
+    return "head" if parts[0] == "final_norm" else parts[0]
+
+
+def layer_of(name: str) -> int:
+    """The layer of a parameter, or of a unit "layers.7"."""
+    return int(name.split(".")[1])
+
+
 def expert_name(name: str, expert: int) -> str:
     """What the part of the parameter `name` is called that belongs to this logical expert."""
     return f"{name}.{expert}"
@@ -32,10 +45,10 @@ def expert_name(name: str, expert: int) -> str:
 @torch.no_grad()
 def initialize(
     parameters: Iterable[tuple[str, Tensor]],
+    experts_of: Callable[[str], Iterable[int]] = lambda name: itertools.count(),
     *,
     seed: int,
     num_layers: int,
-    experts_of: Callable[[str], Iterable[int]] = lambda name: itertools.count(),
 ) -> None:
     """Fill (global name, parameter) pairs in place: norms with ones, biases and sinks with zeros, matrices at random.
 

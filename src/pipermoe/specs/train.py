@@ -11,6 +11,9 @@ from pipermoe.specs.precision import RECIPES, Precision, Recipe, StateBytes
 
 OnNonfinite = Literal["stop", "skip"]
 Packing = Literal["stream", "documents"]
+# How experts change their ranks (docs/balance.md): with their optimizer state; with that spread over all ranks; or as
+# copies that live only while a layer computes.
+Mechanism = Literal["bound", "decoupled", "sparse"]
 AuxiliaryLossLevel = Literal["micro_batch", "sequence", "global_batch"]
 
 

@@ -3,7 +3,7 @@
 T tokens, D hidden size, K choices a token, V vocabulary size
 
 Global names: `embedding.weight`, `layers.7.attention.query.weight`, `layers.7.router.weight`,
-`layers.7.experts.gate_up.weight` (local experts, D, 2 * width), `final_norm.weight`, `head.weight`.
+`layers.7.experts.gate_up.weight` (slots, D, 2 * width), `final_norm.weight`, `head.weight`.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class MoELayer(nn.Module):
         self,
         model: ModelSpec,
         layer: int,
-        local_experts: int,
+        slots: int,
         seq_len: int,
         gradients: WeightGradients,
         dtype: torch.dtype,
@@ -102,7 +102,7 @@ class MoELayer(nn.Module):
         self.attention = build_attention(model, layer, seq_len, gradients, dtype, drop="attention" in drops)
         self.ffn_norm = build_norm(model, gradients, dtype)
         self.router = Router(model, gradients, dtype)
-        self.experts = Experts(model, local_experts, gradients, dtype, drops)
+        self.experts = Experts(model, slots, gradients, dtype, drops)
         self.shared = (
             FeedForward(
                 hidden,
@@ -146,7 +146,7 @@ class StageModel(nn.Module):
         self,
         model: ModelSpec,
         layers: range,
-        local_experts: int,
+        slots: int,
         seq_len: int,
         dtype: torch.dtype,
         gradients: WeightGradients,
@@ -158,7 +158,7 @@ class StageModel(nn.Module):
         self.embedding = Embedding(model.vocab_size, hidden, gradients, dtype) if first else None
         self.layers = nn.ModuleDict(
             {
-                str(layer): MoELayer(model, layer, local_experts, seq_len, gradients, dtype, drops)
+                str(layer): MoELayer(model, layer, slots, seq_len, gradients, dtype, drops)
                 if model.is_moe(layer)
                 else DenseLayer(model, layer, seq_len, gradients, dtype, drops)
                 for layer in layers

@@ -16,6 +16,7 @@ from torch import Tensor
 # The function, not the class torch.optim.AdamW, which takes 2 s and 100 MiB of every rank to import a compiler.
 from torch.optim.adamw import adamw
 
+from pipermoe.layout.transfer import Transfer
 from pipermoe.runtime.optimizer.flat_parameters import FlatParameters, Span
 from pipermoe.runtime.optimizer.gradient_norm import clip_scale, owned_squared_norm
 from pipermoe.specs.report import MemoryCategory
@@ -123,7 +124,13 @@ class Optimizer:
 
     def zero_gradients(self) -> None:
         for flat in self.flats:
-            flat.gradients.zero_()
+            flat.zero_gradients()
+
+    @torch.no_grad()
+    def adopt(self, homes: Transfer) -> None:
+        """Carry the state of experts whose homes move; `gather_weights` then fills their slots."""
+        for state in self.states:
+            state.flat.adopt(homes, [values for _, values in state.items()])
 
     def tensors(self) -> dict[MemoryCategory, list[Tensor]]:
         """What a rank holds between steps, by the memory categories "weights", "gradients" and "optimizer"."""

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipermoe.layout.expert_layout import EMPTY
-from pipermoe.runtime.weights import expert_name
+from pipermoe.layout.transfer import Transfer
+from pipermoe.runtime.weights import expert_name, unit_of
 
 # torch 2.13 renamed both and warns on every rank about the names of 2.11.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -99,15 +100,31 @@ class FlatParameters:
         """Move each parameter's storage into a flat buffer, freeing the old one before the next is moved."""
         like = self._parameters[0]
         whole_N = torch.zeros(self.size, dtype=like.dtype, device=like.device)
-        for parameter, view in zip(self._parameters, self._views(whole_N), strict=True):
+        for parameter, view in zip(self._parameters, self.views(whole_N), strict=True):
             view.copy_(parameter.detach())
             parameter.data = view
             parameter.grad_dtype = torch.float32
         return whole_N
 
-    def _views(self, whole_N: Tensor) -> Iterator[Tensor]:
+    def views(self, whole_N: Tensor) -> Iterator[Tensor]:
+        """A view of each parameter's shape into a buffer of all N elements."""
         for span, parameter in zip(self.spans, self._parameters, strict=True):
             yield whole_N[span.start : span.stop].view(parameter.shape)
+
+    @property
+    def unit(self) -> str:
+        """What is gathered together with these: "layers.7", "embedding" or "head"."""
+        return unit_of(self.spans[0].name)
+
+    @property
+    def gathers(self) -> bool:
+        """Whether weights are whole only while they are used."""
+        return self.zero >= 3
+
+    @property
+    def scatters(self) -> bool:
+        """Whether gradients are whole only while a backward fills them."""
+        return self.zero >= 2
 
     @property
     def whole_buffers(self) -> tuple[Tensor, ...]:
@@ -154,6 +171,12 @@ class FlatParameters:
         if self.zero in (1, 2):
             _all_gather(self.weights, self.weights[self.owned], group=self.group)
 
+    def zero_gradients(self) -> None:
+        self.gradients.zero_()
+
+    def adopt(self, homes: Transfer, states: Sequence[Tensor]) -> None:
+        """Where the homes of experts move, carry their parts of `states`; all else stays where it is."""
+
     def decay_slices(self) -> tuple[slice, slice]:
         """The updated slice, cut where weight decay ends: (with decay, without)."""
         start, stop = self.updated.start, self.updated.stop
@@ -174,7 +197,7 @@ class FlatParameters:
             assert self._whole_weights is not None
             self._gathering.wait()
             self._gathering = None
-            for parameter, view in zip(self._parameters, self._views(self._whole_weights), strict=True):
+            for parameter, view in zip(self._parameters, self.views(self._whole_weights), strict=True):
                 parameter.data = view
 
     def acquire(self) -> None:
@@ -211,7 +234,7 @@ class FlatParameters:
         """Let the parameters have gradients, zero at first, unless they have."""
         if self._whole_gradients is None:
             self._whole_gradients = torch.zeros(self.size, dtype=torch.float32, device=self.weights.device)
-            for parameter, view in zip(self._parameters, self._views(self._whole_gradients), strict=True):
+            for parameter, view in zip(self._parameters, self.views(self._whole_gradients), strict=True):
                 parameter.grad = view
 
     def launch_reduction(self) -> None:

@@ -10,24 +10,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 from torch import Tensor, nn
 
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.meter import Meter
 from pipermoe.runtime.optimizer.flat_parameters import FlatParameters
-from pipermoe.runtime.weights import is_expert
+from pipermoe.runtime.weights import is_expert, unit_of
 from pipermoe.specs.strategy import Strategy
 
 RESIDENT = 2  # layers whose gathered weights stay: the one in use, and the next one on its way or the last one used
-
-
-def unit_of(name: str) -> str:
-    """What is gathered together with the parameter of this global name: "layers.7", "embedding" or "head"."""
-    parts = name.split(".")
-    if parts[0] == "layers":
-        return f"layers.{parts[1]}"
-    return "head" if parts[0] == "final_norm" else parts[0]
 
 
 def flatten(
@@ -53,6 +46,28 @@ def static_experts(named_parameters: Sequence[tuple[str, Tensor]], groups: Proce
     return range(groups.coordinates.ep * local, (groups.coordinates.ep + 1) * local)
 
 
+class Unit(Protocol):
+    """Weights that may be whole only while they are used, and gradients only while a backward fills them."""
+
+    @property
+    def unit(self) -> str: ...
+    @property
+    def gathers(self) -> bool: ...
+    @property
+    def scatters(self) -> bool: ...
+    @property
+    def in_use(self) -> bool: ...
+    def launch_gather(self) -> None: ...
+    def await_weights(self) -> None: ...
+    def acquire(self) -> None: ...
+    def release(self) -> None: ...
+    def keep_shard(self) -> None: ...
+    def drop(self) -> Tensor | None: ...
+    def open_gradients(self) -> None: ...
+    def launch_reduction(self) -> None: ...
+    def settle_reduction(self) -> Tensor | None: ...
+
+
 class Sharding:
     """Brings the weights of one unit after another, and takes their gradients away. The order is the caller's, so it
     is the same on all ranks of a group as long as the schedule is.
@@ -63,19 +78,18 @@ class Sharding:
 
     def __init__(self, meter: Meter) -> None:
         self._meter = meter
-        self._gathered: dict[str, list[FlatParameters]] = defaultdict(list)
-        self._scattered: dict[str, list[FlatParameters]] = defaultdict(list)
+        self._gathered: dict[str, list[Unit]] = defaultdict(list)
+        self._scattered: dict[str, list[Unit]] = defaultdict(list)
         self._here: list[str] = []  # gathered units, the one used last at the end
-        self._reducing: list[FlatParameters] = []
+        self._reducing: list[Unit] = []
 
-    def take(self, flats: Iterable[FlatParameters], *, tied: bool = False) -> None:
+    def take(self, flats: Iterable[Unit], *, tied: bool = False) -> None:
         """Take charge of these; with `tied` word embeddings the head uses the embedding's weights too."""
         for flat in flats:
-            unit = unit_of(flat.spans[0].name)
-            if flat.zero >= 3:
-                self._gathered[unit].append(flat)
-            if flat.zero >= 2:
-                self._scattered[unit].append(flat)
+            if flat.gathers:
+                self._gathered[flat.unit].append(flat)
+            if flat.scatters:
+                self._scattered[flat.unit].append(flat)
         if tied:
             for units in (self._gathered, self._scattered):
                 units["head"] = units["head"] + units["embedding"]

@@ -44,6 +44,9 @@ class Deduplicated:
     def __init__(self, group: ExpertGroup):
         self.group = group
 
+    def choices(self, experts_TK: Tensor, weights_TK: Tensor) -> Choices:
+        return self.group.choices(experts_TK, weights_TK)
+
     def exchange_counts(self, choices: Choices) -> Flight[list[int]]:
         group, tokens = self.group, len(choices.experts_TK)
         if (planned := group.planned_numbers(tokens)) is not None:

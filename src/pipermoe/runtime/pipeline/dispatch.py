@@ -56,6 +56,10 @@ class Dispatcher(Protocol):
 
     group: ExpertGroup
 
+    def choices(self, experts_TK: Tensor, weights_TK: Tensor) -> Choices:
+        """What the router chose, within the capacity of the experts."""
+        ...
+
     def exchange_counts(self, choices: Choices) -> Flight:
         """Launch the exchange of row counts, the one host synchronisation of a layer."""
         ...
@@ -143,10 +147,15 @@ class ExpertGroup:
         choices_TK = torch.from_numpy(planned_choices(self.planned_counts[self.rank], tokens, self.top_k))
         return choices_TK.to(device, copy=True)  # made by an operation, so that it counts as memory
 
-    def choices(self, experts_TK: Tensor, weights_TK: Tensor) -> Choices:
-        """A micro-batch's choices, within the capacity of the experts."""
+    def choices(self, experts_TK: Tensor, weights_TK: Tensor, copies_E: Tensor | None = None) -> Choices:
+        """A micro-batch's choices, within the capacity of the experts, of which there may be several copies each."""
         capacity, chosen_E = self.capacity(len(experts_TK)), count_choices(experts_TK, self.num_experts)
-        kept_E = chosen_E if capacity is None else chosen_E.clamp(max=capacity)
+        if capacity is None:
+            kept_E = chosen_E
+        elif copies_E is None:
+            kept_E = chosen_E.clamp(max=capacity)
+        else:
+            kept_E = chosen_E.minimum(capacity * copies_E)
         return Choices(experts_TK, weights_TK if self.planned_counts is None else None, chosen_E, kept_E, capacity)
 
     def planned_numbers(self, tokens: int) -> list[int] | None:
@@ -175,6 +184,9 @@ class AllToAll:
     def __init__(self, group: ExpertGroup):
         self.group = group
 
+    def choices(self, experts_TK: Tensor, weights_TK: Tensor) -> Choices:
+        return self.group.choices(experts_TK, weights_TK)
+
     def exchange_counts(self, choices: Choices) -> Flight[list[int]]:
         group = self.group
         if (planned := group.planned_numbers(len(choices.experts_TK))) is not None:
@@ -190,7 +202,8 @@ class AllToAll:
         numbers, experts_here = counts.wait(), self.group.local_experts
         sent_PN = rows_of(numbers[: self.group.num_experts], experts_here)
         received_PN = rows_of(numbers[self.group.num_experts :], experts_here)
-        return AllToAllJourney(self.group, choices, sent_PN, received_PN, experts, keep)
+        order_A = choices.kept(sum(map(sum, sent_PN)))
+        return AllToAllJourney(self.group, choices, order_A, sent_PN, received_PN, experts, keep)
 
 
 class AllToAllJourney:
@@ -204,6 +217,7 @@ class AllToAllJourney:
         self,
         group: ExpertGroup,
         choices: Choices,
+        order_A: Tensor,
         sent_PN: list[list[int]],
         received_PN: list[list[int]],
         experts: Experts,
@@ -211,7 +225,7 @@ class AllToAllJourney:
     ):
         self._group, self._top_k, self._total = group, group.top_k, choices.experts_TK.numel()
         self._sent, self._received = [sum(row) for row in sent_PN], [sum(row) for row in received_PN]
-        self._order_A = choices.kept(sum(self._sent))
+        self._order_A = order_A
         self._position_A = inverse(self._order_A) if choices.capacity is None else None
         self._arrange_R, self._restore_R = arrangement(received_PN, self._order_A.device)
         rows = [sum(column) for column in zip(*received_PN, strict=True)]

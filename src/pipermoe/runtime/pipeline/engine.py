@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -12,17 +13,22 @@ from torch import Tensor, nn
 
 from pipermoe.runtime.balance import Balance
 from pipermoe.runtime.groups import ProcessGroups
+from pipermoe.runtime.layout.carry import Carrier
+from pipermoe.runtime.layout.dispatch import LayoutDispatch
+from pipermoe.runtime.layout.lay_out import Draw, LaidOut, Maker, check_layable
+from pipermoe.runtime.layout.placement import Placement
 from pipermoe.runtime.meter import Meter
 from pipermoe.runtime.modules.model import DTYPES, MoELayer
-from pipermoe.runtime.optimizer.sharding import Sharding, flatten, unit_of
+from pipermoe.runtime.optimizer.flat_parameters import FlatParameters
+from pipermoe.runtime.optimizer.sharding import Sharding, Unit, flatten
 from pipermoe.runtime.pipeline.deduplicated import Deduplicated
-from pipermoe.runtime.pipeline.dispatch import AllToAll, ExpertGroup
+from pipermoe.runtime.pipeline.dispatch import AllToAll, Dispatcher, ExpertGroup
 from pipermoe.runtime.pipeline.execution import Execution, Program, StepResult
 from pipermoe.runtime.pipeline.flight import Collective, Transport
 from pipermoe.runtime.pipeline.planned_exchange import PlannedExchange
 from pipermoe.runtime.pipeline.stage import Stage
 from pipermoe.runtime.support import check_device, check_model
-from pipermoe.runtime.weights import initialize
+from pipermoe.runtime.weights import initialize, is_expert, layer_of, unit_of
 from pipermoe.schedule.action import SHARDING, Kind, Schedule
 from pipermoe.specs.errors import UserError
 from pipermoe.specs.mesh import split_layers
@@ -47,7 +53,8 @@ class Engine:
 
     `schedule` is lowered by schedule.communication.with_communication. `planned_counts[source][expert]`, if given, are
     the rows that each rank of the expert-parallel group sends to each expert, instead of what the router would choose.
-    `transport` carries the all-to-alls; if not given, what the strategy says.
+    `transport` carries the all-to-alls; if not given, what the strategy says. `laid_out`: how experts are laid out, if
+    they are not in order, the same number on every rank.
     """
 
     def __init__(
@@ -61,6 +68,7 @@ class Engine:
         device: torch.device | str = "cpu",
         planned_counts: Sequence[Sequence[int]] | None = None,
         transport: Transport | None = None,
+        laid_out: LaidOut | None = None,
     ):
         check_model(model)
         _check_schedule(schedule, strategy)
@@ -81,17 +89,20 @@ class Engine:
             train.capacity_factor,
             planned_counts,
         )
-        dispatcher = (
-            Deduplicated(group) if strategy.dispatcher == "deduplicated" and group.ranks > 1 else AllToAll(group)
-        )
+        if laid_out is not None:
+            check_layable(strategy, laid_out.mechanism)
+        self.placement = None if laid_out is None else laid_out.placement(group.rank)
+        dispatcher = _dispatcher(strategy, group, self.placement, model)
         self.balance = Balance(train.auxiliary_loss_level, train.seq_len, groups.dp, self.meter)
         self.local_experts = group.local_experts
+        slots = group.local_experts if self.placement is None else self.placement.slots
         self.sharding = Sharding(self.meter)
         split = split_layers(model.num_layers, schedule.num_stages, strategy.layer_split)
         self.stages = {
             stage: Stage(
                 model,
                 split[stage],
+                slots,
                 dispatcher,
                 self.sharding,
                 seq_len=train.seq_len,
@@ -104,14 +115,23 @@ class Engine:
             )
             for stage in schedule.stages_of(here.pp)
         }
-        initialize(
-            self.named_parameters(),
-            seed=train.seed,
-            num_layers=model.num_layers,
-            experts_of=lambda name: range(here.ep * group.local_experts, model.moe.num_experts),
-        )
-        self.flats = flatten(self.named_parameters(), groups, strategy)
-        self.sharding.take(self.flats, tied=model.tie_word_embeddings)
+        draw = partial(initialize, seed=train.seed, num_layers=model.num_layers)
+        draw(self.named_parameters(), self.experts_of)
+        self.flats, visitors = self._flat_parameters(laid_out, group, draw)
+        self.sharding.take([*self.flats, *visitors], tied=model.tie_word_embeddings)
+
+    def _flat_parameters(
+        self, laid_out: LaidOut | None, group: ExpertGroup, draw: Draw
+    ) -> tuple[list[FlatParameters], list[Unit]]:
+        """What the optimizer updates, and what else is brought and taken away for every use."""
+        if laid_out is None or self.placement is None:
+            return flatten(self.named_parameters(), self.groups, self.strategy), []
+        dense = [each for each in self.named_parameters() if not is_expert(each[0])]
+        experts = [each for each in self.named_parameters() if is_expert(each[0])]
+        carrier = Carrier(group.transport, group.rank, group.ranks, self.meter)
+        maker = Maker(laid_out.mechanism, self.placement, self.model.moe_layers, self.groups, self.strategy, carrier)
+        held, visitors = maker.lay_out(experts, draw)
+        return flatten(dense, self.groups, self.strategy) + held, visitors
 
     @property
     def microbatches(self) -> int:
@@ -121,6 +141,13 @@ class Engine:
     def scale(self) -> float:
         """The weight of one micro-batch's mean in the global mean."""
         return 1.0 / (self.microbatches * self.strategy.data_parallel)
+
+    def experts_of(self, name: str) -> Sequence[int]:
+        """The logical expert of each row of this expert parameter on this rank."""
+        if self.placement is not None:
+            return self.placement.held(self.model.moe_layers.index(layer_of(name)))
+        first = self.groups.coordinates.ep * self.local_experts
+        return range(first, first + self.local_experts)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(global name, parameter) of all that gradients train and this rank holds, in the order of the layers."""
@@ -180,6 +207,17 @@ def _transport(strategy: Strategy, group: dist.ProcessGroup, meter: Meter, *, dr
     if strategy.exchange == "planned" and group.size() > 1 and not dry:
         return PlannedExchange(group, meter)
     return Collective(group)
+
+
+def _dispatcher(
+    strategy: Strategy, group: ExpertGroup, placement: Placement | None, model: ModelSpec
+) -> Callable[[str], Dispatcher]:
+    """How the tokens of each layer, by its unit's name, meet their experts."""
+    if placement is not None:
+        layers = {f"layers.{layer}": index for index, layer in enumerate(model.moe_layers)}
+        return lambda unit: LayoutDispatch(group, placement, layers[unit])
+    everywhere = Deduplicated(group) if strategy.dispatcher == "deduplicated" and group.ranks > 1 else AllToAll(group)
+    return lambda unit: everywhere
 
 
 def _check_schedule(schedule: Schedule, strategy: Strategy) -> None:

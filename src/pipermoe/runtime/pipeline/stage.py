@@ -76,14 +76,16 @@ class Stage:
     Full recomputation drops the graphs of layers between forward and backward, selective those of some modules;
     embedding and head always keep theirs.
     `auxiliary_weight` and `z_weight` are the weights of one layer's load-balancing and z-loss relative to the
-    cross-entropy. The weights of a unit (embedding, a layer, head) are used inside of `sharding.weights(unit)` only.
+    cross-entropy. `slots` is how many experts this rank holds of a layer, `dispatcher(unit)` brings that layer's tokens
+    to them. The weights of a unit (embedding, a layer, head) are used inside of `sharding.weights(unit)` only.
     """
 
     def __init__(
         self,
         spec: ModelSpec,
         layers: range,
-        dispatcher: Dispatcher,
+        slots: int,
+        dispatcher: Callable[[str], Dispatcher],
         sharding: Sharding,
         *,
         seq_len: int,
@@ -99,8 +101,8 @@ class Stage:
         self.balance, self.auxiliary_weight, self.z_weight = balance, auxiliary_weight, z_weight
         self.gradients = WeightGradients()
         with torch.device(device):
-            experts, drops = dispatcher.group.local_experts, strategy.recompute_modules
-            self.model = StageModel(spec, layers, experts, seq_len, dtype, self.gradients, drops)
+            drops = strategy.recompute_modules
+            self.model = StageModel(spec, layers, slots, seq_len, dtype, self.gradients, drops)
         self.units = tuple(self.model.units())
         cosine, sine = rotation_of(spec.attention, seq_len, dtype)
         self.rotation: Rotation = (cosine.to(device), sine.to(device))
@@ -185,12 +187,13 @@ class Stage:
         return piece.forward(x_TD)
 
     def _moe_forward(self, unit: str, layer: MoELayer, x_TD: Tensor, tape: Tape, keep: bool) -> Steps[Tensor]:
-        dispatcher, group, tokens = self.dispatcher, self.dispatcher.group, x_TD.shape[0]
+        dispatcher, tokens = self.dispatcher(unit), x_TD.shape[0]
+        group = dispatcher.group
         planned_TK = group.planned_choices(tokens, x_TD.device)
         sequences, z_loss = self.balance.sequences(tokens), self.z_weight > 0
         attend = Piece(lambda x: layer.attend(x, self.rotation, planned_TK, sequences, z_loss), keep)
         h_TD, normed_TD, weights_TK, share_BE, z, experts_TK = attend.forward(x_TD)
-        choices = group.choices(experts_TK, weights_TK)
+        choices = dispatcher.choices(experts_TK, weights_TK)
         counts = dispatcher.exchange_counts(choices)
         load = self.balance.observe(layer.router, experts_TK, group.num_experts, training=tape.training)
         yield Pause(counts, brief=True)

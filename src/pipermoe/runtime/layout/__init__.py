@@ -1,0 +1,1 @@
+"""Expert layouts in a run: rows travel to slots, experts between ranks."""

@@ -1,0 +1,61 @@
+"""Dispatch by an expert layout: rows travel to the slots that hold their experts; copies of an expert share its rows.
+
+E experts, P ranks of the expert group, S slots of a rank, A assignments of this rank's tokens that are kept
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipermoe.layout.expert_layout import EMPTY
+from pipermoe.layout.split import dispatch_rows, water_filling
+from pipermoe.runtime.layout.placement import Placement
+from pipermoe.runtime.pipeline.dispatch import AllToAllJourney, Choices, ExpertGroup, Experts
+from pipermoe.runtime.pipeline.flight import Arrived, Flight, NumbersFlying
+
+
+class LayoutDispatch:
+    """Every kept choice travels as a row of its own, in one MoE layer of a placement.
+
+    All ranks learn the counts of all, so that each divides the rows of an expert over its copies alike, and knows what
+    it sends and receives without another exchange.
+    """
+
+    def __init__(self, group: ExpertGroup, placement: Placement, layer: int):
+        self.group, self._placement, self._layer = group, placement, layer
+
+    def choices(self, experts_TK: Tensor, weights_TK: Tensor) -> Choices:
+        """Every copy of an expert brings the capacity of one (SwiftMoE, arXiv 2504.19925)."""
+        copies_E = torch.from_numpy(self._placement.copies_LE[self._layer]).to(experts_TK.device)
+        return self.group.choices(experts_TK, weights_TK, copies_E)
+
+    def exchange_counts(self, choices: Choices) -> Flight[list[int]]:
+        own_PE = choices.kept_E.repeat(self.group.ranks)
+        if self.group.ranks == 1:
+            return Arrived(own_PE.tolist() * 2)
+        received_PE = torch.empty_like(own_PE)
+        work = self.group.transport.all_to_all(received_PE, own_PE, None, None)
+        return NumbersFlying(work, own_PE, received_PE, self.group.meter)
+
+    def journey(self, choices: Choices, counts: Flight[list[int]], experts: Experts, *, keep: bool) -> AllToAllJourney:
+        group, slots_PS = self.group, self._placement.slots_NS(self._layer)
+        received = counts.wait()[group.ranks * group.num_experts :]
+        counts_PE = np.array(received, dtype=np.int64).reshape(group.ranks, group.num_experts)
+        rows_PS = water_filling(slots_PS, counts_PE.sum(0))
+        rows_PPS = dispatch_rows(slots_PS, counts_PE, rows_PS, self._placement.nodes)
+        sent_PS, received_PS = rows_PPS[group.rank], rows_PPS[:, group.rank]
+        order_A = _by_slot(choices.kept(int(sent_PS.sum())), slots_PS, sent_PS)
+        return AllToAllJourney(group, choices, order_A, sent_PS.tolist(), received_PS.tolist(), experts, keep)
+
+
+def _by_slot(order_A: Tensor, slots_PS: NDArray[np.int64], sent_PS: NDArray[np.int64]) -> Tensor:
+    """Assignments sorted by expert, in the order of the slots that they go to: `sent_PS` of them to each."""
+    by_expert = np.flatnonzero(slots_PS != EMPTY)
+    by_expert = by_expert[np.argsort(slots_PS.flat[by_expert], kind="stable")]
+    slot_A = np.repeat(by_expert, sent_PS.flat[by_expert])
+    if (np.diff(slot_A) >= 0).all():
+        return order_A
+    return order_A[torch.from_numpy(np.argsort(slot_A, kind="stable")).to(order_A.device)]

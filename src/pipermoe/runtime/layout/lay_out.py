@@ -1,0 +1,109 @@
+"""Laying out the experts of a stage: the placement, and the flat parameters that a mechanism makes of each layer."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from pipermoe.layout.expert_layout import ExpertLayout
+from pipermoe.layout.policy import Nodes
+from pipermoe.runtime.groups import ProcessGroups
+from pipermoe.runtime.layout.bound import BoundExperts
+from pipermoe.runtime.layout.carry import Carrier
+from pipermoe.runtime.layout.decoupled import DecoupledExperts
+from pipermoe.runtime.layout.placement import Placement
+from pipermoe.runtime.layout.sparse import SparseExperts
+from pipermoe.runtime.optimizer.flat_parameters import FlatParameters
+from pipermoe.runtime.optimizer.sharding import Unit
+from pipermoe.runtime.weights import layer_of, unit_of
+from pipermoe.specs.errors import UserError, describe_value
+from pipermoe.specs.mesh import coordinates, group_of
+from pipermoe.specs.strategy import Strategy
+from pipermoe.specs.train import Mechanism
+
+
+class Draw(Protocol):
+    def __call__(
+        self, parameters: Iterable[tuple[str, Tensor]], experts_of: Callable[[str], Iterable[int]], /
+    ) -> None: ...
+
+
+Named = Sequence[tuple[str, nn.Parameter]]
+
+
+@dataclass(frozen=True, slots=True)
+class LaidOut:
+    """The layout that a run begins with, over the ranks of an expert-parallel group, and how it may change."""
+
+    layout: ExpertLayout
+    mechanism: Mechanism
+    nodes: Nodes
+
+    def placement(self, rank: int) -> Placement:
+        """As rank `rank` of the group reads it. Under the sparse mechanism homes are spread evenly, for good."""
+        layers, ranks, _ = self.layout.shape
+        homes = ExpertLayout.static(layers, ranks, self.layout.num_experts) if self.mechanism == "sparse" else None
+        return Placement(self.layout, self.nodes, rank, homes)
+
+
+def check_layable(strategy: Strategy, mechanism: Mechanism) -> None:
+    """Raise `UserError` for what expert layouts do not go with."""
+    if strategy.dispatcher != "all_to_all":
+        rule = 'rows travel to slots with dispatcher = "all_to_all" only; use it, or balance = "static"'
+        raise UserError(describe_value("", "strategy.dispatcher", strategy.dispatcher, rule))
+    sharded = strategy.zero_expert if strategy.expert_data_parallel > 1 else 0
+    most = {"bound": 0, "decoupled": 1, "sparse": 1}[mechanism]
+    if sharded > most:
+        rule = f"experts that move by the {mechanism} mechanism have at most zero_expert = {most}; lower it"
+        raise UserError(describe_value("", "strategy.zero_expert", sharded, rule))
+
+
+@dataclass(frozen=True, slots=True)
+class Maker:
+    """Makes flat parameters of the experts of each layer; `moe_layers` are the layers of the model that have any."""
+
+    mechanism: Mechanism
+    placement: Placement
+    moe_layers: tuple[int, ...]
+    groups: ProcessGroups
+    strategy: Strategy
+    carrier: Carrier
+
+    def lay_out(self, named_parameters: Named, draw: Draw) -> tuple[list[FlatParameters], list[Unit]]:
+        """What the optimizer updates of expert parameters, and what is brought and taken away for every use.
+
+        `draw` fills weights. Collective over the stage.
+        """
+        units: dict[str, list[tuple[str, nn.Parameter]]] = defaultdict(list)
+        for name, parameter in named_parameters:
+            units[unit_of(name)].append((name, parameter))
+        made = [self._layer(self.moe_layers.index(layer_of(unit)), named, draw) for unit, named in units.items()]
+        return [flat for flat, _ in made], [visitor for _, visitor in made if visitor is not None]
+
+    def _layer(self, layer: int, named: Named, draw: Draw) -> tuple[FlatParameters, Unit | None]:
+        placement, groups = self.placement, self.groups
+        match self.mechanism:
+            case "bound":
+                return BoundExperts(named, layer, placement, groups, self.carrier), None
+            case "decoupled":
+                stage = [coordinates(self.strategy, rank) for rank in group_of(self.strategy, "stage", groups.rank)]
+                return DecoupledExperts(named, layer, placement, groups, stage), None
+            case "sparse":
+                experts = placement.at_home(layer)
+                named_homes = _homes(named, experts, draw)
+                homes = FlatParameters(named_homes, groups.edp, self.strategy.zero_expert, experts)
+                return homes, SparseExperts(named, homes, layer, placement, self.carrier)
+
+
+def _homes(named_parameters: Named, experts: Sequence[int], draw: Draw) -> list[tuple[str, nn.Parameter]]:
+    """Parameters like these with one row for each home."""
+    homes = [
+        (name, nn.Parameter(parameter.detach().new_empty(len(experts), *parameter.shape[1:])))
+        for name, parameter in named_parameters
+    ]
+    draw(homes, lambda name: experts)
+    return homes
