@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -11,11 +12,10 @@ from tests.runtime.tiny import RICH
 
 from pipermoe.schedule.builders import RECIPES, illegal
 from pipermoe.specs.legality import violations
+from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.strategy import RECOMPUTE_MODULES, Strategy
 from pipermoe.specs.train import Optimizer, TrainConfig
 
-# Deep enough for eight stages, one of which then holds two layers.
-MODEL = RICH.model_copy(update={"name": "deep", "num_layers": 9})
 TRAIN = TrainConfig(
     seq_len=8,
     global_batch_size=16,
@@ -40,9 +40,37 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a case trains, as small as its arrangement allows; cases that train the same have one reference."""
+
+    layers: int
+    microbatches: int
+    capacity_factor: float
+
+    @property
+    def model(self) -> ModelSpec:
+        return RICH.model_copy(update={"name": f"of {self.layers} layers", "num_layers": self.layers})
+
+    @property
+    def train(self) -> TrainConfig:
+        return TRAIN.model_copy(
+            update={"global_batch_size": self.microbatches, "capacity_factor": self.capacity_factor}
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    strategy: Strategy
+    job: Job
+
+    def __str__(self) -> str:
+        return f"{self.strategy}, {self.job}"
+
+
 @cache
-def cases() -> list[tuple[Strategy, float]]:
-    """(strategy, capacity factor), one for each schedule and arrangement that can meet.
+def cases() -> list[Case]:
+    """One for each schedule and arrangement that can meet.
 
     The options of each are those that cover most pairs of values that no case had before: of options among themselves
     and of an option with a schedule or an arrangement; all pairs covered, those used least. What the runtime does not
@@ -60,13 +88,25 @@ def cases() -> list[tuple[Strategy, float]]:
         return len(inner[i] - covered) + met, -used[i]
 
     for schedule, arrangement in itertools.product(SCHEDULES, ARRANGEMENTS):
-        if illegal(schedule, arrangement[0], TRAIN.global_batch_size // arrangement[1], _chunks(schedule)):
+        if illegal(schedule, arrangement[0], _microbatches(arrangement), _chunks(schedule)):
             continue
         best = max(range(len(used)), key=partial(gain, schedule=schedule, arrangement=arrangement))
         used[best] += 1
         covered.update(inner[best], itertools.product((schedule, arrangement), combinations[best].items()))
-        chosen.append((_strategy(schedule, arrangement, combinations[best]), combinations[best]["capacity_factor"]))
+        options, layers = combinations[best], _layers(schedule, arrangement)
+        job = Job(layers, arrangement[1] * _microbatches(arrangement), options["capacity_factor"])
+        chosen.append(Case(_strategy(schedule, arrangement, options), job))
     return chosen
+
+
+def _microbatches(arrangement: tuple[int, int, int]) -> int:
+    """Of one data-parallel rank: the fewest that every schedule accepts."""
+    return 2 * arrangement[0]
+
+
+def _layers(schedule: str, arrangement: tuple[int, int, int]) -> int:
+    """One more than stages, the first of them dense, but enough for weights to come and go."""
+    return max(3, arrangement[0] * _chunks(schedule) + 1)
 
 
 def _chunks(schedule: str) -> int:
@@ -76,7 +116,7 @@ def _chunks(schedule: str) -> int:
 def _strategy(schedule: str, arrangement: tuple[int, int, int], options: dict[str, Any]) -> Strategy:
     pp, dp, ep = arrangement
     stages = pp * _chunks(schedule)
-    uneven = (MODEL.num_layers - stages + 1, *[1] * (stages - 1))
+    uneven = (*[1] * (stages - 1), _layers(schedule, arrangement) - stages + 1)
     return Strategy(
         pipeline_parallel=pp,
         virtual_stages=_chunks(schedule),
@@ -93,12 +133,12 @@ def _strategy(schedule: str, arrangement: tuple[int, int, int], options: dict[st
 def _runs(option: str, value: Any) -> bool:
     """Whether the runtime executes this value, all other options having their defaults."""
     strategy = _strategy("gpipe", (1, 2, 2), {name: values[0] for name, values in OPTIONS.items()} | {option: value})
-    return not violations(strategy, MODEL, TRAIN, strategy.world_size)
+    return not violations(strategy, RICH, TRAIN, strategy.world_size)
 
 
-def portions(size: int) -> Iterator[list[tuple[Strategy, float]]]:
+def portions(size: int) -> Iterator[list[Case]]:
     """The cases in portions of at most `size`, each for one number of ranks."""
-    found = sorted(cases(), key=lambda case: case[0].world_size)
-    for _, group in itertools.groupby(found, key=lambda case: case[0].world_size):
+    found = sorted(cases(), key=lambda case: case.strategy.world_size)
+    for _, group in itertools.groupby(found, key=lambda case: case.strategy.world_size):
         portion = list(group)
         yield from (portion[start : start + size] for start in range(0, len(portion), size))

@@ -6,8 +6,8 @@ import pytest
 from tests.distributed.harness import run_ranks
 from tests.runtime.tiny import PLAIN, TRAIN
 
-from pipermoe.dryrun.dry_run import schedule_of
 from pipermoe.runtime.agreement import check_same_job
+from pipermoe.schedule.builders import schedule_of
 from pipermoe.specs.errors import UserError
 from pipermoe.specs.strategy import Strategy
 
@@ -23,7 +23,7 @@ def check(rank: int, key: str) -> str:
     train = TRAIN.model_copy(update={"seq_len": 16}) if other and key == "train" else TRAIN
     strategy = STRATEGY.model_copy(update={"schedule": "gpipe"}) if other and key == "schedule" else STRATEGY
     try:
-        check_same_job(model, train, strategy, schedule_of(train, strategy))
+        check_same_job(model, train, strategy, schedule_of(strategy, train.global_batch_size))
     except UserError as error:
         return str(error)
     return ""

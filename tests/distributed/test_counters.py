@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.distributed.harness import run_ranks
-from tests.runtime.tiny import MODELS, TRAIN, batch_for, engine_for, microbatches
+from tests.runtime.tiny import MODELS, TRAIN, batch_for, engine_for
 
 from pipermoe.resources.flops import head_forward_flops, layer_forward_flops
 from pipermoe.runtime.counters import FlopCounter, MemoryCounter, TrafficCounter
@@ -57,7 +57,7 @@ def count(rank: int, model_name: str, strategy: Strategy, planned: bool) -> dict
 
 @pytest.mark.parametrize(("model_name", "strategy"), CASES.values(), ids=list(CASES))
 def test_flops_and_traffic_of_a_balanced_step_equal_the_formulas(model_name: str, strategy: Strategy):
-    model, steps = MODELS[model_name], microbatches(strategy)
+    model, steps = MODELS[model_name], strategy.microbatches(TRAIN.global_batch_size)
     tokens, ep, pp = strategy.micro_batch_size * TRAIN.seq_len, strategy.expert_parallel, strategy.pipeline_parallel
     stages = split_layers(model.num_layers, pp)
     passes = 4 if strategy.recompute == "full" else 3
@@ -87,7 +87,7 @@ def test_the_exchange_of_counts_is_one_small_message_per_layer_and_microbatch():
     model = MODELS[model_name]
     for rank in run_ranks(count, strategy.world_size, model_name, strategy, False):
         layers = split_layers(model.num_layers, 2)[rank["stage"]]
-        calls = microbatches(strategy) * sum(map(model.is_moe, layers))
+        calls = strategy.microbatches(TRAIN.global_batch_size) * sum(map(model.is_moe, layers))
         expected = Traffic(calls=calls, bytes=calls * 8 * model.moe.num_experts // 2)
         assert rank["traffic"]["all_to_all_counts.ep"] == expected
         assert rank["traffic"]["all_to_all.ep"].calls == 4 * calls

@@ -7,13 +7,15 @@ import torch
 from tests.distributed.harness import run_ranks
 from tests.runtime.tiny import MODELS, TRAIN, batch_for
 
-from pipermoe.dryrun.dry_run import dry_run, schedule_of
+from pipermoe.dryrun.dry_run import dry_run
 from pipermoe.dryrun.planned_routing import planned_counts
 from pipermoe.runtime.counting import counted
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.optimizer.adamw import Optimizer
 from pipermoe.runtime.pipeline.engine import Engine
 from pipermoe.runtime.step import training_step
+from pipermoe.schedule.builders import schedule_of
+from pipermoe.schedule.communication import with_communication
 from pipermoe.specs.strategy import Strategy
 
 pytestmark = pytest.mark.distributed
@@ -39,7 +41,7 @@ def measure(rank: int, model_name: str, strategy: Strategy, routing: str) -> dic
         routing, tokens=tokens, top_k=moe.top_k, experts=moe.num_experts, sources=strategy.expert_parallel
     )
     groups = ProcessGroups.create(strategy)
-    schedule = schedule_of(TRAIN, strategy)
+    schedule = with_communication(schedule_of(strategy, TRAIN.global_batch_size))
     engine = Engine(model, TRAIN, strategy, schedule, groups, planned_counts=counts.tolist())
     optimizer = Optimizer(engine.flats, TRAIN.optimizer)
     batch = batch_for(strategy, groups.coordinates.dp, 0)

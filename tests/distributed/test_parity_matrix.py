@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.distributed.harness import run_ranks
-from tests.distributed.parity_cases import ARRANGEMENTS, MODEL, SCHEDULES, TRAIN, cases, portions
+from tests.distributed.parity_cases import ARRANGEMENTS, SCHEDULES, Case, Job, cases, portions
 from tests.runtime.tiny import batch_for, engine_for
 
 from pipermoe.runtime.groups import ProcessGroups
@@ -24,17 +24,16 @@ from pipermoe.specs.strategy import Strategy
 
 TOLERANCE = 1e-5
 PORTIONS = list(portions(12))
-FAST = next(i for i, portion in enumerate(PORTIONS) if portion[0][0].world_size == 4)
+FAST = next(i for i, portion in enumerate(PORTIONS) if portion[0].strategy.world_size == 4)
 
 pytestmark = pytest.mark.distributed
 
 
-def one_step(groups: ProcessGroups, strategy: Strategy, capacity_factor: float) -> dict[str, Any]:
+def one_step(groups: ProcessGroups, strategy: Strategy, job: Job) -> dict[str, Any]:
     """One training step: sums over the whole job, and this rank's gradients and weights by name."""
-    train = TRAIN.model_copy(update={"capacity_factor": capacity_factor})
-    engine = engine_for(MODEL, strategy, groups, train)
-    optimizer = Optimizer(engine.flats, train.optimizer)
-    result = engine.step(batch_for(strategy, groups.coordinates.dp, 0, MODEL, train))
+    engine = engine_for(job.model, strategy, groups, job.train)
+    optimizer = Optimizer(engine.flats, job.train.optimizer)
+    result = engine.step(batch_for(strategy, groups.coordinates.dp, 0, job.model, job.train))
     optimizer.reduce_gradients()
     sums = torch.stack(
         (result.loss, result.auxiliary, result.z_loss, result.dropped, optimizer.owned_squared_norm().float())
@@ -42,7 +41,7 @@ def one_step(groups: ProcessGroups, strategy: Strategy, capacity_factor: float) 
     dist.all_reduce(sums)
     whole = strategy.zero_dense == strategy.zero_expert == 0
     gradients = {name: gradient_of(each).clone() for name, each in engine.named_parameters()} if whole else {}
-    optimizer.update(sums[-1].sqrt().item(), train.optimizer.learning_rate)
+    optimizer.update(sums[-1].sqrt().item(), job.train.optimizer.learning_rate)
     optimizer.gather_weights()
     return {
         "sums": sums,
@@ -51,58 +50,65 @@ def one_step(groups: ProcessGroups, strategy: Strategy, capacity_factor: float) 
     }
 
 
-def differences(rank: int, portion: list[tuple[Strategy, float]], references: dict[float, dict]) -> list[str]:
+def differences(rank: int, portion: list[Case], references: dict[Job, dict]) -> list[str]:
     """What differs from one process, a line each."""
     found, made = [], {}
-    for strategy, capacity_factor in portion:
+    for case in portion:
+        strategy, expected = case.strategy, references[case.job]
         place = (strategy.pipeline_parallel, strategy.data_parallel, strategy.expert_parallel)
         if place not in made:
             made[place] = ProcessGroups.create(strategy)
-        groups, expected = made[place], references[capacity_factor]
-        here = one_step(groups, strategy, capacity_factor)
+        try:
+            here = one_step(made[place], strategy, case.job)
+        except Exception as error:
+            raise AssertionError(f"{case}") from error
         relative = np.abs(here["sums"].numpy() / np.where(expected["sums"] == 0, 1, expected["sums"]) - 1)
         errors = {"sums": float(relative[expected["sums"] != 0].max())}
         for kind in ("gradients", "weights"):
             for name, value in here[kind].items():
                 reference = expected[kind][name]
                 if is_expert(name):
-                    reference = np.split(reference, strategy.expert_parallel)[groups.coordinates.ep]
+                    reference = np.split(reference, strategy.expert_parallel)[made[place].coordinates.ep]
                 error = np.linalg.norm(value.detach().numpy() - reference) / np.linalg.norm(reference)
                 errors[f"{kind} of {name}"] = float(error)
         found += [
-            f"rank {rank}, {strategy}: {what}: relative error {error:.1e}"
+            f"rank {rank}, {case}: {what}: relative error {error:.1e}"
             for what, error in errors.items()
             if not error < TOLERANCE
         ]
     return found
 
 
-def reference(rank: int, capacity_factor: float) -> dict[str, Any]:
+def one_process(rank: int, job: Job) -> dict[str, Any]:
     strategy = Strategy(schedule="gpipe")
-    return one_step(ProcessGroups.create(strategy), strategy, capacity_factor)
+    return one_step(ProcessGroups.create(strategy), strategy, job)
 
 
 @cache
-def references() -> dict[float, dict]:
-    return {factor: run_ranks(reference, 1, factor)[0] for factor in (0.0, 1.0)}
+def reference(job: Job) -> dict[str, Any]:
+    return run_ranks(one_process, 1, job)[0]
 
 
-def test_capacity_drops_choices_in_the_reference():
-    assert references()[0.0]["sums"][3] == 0 < references()[1.0]["sums"][3] < 1
+def test_capacity_drops_choices_in_the_references():
+    for job in {case.job for case in cases() if case.job.layers == 3 and case.job.microbatches == 4}:
+        assert (reference(job)["sums"][3] > 0) == (job.capacity_factor > 0)
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "portion",
     [pytest.param(i, marks=() if i == FAST else pytest.mark.slow) for i in range(len(PORTIONS))],
 )
 def test_every_case_equals_one_process(portion: int):
     chosen = PORTIONS[portion]
-    found = run_ranks(differences, chosen[0][0].world_size, chosen, references(), timeout=110)
+    expected = {case.job: reference(case.job) for case in chosen}
+    found = run_ranks(differences, chosen[0].strategy.world_size, chosen, expected, timeout=240)
     assert [line for lines in found for line in lines] == []
 
 
 def test_every_schedule_meets_twelve_arrangements_at_least():
     for schedule in SCHEDULES:
-        met = {(s.pipeline_parallel, s.data_parallel, s.expert_parallel) for s, _ in cases() if s.schedule == schedule}
+        strategies = [case.strategy for case in cases() if case.strategy.schedule == schedule]
+        met = {(each.pipeline_parallel, each.data_parallel, each.expert_parallel) for each in strategies}
         assert len(met) >= 12
         assert met <= set(ARRANGEMENTS)

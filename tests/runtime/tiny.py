@@ -6,7 +6,7 @@ import torch
 
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.pipeline.engine import Engine
-from pipermoe.schedule.builders import build
+from pipermoe.schedule.builders import schedule_of
 from pipermoe.schedule.communication import with_communication
 from pipermoe.specs.model import (
     GroupedQueryAttention,
@@ -158,17 +158,11 @@ def job_of(name: str) -> TrainConfig:
     return TRAIN.model_copy(update={"auxiliary_loss_level": level, "z_loss": 0.3, "balance_rate": 0.02})
 
 
-def microbatches(strategy: Strategy, train: TrainConfig = TRAIN) -> int:
-    return train.global_batch_size // (strategy.data_parallel * strategy.micro_batch_size)
-
-
 def engine_for(
     model: ModelSpec, strategy: Strategy, groups: ProcessGroups, train: TrainConfig = TRAIN, **options
 ) -> Engine:
-    schedule = build(
-        strategy.schedule, strategy.pipeline_parallel, microbatches(strategy, train), strategy.virtual_stages
-    )
-    return Engine(model, train, strategy, with_communication(schedule), groups, **options)
+    schedule = with_communication(schedule_of(strategy, train.global_batch_size))
+    return Engine(model, train, strategy, schedule, groups, **options)
 
 
 def batch_for(strategy: Strategy, dp: int, step: int, model: ModelSpec = PLAIN, train: TrainConfig = TRAIN):

@@ -25,8 +25,8 @@ from pipermoe.runtime.optimizer.adamw import Optimizer
 from pipermoe.runtime.pipeline.engine import Engine
 from pipermoe.runtime.step import AFTER_PIPELINE, training_step
 from pipermoe.runtime.support import check_model
-from pipermoe.schedule.action import Action, Schedule
-from pipermoe.schedule.builders import build
+from pipermoe.schedule.action import Action
+from pipermoe.schedule.builders import schedule_of
 from pipermoe.schedule.communication import with_communication
 from pipermoe.specs.errors import UserError
 from pipermoe.specs.footprint import ActionFootprint, Footprint, Routing
@@ -62,7 +62,7 @@ def dry_run(
         sources=strategy.expert_parallel,
         seed=seed,
     )
-    schedule = schedule_of(train, strategy)
+    schedule = with_communication(schedule_of(strategy, train.global_batch_size))
     with fake_world(rank, strategy.world_size), ShapeMode():
         groups = ProcessGroups.create(strategy)
         engine = Engine(model, train, strategy, schedule, groups, planned_counts=counts_PE.tolist())
@@ -95,13 +95,6 @@ def fake_world(rank: int, world_size: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-
-
-def schedule_of(train: TrainConfig, strategy: Strategy) -> Schedule:
-    """The lowered schedule of a strategy. Raises `UserError` where it does not exist for these numbers."""
-    microbatches = train.global_batch_size // (strategy.data_parallel * strategy.micro_batch_size)
-    schedule = build(strategy.schedule, strategy.pipeline_parallel, microbatches, strategy.virtual_stages)
-    return with_communication(schedule)
 
 
 def _check(model: ModelSpec, train: TrainConfig, strategy: Strategy, rank: int, world_size: int) -> None:

@@ -77,7 +77,7 @@ def is_legal(wanted: Configuration) -> bool:
 
 def microbatches(wanted: Configuration) -> int:
     """Micro-batches of a data-parallel rank in a step."""
-    return wanted.train.global_batch_size // (wanted.strategy.data_parallel * wanted.strategy.micro_batch_size)
+    return wanted.strategy.microbatches(wanted.train.global_batch_size)
 
 
 def _cost(wanted: Configuration, nearest: Configuration, platform: Platform | None) -> str:

@@ -36,7 +36,7 @@ def candidate(job: Job, strategy: Strategy, prediction: StepReport) -> Candidate
     peak = peak_flops_per_rank(job.platform, job.train, job.world_size) * job.world_size
     return Candidate(
         strategy=strategy,
-        microbatches=job.train.global_batch_size // (strategy.data_parallel * strategy.micro_batch_size),
+        microbatches=strategy.microbatches(job.train.global_batch_size),
         step_seconds=seconds,
         tokens_per_second=job.train.tokens_per_step / seconds,
         model_flops_utilization=model_flops(job.model, job.train) / (seconds * peak),

@@ -27,7 +27,7 @@ from pipermoe.resources.rates import pass_seconds
 from pipermoe.resources.stages import StageShapes, stage_shapes
 from pipermoe.resources.states import state_elements
 from pipermoe.schedule.action import Kind
-from pipermoe.schedule.builders import build
+from pipermoe.schedule.builders import schedule_of
 from pipermoe.schedule.durations import Durations, WorkTable
 from pipermoe.schedule.shared_host import simulate_shared_host
 from pipermoe.schedule.timeline import Timeline
@@ -207,8 +207,7 @@ def step_seconds_by_term(
     platform: Platform, train: TrainConfig, strategy: Strategy, costs: StepCosts
 ) -> tuple[float, list[dict[Term, float]]]:
     """The simulated step of a single row of costs: its seconds, and for every pipeline rank the seconds by term."""
-    microbatches = train.global_batch_size // (strategy.data_parallel * strategy.micro_batch_size)
-    schedule = build(strategy.schedule, strategy.pipeline_parallel, microbatches, strategy.virtual_stages)
+    schedule = schedule_of(strategy, train.global_batch_size)
     cost = {field.name: getattr(costs, field.name)[0].tolist() for field in fields(StepCosts)}
     slots = compute_slots(platform, strategy.world_size)
     durations = Durations(

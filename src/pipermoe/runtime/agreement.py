@@ -45,9 +45,9 @@ def check_equal(parts: Mapping[str, str], device: torch.device | str = "cpu") ->
     """Raise `UserError` on every rank unless each of `parts` is the same on all; only digests travel."""
     own = torch.tensor([_digest(text) for text in parts.values()], device=device)
     world_size = dist.get_world_size()
-    everyone = torch.empty(world_size * len(own), dtype=own.dtype, device=device)
-    dist.all_gather_into_tensor(everyone, own)
-    digests = everyone.view(world_size, -1).tolist()
+    everyone = [torch.empty_like(own) for _ in range(world_size)]
+    dist.all_gather(everyone, own)
+    digests = [each.tolist() for each in everyone]
     for i, name in enumerate(parts):
         odd = [rank for rank in range(world_size) if digests[rank][i] != digests[0][i]]
         if odd:

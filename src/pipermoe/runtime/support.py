@@ -13,7 +13,7 @@ from pipermoe.specs.train import TrainConfig
 def check_supported(model: ModelSpec, train: TrainConfig, strategy: Strategy) -> None:
     """Raise `UserError` with one line for each reason why this runtime cannot train `model` like that."""
     reasons = [*violations(strategy, model, train, strategy.world_size), *_reasons(model)]
-    microbatches = train.global_batch_size // (strategy.data_parallel * strategy.micro_batch_size)
+    microbatches = strategy.microbatches(train.global_batch_size)
     problem = illegal(strategy.schedule, strategy.pipeline_parallel, microbatches, strategy.virtual_stages)
     if problem and not reasons:  # which may be why
         reasons.append(problem)

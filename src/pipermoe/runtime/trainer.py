@@ -34,7 +34,7 @@ from pipermoe.runtime.run import Run
 from pipermoe.runtime.step import training_step
 from pipermoe.runtime.trace import Trace, spans_of
 from pipermoe.schedule.action import Action
-from pipermoe.schedule.builders import build
+from pipermoe.schedule.builders import schedule_of
 from pipermoe.schedule.communication import with_communication
 from pipermoe.specs.chrome_trace import write_chrome_trace
 from pipermoe.specs.documents import save
@@ -65,8 +65,7 @@ class Trainer:
         strategy, job = plan.strategy, plan.train
         self.display = Display(shown=dist.get_rank() == 0)
         with self._phase("building the model"):
-            microbatches = job.global_batch_size // (strategy.data_parallel * strategy.micro_batch_size)
-            schedule = build(strategy.schedule, strategy.pipeline_parallel, microbatches, strategy.virtual_stages)
+            schedule = schedule_of(strategy, job.global_batch_size)
             check_same_job(plan.model, job, strategy, schedule, run.device)
             self.groups = ProcessGroups.create(strategy, run.timeout)
             self.engine = Engine(

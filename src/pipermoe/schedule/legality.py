@@ -34,7 +34,7 @@ def _exists(table: StrategyTable, job: Job) -> NDArray[np.bool_]:
 
 
 def _explain(strategy: Strategy, job: Job) -> tuple[str, object, str]:
-    microbatches = job.train.global_batch_size // (strategy.data_parallel * strategy.micro_batch_size)
+    microbatches = strategy.microbatches(job.train.global_batch_size)
     found = problem(strategy.schedule, strategy.pipeline_parallel, microbatches, strategy.virtual_stages)
     assert found, "asked only where the rule is broken"
     return found

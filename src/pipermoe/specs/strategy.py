@@ -90,6 +90,10 @@ class Strategy(Frozen):
         """Model chunks in the whole pipeline."""
         return self.pipeline_parallel * self.virtual_stages
 
+    def microbatches(self, global_batch_size: int) -> int:
+        """Micro-batches that one data-parallel rank runs in a step (M); rounded down where they do not divide."""
+        return global_batch_size // (self.data_parallel * self.micro_batch_size)
+
     @property
     def sharding_levels(self) -> set[int]:
         """The ZeRO levels in effect: over one replica no level shards anything."""

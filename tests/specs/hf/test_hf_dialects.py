@@ -213,3 +213,10 @@ def test_an_assumed_family_must_know_every_key_that_changes_the_model(tmp_path):
     data = config("mixtral-8x7b") | {"model_type": "mixtral_plus", "n_shared_experts": 2}
     with pytest.raises(UserError, match=r"config\.json: n_shared_experts = 2: changes the model, but family mixtral"):
         read_config(written(tmp_path, data), assume="mixtral")
+
+
+def test_the_experts_of_qwen3_may_have_the_name_that_transformers_5_writes(tmp_path: Path):
+    data = config("qwen3-30b-a3b")
+    renamed = data | {"num_local_experts": data["num_experts"]}
+    del renamed["num_experts"]
+    assert read_config(written(tmp_path, renamed)).moe == read_config(written(tmp_path, data)).moe

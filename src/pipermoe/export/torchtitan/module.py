@@ -8,7 +8,7 @@ from pipermoe.export.limits import microbatches
 from pipermoe.export.shell import Cluster, header, launch_script
 from pipermoe.export.torchtitan.names import MODELS, NUMBERS, RESHARD, SCHEDULES, TARGET, Registered
 from pipermoe.schedule.action import Schedule
-from pipermoe.schedule.builders import build
+from pipermoe.schedule.builders import schedule_of
 from pipermoe.schedule.torch_csv import to_csv
 from pipermoe.specs.configuration import Configuration
 from pipermoe.specs.mesh import split_layers
@@ -123,7 +123,7 @@ def _schedule_file(plan: Configuration) -> str:
 
 def _schedule(plan: Configuration) -> Schedule:
     strategy = plan.strategy
-    return build(strategy.schedule, strategy.pipeline_parallel, microbatches(plan), strategy.virtual_stages)
+    return schedule_of(strategy, plan.train.global_batch_size)
 
 
 def _csv(plan: Configuration) -> str:

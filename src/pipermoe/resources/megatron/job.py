@@ -86,7 +86,7 @@ class MegatronJob:
 
     @property
     def microbatches(self) -> int:
-        return self.global_batch_size // (self.strategy.data_parallel * self.strategy.micro_batch_size)
+        return self.strategy.microbatches(self.global_batch_size)
 
     @property
     def tokens(self) -> int:

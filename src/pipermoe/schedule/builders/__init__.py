@@ -16,6 +16,7 @@ from pipermoe.schedule.builders.vshape import v_half, v_half_overlap, v_min, zb_
 from pipermoe.schedule.builders.zero_bubble import zb_h1, zb_h2
 from pipermoe.schedule.torch_csv import read_csv
 from pipermoe.specs.errors import UserError, describe_value
+from pipermoe.specs.strategy import Strategy
 
 Builder = Callable[[int, int, int], Schedule]  # (pipeline_parallel, microbatches, virtual_stages)
 
@@ -75,6 +76,12 @@ def build(name: str, pipeline_parallel: int, microbatches: int, virtual_stages: 
     if rule:
         raise UserError(rule)
     return RECIPES[name].build(pipeline_parallel, microbatches, virtual_stages)
+
+
+def schedule_of(strategy: Strategy, global_batch_size: int) -> Schedule:
+    """The schedule that `strategy` names. Raises UserError as `build` does."""
+    microbatches = strategy.microbatches(global_batch_size)
+    return build(strategy.schedule, strategy.pipeline_parallel, microbatches, strategy.virtual_stages)
 
 
 def build_or_read(

@@ -124,7 +124,7 @@ def _qwen(config: ConfigReader, attention: GroupedQueryAttention, shared_width: 
     num_layers = layers.count(config)
     moe = experts(
         config,
-        count="num_experts",
+        count="num_local_experts" if config.has("num_local_experts") else "num_experts",  # transformers 5 writes either
         top_k="num_experts_per_tok",
         width=config.size("moe_intermediate_size"),
         shared_width=shared_width,

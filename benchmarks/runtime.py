@@ -1,0 +1,162 @@
+"""Tokens per second of the runtime on this machine: the best plan, pure data and expert parallelism, and transformers.
+
+python -m benchmarks.runtime [--platform machine.toml] [--steps 10] [--passes 4] [--json FILE]
+
+One model, one text, one start, 4 ranks: (a) the strategy that the planner finds, (b) data parallelism alone, (c) expert
+parallelism alone, (d) the same weights in transformers under torch's DistributedDataParallel (left out where
+`make test-counts` has not made its environment). All train in turn, pass after pass, so that what else the machine does
+meets all of them; ratios are of one pass, their median is printed. Equal losses say that they train the same model.
+Below, how much of the all-to-all is hidden (benchmarks/overlap.py). Without a platform this machine is measured first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import tempfile
+from importlib.resources import files
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import overlap
+from pipermoe.data.batches import load_text
+from pipermoe.measure import measure_platform
+from pipermoe.planner import find_plan
+from pipermoe.runtime.launch import launch
+from pipermoe.runtime.measurement import measured_steps
+from pipermoe.runtime.optimizer.learning_rate import learning_rate
+from pipermoe.runtime.run import Run
+from pipermoe.specs.catalogue import load_model
+from pipermoe.specs.documents import load
+from pipermoe.specs.model import MixtureOfExperts, ModelSpec
+from pipermoe.specs.plan import Plan
+from pipermoe.specs.platform import Platform
+from pipermoe.specs.strategy import Strategy
+from pipermoe.specs.train import TrainConfig
+from pipermoe.specs.units import GIB
+
+RANKS = 4
+PURE = {"data parallel": "pp1 dp4 ep1 edp4 mbs4 1f1b z0", "expert parallel": "pp1 dp4 ep4 mbs4 1f1b z0"}
+PLANNED, DDP = "best plan", "transformers, DDP"
+TRANSFORMERS = Path(".venv-counts/bin/python")
+SCRIPT = Path(__file__).with_name("transformers_ddp.py")
+
+
+def run_plan(plan: Plan, steps: int, weights: Path | None) -> dict:
+    """Seconds of the measured steps and all losses of one run."""
+    with tempfile.TemporaryDirectory(prefix="pipermoe-runtime-") as folder:
+        measurement = launch(plan, Run(Path(folder), steps=steps, weights=weights, quiet=True))
+    assert measurement is not None
+    return {"seconds": list(measurement.step_seconds), "losses": list(measurement.losses)}
+
+
+def run_transformers(python: Path, folder: Path, steps: int) -> dict:
+    """The same of transformers, from the same steps."""
+    text = subprocess.run([python, SCRIPT, "train", folder], check=True, capture_output=True, text=True).stdout
+    found = json.loads(text.splitlines()[-1])
+    measured = measured_steps(0, steps)
+    return {"seconds": found["seconds"][measured.start : measured.stop], "losses": found["losses"]}
+
+
+def write_job(folder: Path, model: ModelSpec, train: TrainConfig, steps: int) -> None:
+    """What transformers is to do: the steps' tokens and rates, and the optimizer's constants."""
+    data, config = load_text(train, model.vocab_size), train.optimizer
+    np.save(folder / "tokens.npy", np.stack([data.train[data.training_numbers(step)] for step in range(steps)]))
+    job = {
+        "ranks": RANKS,
+        "experts": "grouped_mm",
+        "rates": [learning_rate(step, config, train.steps) for step in range(steps)],
+        "betas": (config.beta1, config.beta2),
+        "epsilon": config.epsilon,
+        "weight_decay": config.weight_decay,
+        "gradient_clip": config.gradient_clip,
+    }
+    (folder / "job.json").write_text(json.dumps(job))
+
+
+def demo_model() -> ModelSpec:
+    """The demo's model without what no class of transformers has beside its attention: the shared expert."""
+    model = load_model("tiny-moe")
+    assert isinstance(model.moe, MixtureOfExperts)
+    return model.model_copy(update={"moe": model.moe.model_copy(update={"shared_width": 0})})
+
+
+def summary_of(runs: dict[str, list[dict]], train: TrainConfig) -> list[dict]:
+    """For every way its tokens per second, and the median over passes of what it makes of the best plan's."""
+    typical = {name: [median(each["seconds"]) for each in passes] for name, passes in runs.items()}
+    return [
+        {
+            "way": name,
+            "tokens_per_second": train.tokens_per_step / median(seconds),
+            "of_best_plan": median(best / own for best, own in zip(typical[PLANNED], seconds, strict=True)),
+            "passes": [best / own for best, own in zip(typical[PLANNED], seconds, strict=True)],
+            "losses": runs[name][0]["losses"],
+        }
+        for name, seconds in typical.items()
+    ]
+
+
+def table_of(rows: list[dict], strategies: dict[str, str]) -> Table:
+    table = Table(title=f"Training throughput, {RANKS} ranks", title_justify="left")
+    for name in ("way", "strategy", "tokens/s", "of the best plan", "passes", "last loss"):
+        table.add_column(name, justify="left" if name in ("way", "strategy") else "right", no_wrap=True)
+    for row in rows:
+        least, most = min(row["passes"]), max(row["passes"])
+        table.add_row(
+            row["way"],
+            strategies.get(row["way"], ""),
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['of_best_plan']:.2f}",
+            f"{least:.2f} to {most:.2f}",
+            f"{row['losses'][-1]:.5f}",
+        )
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--platform", type=Path)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--passes", type=int, default=4)
+    parser.add_argument("--transformers", type=Path, default=TRANSFORMERS, help="a Python that has it")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    console = Console(width=130)
+    with tempfile.TemporaryDirectory(prefix="pipermoe-runtime-") as name:
+        folder, weights = Path(name), None
+        if compares := options.transformers.is_file():
+            subprocess.run([options.transformers, SCRIPT, "make", folder], check=True, capture_output=True)
+            weights = folder / "model"
+        model = ModelSpec.from_hf_config(weights) if weights else demo_model()
+        job = files("pipermoe.catalogue").joinpath("jobs/demo.toml")
+        train = load(str(job), TrainConfig).model_copy(update={"validation_batches": 1, "auxiliary_loss": 0.0})
+        write_job(folder, model, train, options.steps)
+        platform = load(options.platform, Platform) if options.platform else measure_platform(nproc=RANKS, model=model)
+        best = find_plan(model, platform, train, world_size=RANKS, memory_budget_bytes=GIB).plan
+        plans = {PLANNED: best} | {
+            way: best.model_copy(update={"name": way, "strategy": Strategy.parse(text)}) for way, text in PURE.items()
+        }
+        runs: dict[str, list[dict]] = {way: [] for way in (*plans, *([DDP] if compares else []))}
+        for _ in range(options.passes):
+            for way, plan in plans.items():
+                runs[way].append(run_plan(plan, options.steps, weights))
+            if compares:
+                runs[DDP].append(run_transformers(options.transformers, folder, options.steps))
+    rows = summary_of(runs, train)
+    strategies = {way: f"{plan.strategy.compact()} {plan.strategy.schedule}" for way, plan in plans.items()}
+    console.print(table_of(rows, strategies))
+    hidden = [overlap.row_of(text, each) for text in overlap.STRATEGIES for each in overlap.BANDWIDTHS]
+    console.print(overlap.table_of(hidden))
+    if options.json:
+        found = {"torch": torch.__version__, "throughput": rows, "hidden": hidden}
+        options.json.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
