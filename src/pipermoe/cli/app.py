@@ -21,6 +21,7 @@ from pipermoe.cli.import_plan import import_plan
 from pipermoe.cli.measure import measure
 from pipermoe.cli.megatron_memory import megatron_memory
 from pipermoe.cli.plan import plan
+from pipermoe.cli.predict import predict
 from pipermoe.cli.schedule import schedule
 from pipermoe.cli.tokenize import tokenize
 from pipermoe.cli.train import train
@@ -31,6 +32,7 @@ COMMANDS = (
     measure,
     describe,
     plan,
+    predict,
     dryrun,
     tokenize,
     train,

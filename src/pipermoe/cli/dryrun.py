@@ -54,10 +54,10 @@ def dryrun(
         Print as JSON, action by action.
     """
     from pipermoe.report.footprint import render_footprint
-    from pipermoe.specs.catalogue import load_model, looks_like_a_path
+    from pipermoe.specs.catalogue import load_model
     from pipermoe.specs.documents import load
     from pipermoe.specs.plan import Plan
-    from pipermoe.specs.strategy import Strategy
+    from pipermoe.specs.strategy_text import read_strategy
 
     if plan is not None:
         if any(option is not None for option in (model, strategy, job, seq_len, global_batch)):
@@ -66,10 +66,10 @@ def dryrun(
         spec, arrangement, task = document.model, document.strategy, document.train
     elif model is not None and strategy is not None:
         spec = load_model(model)
-        arrangement = load(strategy, Strategy) if looks_like_a_path(strategy) else Strategy.parse(strategy)
+        arrangement = read_strategy(strategy)
         batch = 2 * arrangement.num_stages * arrangement.data_parallel * arrangement.micro_batch_size
         defaults = {} if job else {"seq_len": 4096, "global_batch_size": batch, "precision": "bf16"}
-        task = training_job(job, seq_len, global_batch, defaults)
+        task = training_job(job, seq_len, global_batch, defaults=defaults)
     else:
         raise UserError("give --plan, or --model and --strategy")
 

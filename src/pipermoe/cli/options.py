@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from pipermoe.specs.documents import load, validate
 from pipermoe.specs.errors import UserError
+from pipermoe.specs.platform import Platform
 from pipermoe.specs.train import TrainConfig
 from pipermoe.specs.units import parse_bytes
 
@@ -41,10 +42,14 @@ def step_numbers(text: str | None) -> frozenset[int]:
 
 
 def training_job(
-    path: Path | None, seq_len: int | None, global_batch: int | None, defaults: Mapping[str, Any] | None = None
+    path: Path | None,
+    seq_len: int | None,
+    global_batch: int | None,
+    precision: str | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> TrainConfig:
     """The job file with the command line's values on top, or without a file these over `defaults`."""
-    given = {"seq_len": seq_len, "global_batch_size": global_batch}
+    given = {"seq_len": seq_len, "global_batch_size": global_batch, "precision": precision}
     overrides = {key: value for key, value in given.items() if value is not None}
     if path is not None:
         return load(path, TrainConfig, overrides)
@@ -53,3 +58,12 @@ def training_job(
     if missing:
         raise UserError(f"{' and '.join(missing)} must be given, or a --job file that holds them")
     return validate(data, TrainConfig, where="command line")
+
+
+def number_of_ranks(platform: Platform, ranks: int | None, nodes: int | None) -> int:
+    """The value of `--gpus`, or all ranks of `--nodes` hosts; by default one host's. Raises `UserError`."""
+    if ranks is not None and nodes is not None:
+        raise UserError(f"--gpus {ranks} and --nodes {nodes}: give one of them")
+    if nodes is not None and nodes < 1:
+        raise UserError(f"--nodes = {nodes}: must be at least 1")
+    return platform.host.ranks * (nodes or 1) if ranks is None else ranks

@@ -90,7 +90,7 @@ def _cost(wanted: Configuration, nearest: Configuration, platform: Platform | No
     except UserError as error:
         return f"not priced: {error}"
     peaks = [max(rank.peak_bytes for rank in step.ranks) for step in steps]
-    budget = platform.device.memory_bytes - platform.reserved_bytes
+    budget = platform.memory_budget_bytes
     lack = f", which its {format_bytes(budget)} do not hold" if peaks[0] > budget else ""
     return (
         f"predicted {steps[0].step_seconds:.4g} s a step and {peaks[0] / GIB:.4g} GiB on {platform.name}{lack} "

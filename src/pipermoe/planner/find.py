@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import time
 
-from pipermoe.planner.explain import alternatives, bottleneck, candidate
+from pipermoe.planner.candidate import candidate
+from pipermoe.planner.diagnosis import flat
+from pipermoe.planner.error_band import error_band
+from pipermoe.planner.explain import explain
 from pipermoe.planner.inputs import plan_inputs
+from pipermoe.planner.nothing_fits import nothing_fits
+from pipermoe.planner.objectives import OBJECTIVES, Objective
 from pipermoe.planner.result import PlanningResult, SearchCounts
-from pipermoe.planner.search import Field, Job
+from pipermoe.planner.search import Field, Job, Ranking
 from pipermoe.planner.space import require_legal_world
-from pipermoe.resources.parameters import total_parameters
+from pipermoe.planner.what_if import MORE_MEMORY
+from pipermoe.resources.parameters import active_parameters, total_parameters
 from pipermoe.resources.priced import require_priced
 from pipermoe.resources.step import compute_slots, predict
-from pipermoe.specs.errors import NoPlanFits, UserError, describe_value
+from pipermoe.specs.errors import UserError, describe_value
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.plan import Plan
 from pipermoe.specs.platform import Platform
-from pipermoe.specs.report import MEMORY_CATEGORIES
+from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.train import TrainConfig
-from pipermoe.specs.units import MIB, format_bytes
 
 
 def find_plan(
@@ -28,74 +34,93 @@ def find_plan(
     *,
     world_size: int,
     memory_budget_bytes: int | None = None,
+    imbalance: float = 1.0,
+    objective: Objective = "step-time",
     top: int = 8,
 ) -> PlanningResult:
-    """The `top` fastest strategies of `world_size` ranks, exactly ranked, the first of them as a Plan.
+    """The `top` best strategies of `world_size` ranks, exactly ranked, the first of them as a Plan with its reasons.
 
     `memory_budget_bytes` is what tensors of one rank may take at their peak; by default the platform's memory less what
-    is reserved. Raises UserError when the ranks cannot be arranged, NoPlanFits when nothing fits the budget.
+    is reserved. `imbalance` is the busiest rank's rows over the mean. Raises UserError when the ranks cannot be
+    arranged, NoPlanFits when nothing fits the budget.
     """
     started = time.perf_counter()
-    budget = memory_budget_bytes or platform.device.memory_bytes - platform.reserved_bytes
     if top < 1:
         raise UserError(describe_value("", "top", top, "must be at least 1"))
-    require_priced(model, platform, train, world_size)
-    require_legal_world(model, train, world_size)
-    job = Job(model, platform, train, world_size, budget)
-    field = Field.of(job)
-    ranking = field.best(top)
+    field = searched(model, platform, train, world_size, memory_budget_bytes, imbalance)
+    job = field.job
+    ranking = OBJECTIVES[objective](field, top)
     if not ranking.best:
-        raise NoPlanFits(_nothing_fits(field))
+        raise nothing_fits(field)
     strategies = [field.space.strategy(found.place) for found in ranking.best]
-    predictions = [predict(model, platform, train, strategy) for strategy in strategies]
+    predictions = [predict(model, platform, train, strategy, imbalance) for strategy in strategies]
     ranked = tuple(candidate(job, *pair) for pair in zip(strategies, predictions, strict=True))
-    chosen = ranked[0]
+    search_seconds = time.perf_counter() - started
     return PlanningResult(
         model=model,
         platform=platform.name,
         train=train,
         world_size=world_size,
         compute_slots=compute_slots(platform, world_size),
-        memory_budget_bytes=budget,
+        memory_budget_bytes=job.memory_budget_bytes,
+        imbalance=imbalance,
+        objective=objective,
         parameters=total_parameters(model),
-        counts=SearchCounts(
-            considered=field.space.considered,
-            illegal=field.space.illegal,
-            redundant=field.space.redundant(field.space.select()),
-            not_fitting=ranking.not_fitting,
-            pruned=ranking.pruned,
-            simulated=ranking.simulated,
-        ),
+        active_parameters=active_parameters(model),
+        counts=_counts(field, ranking),
         ranked=ranked,
-        bottleneck=bottleneck(field, chosen),
-        alternatives=alternatives(field, chosen),
+        error_band=error_band(platform, world_size),
+        explanation=explain(
+            job,
+            ranked[0],
+            unlimited=_fastest(field, math.inf),
+            roomier=_fastest(field, job.memory_budget_bytes * MORE_MEMORY)[0],
+            blind=_fastest(Field.of(flat(job)))[0],
+        ),
         plan=Plan(
             name=f"{model.name} on {world_size} ranks of {platform.name}",
             platform=platform.name,
-            memory_budget_bytes=budget,
+            memory_budget_bytes=job.memory_budget_bytes,
             model=model,
             train=train,
-            strategy=chosen.strategy,
+            strategy=ranked[0].strategy,
             prediction=predictions[0],
-            inputs=plan_inputs(
-                model, platform, train, world_size, budget, budget_given=memory_budget_bytes is not None
-            ),
+            inputs=plan_inputs(model, platform, train, world_size, memory_budget_bytes, imbalance),
         ),
-        search_seconds=time.perf_counter() - started,
+        search_seconds=search_seconds,
     )
 
 
-def _nothing_fits(field: Field) -> str:
-    """The strategy that comes closest, what it lacks and where, and the ways out."""
-    job, strategy = field.job, field.space.strategy(field.smallest())
-    report = predict(job.model, job.platform, job.train, strategy)
-    worst = max(report.ranks, key=lambda rank: (rank.peak_bytes, -rank.rank))
-    missing = (worst.peak_bytes - job.memory_budget_bytes) / MIB
-    largest = max(MEMORY_CATEGORIES, key=lambda name: worst.memory_bytes[name])
-    needed = -(-worst.peak_bytes // MIB)
-    return (
-        f"no strategy for {job.world_size} ranks fits {format_bytes(job.memory_budget_bytes)} per rank; the closest, "
-        f"{strategy.compact()} mbs{strategy.micro_batch_size} {strategy.schedule} recompute {strategy.recompute}, "
-        f"misses {missing:.1f} MiB on rank {worst.rank} (most of it {largest}: "
-        f"{format_bytes(worst.memory_bytes[largest])}); use more ranks, shorter sequences or --memory {needed}MiB"
+def searched(
+    model: ModelSpec,
+    platform: Platform,
+    train: TrainConfig,
+    world_size: int,
+    memory_budget_bytes: int | None = None,
+    imbalance: float = 1.0,
+) -> Field:
+    """The space of a job with its bounds. UserError where it has no price or its ranks no arrangement."""
+    if imbalance < 1:
+        rule = "is the busiest rank's rows over the mean: at least 1"
+        raise UserError(describe_value("", "imbalance", imbalance, rule))
+    require_priced(model, platform, train, world_size)
+    require_legal_world(model, train, world_size)
+    budget = memory_budget_bytes or platform.memory_budget_bytes
+    return Field.of(Job(model, platform, train, world_size, budget, imbalance))
+
+
+def _fastest(field: Field, memory_budget_bytes: float | None = None) -> tuple[Strategy, float]:
+    """The fastest strategy within a budget, and its seconds."""
+    [best] = field.best(memory_budget_bytes=memory_budget_bytes).best
+    return field.space.strategy(best.place), best.seconds
+
+
+def _counts(field: Field, ranking: Ranking) -> SearchCounts:
+    return SearchCounts(
+        considered=field.space.considered,
+        illegal=field.space.illegal,
+        redundant=field.space.redundant(field.space.select()),
+        not_fitting=ranking.not_fitting,
+        pruned=ranking.pruned,
+        simulated=ranking.simulated,
     )

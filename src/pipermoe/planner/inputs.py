@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 
+from pipermoe.resources.activations.sizes import RUNTIME, MemoryProfile
 from pipermoe.resources.step import peak_flops_per_rank
 from pipermoe.specs.device import RateCurve
 from pipermoe.specs.model import ModelSpec
@@ -17,31 +19,55 @@ def plan_inputs(
     platform: Platform,
     train: TrainConfig,
     world_size: int,
-    memory_budget_bytes: int,
-    *,
-    budget_given: bool,
+    memory_budget_bytes: int | None,
+    imbalance: float,
 ) -> dict[str, PlanInput]:
-    """Dotted key -> value and source, ready for the plan file."""
-    budget_source = "given for this plan" if budget_given else f"platform {platform.name}: memory less what is reserved"
+    """Dotted key -> value and source, ready for the plan file. Without `memory_budget_bytes` it is the platform's."""
     peak = peak_flops_per_rank(platform, train, world_size)
+    given = memory_budget_bytes is not None
+    budget = PlanInput(
+        value=memory_budget_bytes if given else platform.memory_budget_bytes,
+        source="given for this plan" if given else f"platform {platform.name}: memory less what is reserved",
+    )
     inputs = {
         "model": PlanInput(value=model.name, source=model.source or "not named in the model file"),
+        "world_size": PlanInput(value=world_size, source="job"),
         "train.seq_len": PlanInput(value=train.seq_len, source="job"),
         "train.global_batch_size": PlanInput(value=train.global_batch_size, source="job"),
         "train.precision": PlanInput(value=train.precision, source="job"),
-        "routing": PlanInput(value="balanced", source="assumed: every expert gets the same number of tokens"),
+        "train.capacity_factor": PlanInput(value=train.capacity_factor, source="job"),
+        "imbalance": PlanInput(
+            value=imbalance,
+            source="given for this plan: rows of the busiest rank over the mean"
+            if imbalance != 1.0
+            else "assumed: every expert gets the same number of rows",
+        ),
         "peak_flops_per_s": PlanInput(value=peak, source=f"platform {platform.name}: the fastest product, per rank"),
-        "memory_budget_bytes": PlanInput(value=memory_budget_bytes, source=budget_source),
+        "memory_budget_bytes": budget,
     }
+    inputs |= {f"state_bytes.{name}": each for name, each in _state_bytes(train)}
+    inputs |= {f"memory_profile.{name}": each for name, each in _memory_profile(RUNTIME)}
     for key, value in _platform_numbers(platform, train):
         inputs[f"platform.{key}"] = PlanInput(value=value, source=_source(platform, key))
     return inputs
 
 
+def _state_bytes(train: TrainConfig) -> Iterator[tuple[str, PlanInput]]:
+    source = f"the recipe of {train.precision}" if train.state_bytes is None else "job: state_bytes"
+    for name, value in train.recipe.state:
+        yield name, PlanInput(value=value, source=f"{source}, bytes per parameter")
+
+
+def _memory_profile(profile: MemoryProfile) -> Iterator[tuple[str, PlanInput]]:
+    for each in fields(profile):
+        yield each.name, PlanInput(value=getattr(profile, each.name), source="the memory profile of this runtime")
+
+
 def _platform_numbers(platform: Platform, train: TrainConfig) -> Iterator[tuple[str, float | str]]:
     device, precision = platform.device, train.precision
     yield "host.compute_slots", platform.host.compute_slots
-    yield "device.kernel_seconds", device.kernel_seconds
+    for name in ("kernel_seconds", "issue_seconds", "layer_forward_seconds", "layer_backward_seconds"):
+        yield f"device.{name}", getattr(device, name)
     for name in ("gemm", "attention", "attention_backward"):
         yield f"device.{name}", _summary(getattr(device, name)[precision], "FLOP/s")
     for curve in device.grouped_gemm[precision]:

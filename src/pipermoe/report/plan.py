@@ -1,4 +1,4 @@
-"""How a planning result reads on a terminal: the ranking, where the step goes, the memory, why the others lose."""
+"""How a planning result reads on a terminal: ranking, where the step goes, memory, why not others, what helps."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from pipermoe.planner.result import Alternative, Candidate, PlanningResult
-from pipermoe.specs.report import MEMORY_CATEGORIES, TERMS, Term
+from pipermoe.planner.result import Alternative, PlanningResult, Wall
+from pipermoe.report.bars import bar
+from pipermoe.specs.report import MEMORY_CATEGORIES, Term
 from pipermoe.specs.strategy import Strategy
-from pipermoe.specs.units import MIB, format_bytes, format_count, format_seconds
+from pipermoe.specs.units import GIB, MIB, format_bytes, format_count, format_seconds
 
 WIDTH = 100
-BAR = 30  # cells of the longest bar
+MOST_ALTERNATIVES = 12
 
 WORDS: dict[Term, str] = {
     "forward": "forward",
@@ -26,14 +27,24 @@ WORDS: dict[Term, str] = {
     "optimizer": "optimizer",
     "other": "other",
 }
-AXES = {
-    "pipeline_parallel": "pp",
-    "expert_parallel": "ep",
-    "micro_batch_size": "mbs",
-    "schedule": "",
-    "recompute": "recompute ",
-    "zero_dense": "dense z",
-    "zero_expert": "expert z",
+PARTS = {
+    "attention": "attention",
+    "experts": "expert products",
+    "routing": "router, permutation",
+    "dense_mlp": "dense, shared MLP",
+    "head": "embedding, head",
+    "recompute": "recompute",
+    "host": "host",
+    "imbalance": "load imbalance",
+    **WORDS,
+}
+WALLS: dict[Wall, str] = {
+    "compute": "compute wall",
+    "communication": "communication wall",
+    "bubble": "pipeline bubble",
+    "memory": "memory wall",
+    "imbalance": "load imbalance",
+    "host": "host-bound",
 }
 
 
@@ -45,122 +56,161 @@ def render_planning(result: PlanningResult, console: Console) -> None:
 
 
 def _sections(result: PlanningResult) -> Iterator[RenderableType]:
-    chosen = result.chosen
+    chosen, explanation = result.chosen, result.explanation
     yield _header(result)
     yield _ranking(result)
+    yield _known_error(result)
     yield ""
     yield Text.assemble(("Where the step goes", "bold"), f"  {format_seconds(chosen.step_seconds)}, mean over ranks")
-    yield _bars(chosen)
-    yield Text.assemble(("Bound by", "bold"), f"  {result.bottleneck}")
+    yield _parts(result)
+    yield Text.assemble(("Bound by", "bold"), f"  {WALLS[explanation.wall]}: {explanation.verdict}")
+    yield _findings(result)
     yield ""
-    yield _memory(result)
+    yield from _memory(result)
     yield ""
     yield Text("Why not", style="bold")
     yield _why_not(result)
+    yield ""
+    yield Text("What would help", style="bold")
+    yield _what_if(result)
 
 
 def _header(result: PlanningResult) -> Table:
     model, train, counts = result.model, result.train, result.counts
     grid = _grid("bold", "default")
+    sizes = f"{format_count(result.parameters)} parameters, {format_count(result.active_parameters)} active"
     experts = f"{model.moe.num_experts} experts top-{model.moe.top_k}"
-    grid.add_row(
-        "Model", f"{model.name}  {format_count(result.parameters)} parameters, {model.num_layers} layers, {experts}"
-    )
+    grid.add_row("Model", f"{model.name}  {sizes}, {model.num_layers} layers, {experts}")
     cores = f"{result.compute_slots:.3g} core" + "s" * (result.compute_slots != 1)
     shared = "" if result.compute_slots >= result.world_size else f" on {cores}"
     budget = format_bytes(result.memory_budget_bytes)
-    grid.add_row("Machine", f"{result.platform}: {result.world_size} ranks{shared}, {budget} each")
-    tokens = f"{train.tokens_per_step:,} tokens a step"
-    grid.add_row("Job", f"{train.global_batch_size} sequences of {train.seq_len}, {tokens}, {train.precision}, AdamW")
-    found = (
-        f"{counts.considered:,} strategies in {format_seconds(result.search_seconds)}: {counts.illegal:,} illegal, "
-        f"{counts.redundant:,} redundant, {counts.not_fitting:,} do not fit, {counts.pruned:,} pruned by bound, "
-        f"{counts.simulated:,} simulated"
+    grid.add_row("Machine", f"{result.platform}: {result.world_size:,} ranks{shared}, {budget} each")
+    tokens = f"{format_count(train.tokens_per_step)} tokens a step"
+    grid.add_row(
+        "Job", f"{train.global_batch_size:,} sequences of {train.seq_len:,} = {tokens}, {train.precision}, AdamW"
     )
-    grid.add_row("Search", found)
+    routing = "balanced (--imbalance)" if result.imbalance == 1 else f"{result.imbalance:g}x busiest rank over mean"
+    grid.add_row("Routing", f"{routing}")
+    if counts:
+        found = (
+            f"{counts.considered:,} strategies in {format_seconds(result.search_seconds)}: {counts.illegal:,} illegal, "
+            f"{counts.redundant:,} redundant, {counts.not_fitting:,} do not fit, {counts.pruned:,} pruned by bound, "
+            f"{counts.simulated:,} simulated"
+        )
+        grid.add_row("Search", found)
     return grid
 
 
 def _ranking(result: PlanningResult) -> RenderableType:
-    table = Table(box=None, padding=(0, 1), pad_edge=False)
-    for name in ("#", "layout", "schedule", "recompute", "mbs", "memory MiB", "step", "tokens/s", "MFU", ""):
-        table.add_column(
-            name, justify="left" if name in ("layout", "schedule", "recompute", "") else "right", no_wrap=True
-        )
+    unit, name = (GIB, "GiB") if result.memory_budget_bytes >= GIB else (MIB, "MiB")
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for title in ("#", "layout", "schedule", "recompute"):
+        table.add_column(title, overflow="fold")
+    for title in ("mbs", name, "free", "step", "tok/s/rank", "MFU", ""):
+        table.add_column(title, justify="right", no_wrap=True)
     for place, row in enumerate(result.ranked, start=1):
         slower = row.step_seconds / result.chosen.step_seconds - 1
+        chosen = ("CHOSEN" if result.counts else "GIVEN") if place == 1 else f"{slower:+.1%}"
         table.add_row(
             str(place),
             row.strategy.compact(),
             row.strategy.schedule if row.strategy.pipeline_parallel > 1 else "-",
-            row.strategy.recompute,
+            recompute(row.strategy),
             str(row.strategy.micro_batch_size),
-            f"{row.peak_bytes / MIB:,.1f}",
+            f"{row.peak_bytes / unit:,.1f}",
+            f"{(result.memory_budget_bytes - row.peak_bytes) / unit:,.1f}",
             format_seconds(row.step_seconds),
-            f"{row.tokens_per_second:,.0f}",
+            f"{row.tokens_per_second / result.world_size:,.0f}",
             f"{row.model_flops_utilization:.1%}",
-            "CHOSEN" if place == 1 else f"+{slower:.1%}",
+            chosen,
             style="bold green" if place == 1 else "",
         )
     return Padding(table, (1, 0, 0, 0))
 
 
-def _bars(chosen: Candidate) -> Table:
-    """Seconds by term, each with a bar in eighths of a cell."""
-    longest = max(chosen.seconds.values())
+def recompute(strategy: Strategy) -> str:
+    """`-`, `full`, or the modules that are computed again."""
+    return "-" if strategy.recompute == "none" else ",".join(strategy.recompute_modules) or strategy.recompute
+
+
+def _known_error(result: PlanningResult) -> Text:
+    band, ties = result.error_band, result.ties
+    tie = f"1-{ties} are a tie." if ties > 1 else "no other is that near." if len(result.ranked) > 1 else ""
+    return Text(
+        f"The model's error on this class of machine is about ±{band.error:.0%} ({band.source}). {tie}\n"
+        "MFU counts model FLOPs with causal attention, no recomputation.",
+        style="dim",
+    )
+
+
+def _parts(result: PlanningResult) -> Table:
+    """Seconds by part, each with a bar in eighths of a cell."""
+    parts, step = result.explanation.parts, result.chosen.step_seconds
+    longest = max(parts.values())
     grid = _grid("default", "cyan", "default", "default", right=(2, 3))
-    for term in TERMS:
-        seconds = chosen.seconds[term]
-        if seconds > 0:
-            share = f"{seconds / chosen.step_seconds:.0%}"
-            grid.add_row(f"  {WORDS[term]}", bar(seconds / longest), format_seconds(seconds), share)
+    for name, seconds in sorted(parts.items(), key=lambda item: -item[1]):
+        if seconds > 1e-9 * step:
+            grid.add_row(f"  {PARTS[name]}", bar(seconds / longest), format_seconds(seconds), f"{seconds / step:.0%}")
     return grid
 
 
-def bar(share: float, cells: int = BAR) -> str:
-    """A bar of `share` of `cells` cells, to the eighth: never empty, so that what exists is seen."""
-    eighths = max(1, round(share * cells * 8))
-    return "█" * (eighths // 8) + ("", *"▏▎▍▌▋▊▉")[eighths % 8]
+def _findings(result: PlanningResult) -> Table:
+    grid = _grid("default", "default")
+    for finding in result.explanation.findings:
+        grid.add_row(f"  {finding.name}", finding.sentence)
+    return grid
 
 
-def _memory(result: PlanningResult) -> RenderableType:
+def _memory(result: PlanningResult) -> Iterator[RenderableType]:
     chosen, budget = result.chosen, result.memory_budget_bytes
-    title = Text.assemble(
+    free = budget - chosen.peak_bytes
+    room = f"{format_bytes(free)} free" if free >= 0 else f"{format_bytes(-free)} TOO MUCH: it does not fit"
+    yield Text.assemble(
         ("Memory", "bold"),
-        f"  worst rank {chosen.worst_rank}: {format_bytes(chosen.peak_bytes)} of {format_bytes(budget)}, "
-        f"{format_bytes(budget - chosen.peak_bytes)} free",
+        f"  worst rank {chosen.worst_rank}: {format_bytes(chosen.peak_bytes)} of {format_bytes(budget)}, ",
+        (room, "" if free >= 0 else "bold red"),
     )
     grid = _grid("default", "magenta", "default", right=(2,))
     longest = max(chosen.memory_bytes.values())
     for name in MEMORY_CATEGORIES:
-        count = chosen.memory_bytes[name]
-        if count:
+        if count := chosen.memory_bytes[name]:
             grid.add_row(f"  {name}", bar(count / longest), format_bytes(count))
-    return Group(title, grid)
+    yield grid
 
 
 def _why_not(result: PlanningResult) -> Table:
-    grid = _grid("bold", "default", "default")
-    for other in result.alternatives:
-        label = ", ".join(f"{AXES[axis]}{getattr(other.strategy, axis)}" for axis in other.axes)
-        grid.add_row(f"  {label}", _name(other.strategy), reason(other))
+    grid = _grid("bold", "default")
+    for other in result.explanation.alternatives[:MOST_ALTERNATIVES]:
+        grid.add_row(f"  {other.change}", reason(other, result.chosen.step_seconds))
     return grid
 
 
-def reason(other: Alternative) -> str:
-    """Why this alternative loses, in one clause."""
+def reason(other: Alternative, step_seconds: float) -> str:
+    """What this alternative costs or lacks, in one clause."""
+    change = f"step {other.slower_seconds / step_seconds:+.1%}"
     if not other.fits:
-        return f"{format_bytes(other.missing_bytes)} too much on rank {other.rank}: {other.category}"
-    slower = format_seconds(other.slower_seconds)
-    if other.term is None or other.term_seconds <= 0:
-        return "as fast, more memory"
-    return f"{slower} slower: {WORDS[other.term]} +{format_seconds(other.term_seconds)}"
+        lack = f"{format_bytes(other.missing_bytes)} too much on rank {other.rank}: {other.category}"
+        return f"{lack} ({change})" if other.slower_seconds < 0 else lack
+    if other.term is None or abs(other.slower_seconds) < 1e-4 * step_seconds:
+        return f"as fast, {format_bytes(abs(other.more_bytes))} {'more' if other.more_bytes >= 0 else 'less'}"
+    sign = "+" if other.term_seconds >= 0 else "-"
+    return f"{change}: {WORDS[other.term]} {sign}{format_seconds(abs(other.term_seconds))}"
+
+
+def _what_if(result: PlanningResult) -> Table:
+    grid = _grid("default", "default", "default", "default", right=(1,))
+    for change in result.explanation.what_ifs:
+        lack = f"does not fit: {format_bytes(change.peak_bytes)}" if not change.fits else ""
+        other = f"with {_name(change.strategy)}" if change.strategy else ""
+        notes = "; ".join(filter(None, [lack, other]))
+        grid.add_row(f"  {change.name}", f"{change.gain:+.0%} tokens/s", change.way, notes)
+    return grid
 
 
 def _name(strategy: Strategy) -> str:
     schedule = f" {strategy.schedule}" if strategy.pipeline_parallel > 1 else ""
-    recompute = f" {strategy.recompute} recompute" if strategy.recompute != "none" else ""
-    return f"{strategy.compact()} mbs{strategy.micro_batch_size}{schedule}{recompute}"
+    again = f" recompute {recompute(strategy)}" if strategy.recompute != "none" else ""
+    return f"{strategy.compact()} mbs{strategy.micro_batch_size}{schedule}{again}"
 
 
 def _grid(*styles: str, right: tuple[int, ...] = ()) -> Table:

@@ -179,11 +179,16 @@ def moe_work(sizes: Sizes) -> list[Work]:
         work += [Stream("residual", arriving * inner), Stream("residual", arriving * hidden)]
     if moe.swiglu_limit:
         work.append(Stream("swiglu", arriving * width))  # clamping gate and up is one more pass over both
-    if moe.shared_width:
-        work += [*_mlp(sizes, moe.shared_width, moe.expert_matrices), Stream("residual", stream * hidden)]
-        if moe.shared_gate:
-            work += [Gemm(2 * stream * hidden), Stream("swiglu", stream * hidden)]
-    return work
+    return work + shared_work(sizes)
+
+
+def shared_work(sizes: Sizes) -> list[Work]:
+    """The shared experts of one MoE block, with their gate and residual."""
+    moe, stream = sizes.model.moe, sizes.stream * sizes.model.hidden_size
+    if not moe.shared_width:
+        return []
+    work = [*_mlp(sizes, moe.shared_width, moe.expert_matrices), Stream("residual", stream)]
+    return work + [Gemm(2 * stream), Stream("swiglu", stream)] * moe.shared_gate
 
 
 def expert_work(sizes: Sizes) -> list[GroupedGemm]:
@@ -244,7 +249,8 @@ def rebuilt_work(sizes: Sizes, recompute: Recompute) -> list[tuple[Any, list[Wor
     ]
 
 
-def _total(works: Sequence[Work], device: Device, precision: Precision) -> Seconds:
+def total_seconds(works: Sequence[Work], device: Device, precision: Precision) -> Seconds:
+    """The seconds of operations in turn."""
     nothing = Seconds(0.0, 0.0, 0.0)
     return sum((seconds(work, device, precision) for work in works), nothing)
 
@@ -261,24 +267,24 @@ class LayerSeconds:
 
 def layer_seconds(device: Device, precision: Precision, sizes: Sizes, recompute: Recompute) -> LayerSeconds:
     """What each part costs, recomputation included in its input gradient; arrays (rows,). No communication."""
-    attention = _total(attention_work(sizes), device, precision)
+    attention = total_seconds(attention_work(sizes), device, precision)
     # Of a layer's operations in turn, beyond the curves of repeated ones.
     fixed = Seconds(device.layer_forward_seconds, device.layer_backward_seconds, 0.0)
     rebuilt = [
-        (mask, _total(moe, device, precision), _total(dense, device, precision))
+        (mask, total_seconds(moe, device, precision), total_seconds(dense, device, precision))
         for mask, moe, dense in rebuilt_work(sizes, recompute)
     ]
 
     def layer(work: list[Work], kind: int) -> Seconds:
-        once = _issued(attention + _total(work, device, precision), device.issue_seconds) + fixed
+        once = _issued(attention + total_seconds(work, device, precision), device.issue_seconds) + fixed
         again = once.forward * recompute.full + sum(each[0] * each[kind].forward for each in rebuilt)
         return Seconds(once.forward, once.input_grad + again, once.weight_grad)
 
     return LayerSeconds(
         moe_layers=layer(moe_work(sizes), 1),
         dense_layers=layer(dense_work(sizes), 2),
-        has_embedding=_total(embedding_work(sizes), device, precision),
-        has_head=_total(head_work(sizes), device, precision),
+        has_embedding=total_seconds(embedding_work(sizes), device, precision),
+        has_head=total_seconds(head_work(sizes), device, precision),
     )
 
 

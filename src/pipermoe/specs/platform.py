@@ -10,6 +10,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from pipermoe.specs.base import Frozen
 from pipermoe.specs.device import Device
 from pipermoe.specs.network import Level, links_per_rank
+from pipermoe.specs.precision import Precision
 from pipermoe.specs.units import Bytes
 
 
@@ -65,6 +66,17 @@ class Platform(Frozen):
         if sizes[-1] < self.host.ranks:
             raise ValueError(f"a level is missing: host.ranks = {self.host.ranks}, and levels reach {sizes[-1]} ranks")
         return self
+
+    @property
+    def memory_budget_bytes(self) -> int:
+        """What tensors of one rank may take."""
+        return self.device.memory_bytes - self.reserved_bytes
+
+    @property
+    def usual_precision(self) -> Precision:
+        """What a job computes in that does not say: bf16 where the device is faster in it than in fp32."""
+        peaks = self.device.peak_flops_per_s
+        return "bf16" if peaks.get("bf16", 0.0) > peaks.get("fp32", 0.0) else "fp32"
 
     def port_bytes_per_s(self, index: int) -> float:
         """What one rank sends through the described level `index` while all ranks do."""

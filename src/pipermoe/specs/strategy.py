@@ -109,18 +109,6 @@ class Strategy(Frozen):
 
     def compact(self) -> str:
         """Degrees and ZeRO level for tables: `pp2 dp2 ep2 z1`; degrees of one are left out, except pp, dp and ep."""
-        degrees = [
-            ("pp", self.pipeline_parallel, True),
-            ("vpp", self.virtual_stages, False),
-            ("dp", self.data_parallel, True),
-            ("cp", self.context_parallel, False),
-            ("tp", self.tensor_parallel, False),
-            ("ep", self.expert_parallel, True),
-            ("edp", self.expert_data_parallel, False),
-            ("etp", self.expert_tensor_parallel, False),
-        ]
-        words = [f"{name}{degree}" for name, degree, always in degrees if always or degree > 1]
-        zero = (
-            f"z{self.zero_dense}" if self.zero_dense == self.zero_expert else f"z{self.zero_dense}/{self.zero_expert}"
-        )
-        return " ".join([*words, zero])
+        from pipermoe.specs.strategy_text import layout_text
+
+        return layout_text(self)

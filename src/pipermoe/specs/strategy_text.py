@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from pipermoe.specs.documents import load_mapping, validate
 from pipermoe.specs.errors import UserError
 from pipermoe.specs.strategy import RECOMPUTE_MODULES, Strategy
 from pipermoe.specs.strategy_table import DISPATCHER_NAMES, EXCHANGE_NAMES, SCHEDULE_NAMES
@@ -34,22 +35,49 @@ _DEGREE, _ZERO = re.compile(r"([a-z]+)(\d+)"), re.compile(r"z([0-3])(?:/([0-3]))
 
 def strategy_text(strategy: Strategy) -> str:
     """All of `strategy` in one line that `parse_strategy` reads back; what has its default value is left out."""
-    words = [
-        f"{short}{value}"
-        for short, key in DEGREES.items()
-        if (value := getattr(strategy, key)) > 1 or short in ("pp", "dp", "ep", "mbs")
-    ]
-    dense, expert = strategy.zero_dense, strategy.zero_expert
-    words += [strategy.schedule, f"z{dense}" if dense == expert else f"z{dense}/{expert}"]
-    if strategy.dispatcher != "all_to_all":
-        words.append(strategy.dispatcher)
-    if strategy.exchange != "library":
-        words.append(strategy.exchange)
-    if strategy.recompute != "none":
-        words.append(":".join((strategy.recompute, *filter(None, [",".join(strategy.recompute_modules)]))))
-    if strategy.layer_split:
-        words.append(f"split:{','.join(map(str, strategy.layer_split))}")
+    plain = Strategy()
+    words = [*_degrees(strategy), word(strategy, "micro_batch_size"), strategy.schedule, word(strategy, "zero_dense")]
+    optional = ("dispatcher", "exchange", "recompute", "layer_split")
+    words += [word(strategy, key) for key in optional if getattr(strategy, key) != getattr(plain, key)]
     return " ".join(words)
+
+
+def layout_text(strategy: Strategy) -> str:
+    """`Strategy.compact`: degrees and ZeRO level."""
+    return " ".join([*_degrees(strategy), word(strategy, "zero_dense")])
+
+
+def _degrees(strategy: Strategy) -> list[str]:
+    """Degrees of one are left out, except pp, dp and ep."""
+    always = {DEGREES[short] for short in ("pp", "dp", "ep")}
+    keys = [key for key in DEGREES.values() if key != "micro_batch_size"]
+    return [word(strategy, key) for key in keys if getattr(strategy, key) > 1 or key in always]
+
+
+SHORT = {key: short for short, key in DEGREES.items()}
+
+
+def word(strategy: Strategy, key: str) -> str:
+    """How `strategy` says one of its fields: `pp8`, `z1/0`, `selective:norm`; also a default, as `split:even`."""
+    if key in SHORT:
+        return f"{SHORT[key]}{getattr(strategy, key)}"
+    if key in ("zero_dense", "zero_expert"):
+        dense, expert = strategy.zero_dense, strategy.zero_expert
+        return f"z{dense}" if dense == expert else f"z{dense}/{expert}"
+    if key in ("recompute", "recompute_modules"):
+        modules = ",".join(strategy.recompute_modules)
+        return f"{strategy.recompute}:{modules}" if modules else f"{strategy.recompute}"
+    if key == "layer_split":
+        return f"split:{','.join(map(str, strategy.layer_split)) or 'even'}"
+    return str(getattr(strategy, key))
+
+
+def read_strategy(reference: str) -> Strategy:
+    """The strategy that `reference` names: a .toml or .json file (of a strategy or a plan), or a line. `UserError`."""
+    if not reference.endswith((".toml", ".json")):
+        return parse_strategy(reference)
+    data = load_mapping(reference)
+    return validate(data.get("strategy", data), Strategy, where=reference)
 
 
 def parse_strategy(text: str) -> Strategy:

@@ -1,0 +1,65 @@
+"""When nothing fits: the closest strategy, what it lacks and where, and what would help, each computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from pipermoe.planner.candidate import candidate
+from pipermoe.planner.search import Field, Job
+from pipermoe.resources.step import predict
+from pipermoe.specs.errors import NoPlanFits
+from pipermoe.specs.report import MEMORY_CATEGORIES
+from pipermoe.specs.strategy_text import strategy_text
+from pipermoe.specs.units import MIB, format_bytes, format_seconds
+
+DOUBLINGS = 6  # of the ranks, or halvings of the sequence, that are tried
+
+
+def nothing_fits(field: Field) -> NoPlanFits:
+    """The error that says so: one line for the lack, one for each relaxation and its cost."""
+    job, strategy = field.job, field.space.strategy(field.smallest())
+    closest = candidate(job, strategy, predict(job.model, job.platform, job.train, strategy, job.imbalance))
+    largest = max(MEMORY_CATEGORIES, key=closest.memory_bytes.__getitem__)
+    lines = [
+        f"no strategy for {job.world_size} ranks fits {format_bytes(job.memory_budget_bytes)} per rank; the closest, "
+        f"{strategy_text(strategy)}, misses {format_bytes(closest.peak_bytes - job.memory_budget_bytes)} on rank "
+        f"{closest.worst_rank} (most of it {largest}: {format_bytes(closest.memory_bytes[largest])})"
+    ]
+    for way, relaxed in _relaxations(job, closest.peak_bytes):
+        lines.append(f"{way}: {_price(relaxed)}")
+    return NoPlanFits("\n".join(lines))
+
+
+def _relaxations(job: Job, peak_bytes: int) -> Iterator[tuple[str, Field]]:
+    """More memory, more ranks, a shorter sequence: each the first step that is enough."""
+    needed = -(-peak_bytes // MIB)
+    yield f"--memory {needed}MiB", Field.of(replace(job, memory_budget_bytes=needed * MIB))
+    sizes = [job.world_size << n for n in range(1, DOUBLINGS + 1)]
+    more = (replace(job, world_size=size) for size in sizes if size <= job.platform.levels[-1].ranks)
+    if field := _first_that_fits(more):
+        yield f"--gpus {field.job.world_size}", field
+    lengths = [job.train.seq_len >> n for n in range(1, DOUBLINGS + 1)]
+    shorter = (
+        replace(job, train=job.train.model_copy(update={"seq_len": length})) for length in lengths if length >= 1
+    )
+    if field := _first_that_fits(shorter):
+        yield f"--seq-len {field.job.train.seq_len}", field
+
+
+def _first_that_fits(jobs: Iterator[Job]) -> Field | None:
+    for job in jobs:
+        field = Field.of(job)
+        if len(field.space.heads) and field.promising() >= 0:
+            return field
+    return None
+
+
+def _price(field: Field) -> str:
+    [best] = field.best().best
+    strategy = field.space.strategy(best.place)
+    speed = field.job.train.tokens_per_step / best.seconds / field.job.world_size
+    return (
+        f"{strategy_text(strategy)}, {format_seconds(best.seconds)} a step, "
+        f"{speed:,.0f} tokens/s per rank, {format_bytes(best.peak_bytes)}"
+    )
