@@ -16,8 +16,9 @@ from pipermoe.specs.strategy import Strategy
 
 COMMANDS = (
     *("measure", "describe", "plan", "tokenize", "train", "compare", "schedule", "dryrun", "demo"),
-    *("export", "import-plan", "megatron-memory", "balance"),
+    *("predict", "export", "import-plan", "megatron-memory", "balance"),
 )
+PREDICT = ["predict", "model.toml", "--platform", "machine.toml", "--job", "job.toml", "--strategy"]
 JOB = "seq_len = 32\nglobal_batch_size = 16\n"
 
 
@@ -65,6 +66,15 @@ def test_json_on_stdout_is_json_alone(folder, capsys):
     assert Plan.model_validate(result["plan"]) == load("plan.toml", Plan)
 
 
+def test_a_given_strategy_is_explained_and_written_as_a_plan(folder, capsys):
+    assert run(*PREDICT, "pp2 dp2 ep2 mbs1 z1/0", "-o", "given.toml") == 0
+    assert "GIVEN" in capsys.readouterr().out
+    assert run(*PREDICT, "given.toml", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert Plan.model_validate(result["plan"]) == load("given.toml", Plan)
+    assert result["explanation"]["alternatives"]
+
+
 def test_options_win_over_the_job_file(folder):
     assert plan("--seq-len", "64", "--memory", "512MiB") == 0
     written = load("plan.toml", Plan)
@@ -86,6 +96,14 @@ def test_options_win_over_the_job_file(folder):
         (["plan", "model.toml", "--platform", "machine.toml", "--job", "job.toml", "--ranks", "0"], "0"),
         (["plan", "model.toml", "--platform", "machine.toml", "--job", "job.toml", "--top", "0"], "top = 0"),
         (["plan", "model.toml", "--platform", "machine.toml", "--job", "job.toml", "--seq-len", "0"], "seq_len = 0"),
+        (
+            ["plan", "model.toml", "--platform", "machine.toml", "--job", "job.toml", "--ranks", "4", "--nodes", "1"],
+            "one",
+        ),
+        (["plan", "model.toml", "--platform", "machine.toml", "--job", "job.toml", "--imbalance", "0.5"], "= 0.5"),
+        ([*PREDICT, "pp2 dp2 ep2 mbs3"], "must divide global_batch_size = 16"),
+        ([*PREDICT, "pp2 dp2 ep2 zb-v"], "strategy.virtual_stages = 1: zb-v needs exactly 2"),
+        ([*PREDICT, "none.toml"], "none.toml: no such file"),
         (["dryrun", "--model", "model.toml", "--rank", "0"], "--plan, or --model and --strategy"),
         (["train", "--plan", "job.toml"], "job.toml: "),
         (["train", "--plan", "none.toml"], "none.toml: no such file"),

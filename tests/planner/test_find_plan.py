@@ -32,6 +32,7 @@ def test_the_ranking_is_that_of_simulating_every_strategy(slots, budget):
 
 def test_the_search_simulates_only_a_part_and_accounts_for_every_strategy():
     counts = find_plan(MODEL, machine(), TRAIN, world_size=4, top=3).counts
+    assert counts is not None
     assert counts.considered == (
         counts.illegal + counts.redundant + counts.not_fitting + counts.pruned + counts.simulated
     )

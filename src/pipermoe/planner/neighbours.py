@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
@@ -88,7 +89,7 @@ def _neighbours(strategy: Strategy) -> Iterator[Neighbour]:
         yield from _changed(strategy, "recompute", {"recompute": "selective", "recompute_modules": modules})
 
 
-def _changed(strategy: Strategy, axis: str, change: dict[str, object]) -> Iterator[Neighbour]:
+def _changed(strategy: Strategy, axis: str, change: dict[str, Any]) -> Iterator[Neighbour]:
     """The strategy with `change` where it makes another one that folds on as many ranks."""
     if axis in FOLLOWING:
         return
