@@ -10,6 +10,7 @@ from pipermoe.cli.output import note, show
 
 if TYPE_CHECKING:
     from pipermoe.layout.policy import Policy
+    from pipermoe.layout.trace import Trace
 
 
 def balance(
@@ -55,7 +56,9 @@ def balance(
     read = read_trace(trace)
     fitting = _slots(slots, ranks, nodes, experts=read.shape[2])
     _positive(every=every, window=window)
-    found = compare_policies(read, _chosen(policy), ranks=ranks, nodes=nodes, slots=fitting, every=every, window=window)
+    found = compare_policies(
+        read, _chosen(policy, read), ranks=ranks, nodes=nodes, slots=fitting, every=every, window=window
+    )
     if plot is not None:
         draw_comparison(found, plot)
     show(found, lambda console: render_comparison(found, console), as_json=json)
@@ -87,11 +90,13 @@ def _positive(**values: int) -> None:
             raise UserError(f"--{name} = {value}: must be at least 1")
 
 
-def _chosen(names: list[str] | None) -> dict[str, Policy]:
-    from pipermoe.layout.policies import POLICIES
+def _chosen(names: list[str] | None, trace: Trace) -> dict[str, Policy]:
+    from pipermoe.layout.policies import policies_for
     from pipermoe.specs.errors import UserError
 
+    policies = policies_for(trace)
     for name in names or ():
-        if name not in POLICIES:
-            raise UserError(f"--policy = {name!r}: must be one of {', '.join(POLICIES)}")
-    return {name: POLICIES[name] for name in names or POLICIES}
+        if name not in policies:
+            needs = "; co-activation needs a trace with routes" if name == "co-activation" else ""
+            raise UserError(f"--policy = {name!r}: must be one of {', '.join(policies)}{needs}")
+    return {name: policies[name] for name in names or policies}

@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipermoe.layout.expert_layout import EMPTY, count_copies
+from pipermoe.layout.policy import Nodes
+from pipermoe.layout.replicas import greedy_copies
 
 FORBIDDEN = 1e30  # rows; more than any load, and less than a full rank's infinity
 
@@ -47,6 +49,19 @@ def longest_first(experts_LI: NDArray[np.int64], size_LE: NDArray, ranks: int, s
         held[rows, expert, rank] = FORBIDDEN
         load[rows, rank] += np.where(place + 1 == slots, np.inf, weight)
         used[rows, rank] += 1
+    return table
+
+
+def pack_in_nodes(node_LE: NDArray[np.int64], load_LE: NDArray, nodes: Nodes, slots: int) -> NDArray[np.int64]:
+    """Slots (L, N, S): each node's experts, equally many on each, copied and packed longest first on its own ranks."""
+    layers, ranks = len(load_LE), nodes.ranks_per_node
+    table = np.empty((layers, nodes.ranks, slots), dtype=np.int64)
+    for node in range(nodes.count):
+        experts_LI = np.nonzero(node_LE == node)[1].reshape(layers, -1)
+        load = np.take_along_axis(load_LE, experts_LI, axis=1)
+        copies = greedy_copies(load, ranks * slots)
+        local = longest_first(items_of(copies), load / copies, ranks, slots)
+        table[:, node * ranks : (node + 1) * ranks] = np.take_along_axis(experts_LI[:, None], local, axis=2)
     return table
 
 

@@ -23,8 +23,9 @@ class Replay(Frozen):
 
     `planned`: on the loads that were planned for; `met`: on those that followed, mean over steps and layers;
     `worst_layer`: the highest mean over steps of a layer; `imbalance`: the mean over layers of every step that was met.
-    `cross_node` is the share of rows that leave their node; `nodes_per_token` needs routes. `moves` are copies a layer
-    and re-plan after the first, `first_moves` those of the first; `plan_ms` is CPU time of planning all layers once.
+    `cross_node` is the share of rows that leave their node; `nodes_per_token` is of routes that no policy has seen.
+    `moves` are copies a layer and re-plan after the first, `first_moves` those of the first; `plan_ms` is CPU time of
+    planning all layers once.
     """
 
     policy: str
@@ -100,7 +101,8 @@ def replay(
         met += [imbalance(rank_load(layout, load_LE)) for load_LE in following_WLE]
         crossing.append(cross_node_share(layout, following_WLE.sum(0), nodes).mean())
     met_WL = np.stack(met)
-    visited = None if trace.routes_TLK is None else float(nodes_per_token(layout, trace.routes_TLK, nodes).mean())
+    routes_TLK = trace.unseen_routes
+    visited = None if routes_TLK is None else float(nodes_per_token(layout, routes_TLK, nodes).mean())
     return Replay(
         policy=name,
         planned=float(np.mean(planned)),

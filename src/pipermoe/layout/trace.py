@@ -40,6 +40,16 @@ class Trace:
         steps, layers, experts = self.load_WLE.shape
         return steps, layers, experts
 
+    @property
+    def planning_routes(self) -> NDArray[np.int64] | None:
+        """The first half of the tokens: what a policy may plan for."""
+        return None if self.routes_TLK is None else self.routes_TLK[: len(self.routes_TLK) // 2]
+
+    @property
+    def unseen_routes(self) -> NDArray[np.int64] | None:
+        """The second half: what it is judged by."""
+        return None if self.routes_TLK is None else self.routes_TLK[len(self.routes_TLK) // 2 :]
+
 
 def shipped_traces() -> list[str]:
     """The names of the traces that come with the package."""

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipermoe.layout.expert_layout import ExpertLayout
-from pipermoe.layout.packing import items_of, longest_first
+from pipermoe.layout.grouping import group_by_load
+from pipermoe.layout.packing import items_of, longest_first, pack_in_nodes
 from pipermoe.layout.policy import Nodes
 from pipermoe.layout.replicas import greedy_copies
 
@@ -24,7 +25,7 @@ class Eplb:
     groups: int = 1
 
     def plan(self, layout: ExpertLayout, load_LE: NDArray, nodes: Nodes) -> ExpertLayout:
-        layers, ranks, slots = layout.shape
+        _, ranks, slots = layout.shape
         if self.groups == 1 or nodes.count == 1:
             copies_LE = greedy_copies(load_LE, ranks * slots)
             return layout.successor(longest_first(items_of(copies_LE), load_LE / copies_LE, ranks, slots))
@@ -33,24 +34,10 @@ class Eplb:
                 f"groups = {self.groups} must be a multiple of the {nodes.count} nodes and divide the "
                 f"{layout.num_experts} experts"
             )
-        node_LE = self._nodes_of_experts(load_LE, nodes)
-        slots_LNS = np.empty_like(layout.slots_LNS)
-        held = layout.num_experts // nodes.count
-        for node in range(nodes.count):
-            experts_LI = np.nonzero(node_LE == node)[1].reshape(layers, held)
-            here = slice(node * nodes.ranks_per_node, (node + 1) * nodes.ranks_per_node)
-            load = np.take_along_axis(load_LE, experts_LI, axis=1)
-            copies = greedy_copies(load, nodes.ranks_per_node * slots)
-            local = longest_first(items_of(copies), load / copies, nodes.ranks_per_node, slots)
-            slots_LNS[:, here] = np.take_along_axis(experts_LI[:, None], local, axis=2)
-        return layout.successor(slots_LNS)
+        return layout.successor(pack_in_nodes(self._nodes_of_experts(load_LE, nodes), load_LE, nodes, slots))
 
     def _nodes_of_experts(self, load_LE: NDArray, nodes: Nodes) -> NDArray[np.int64]:
         """The node of every expert, (L, E): groups longest first onto nodes with equal numbers of groups."""
         layers, experts = load_LE.shape
-        load = load_LE.reshape(layers, self.groups, -1).sum(2).astype(float)
-        order = np.tile(np.arange(self.groups), (layers, 1))
-        placed = longest_first(order, load, nodes.count, self.groups // nodes.count)
-        node = np.zeros((layers, self.groups), dtype=np.int64)
-        np.put_along_axis(node, placed.reshape(layers, -1), np.repeat(np.arange(nodes.count), placed.shape[2])[None], 1)
-        return np.repeat(node, experts // self.groups, axis=1)
+        load = load_LE.reshape(layers, self.groups, -1).sum(2)
+        return np.repeat(group_by_load(load, nodes.count), experts // self.groups, axis=1)
