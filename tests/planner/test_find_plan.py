@@ -3,9 +3,9 @@ import pytest
 from tests.resources.cases import MODEL, TRAIN, machine
 
 from pipermoe.planner import find_plan
-from pipermoe.planner.search import Field, Job, bounds, exact_seconds
+from pipermoe.planner.search import Field, Job, exact_seconds, head_bounds
 from pipermoe.planner.space import Space, job_space
-from pipermoe.resources.evaluate import peak_bytes
+from pipermoe.resources.evaluate import peak_bytes, step_bound
 from pipermoe.resources.step import predict
 from pipermoe.specs.documents import load, save
 from pipermoe.specs.errors import NoPlanFits, UserError
@@ -55,7 +55,9 @@ def test_every_bound_of_a_space_is_below_its_simulation():
     space = job_space(MODEL, TRAIN, 8)
     table = space.table(every_place(space))
     exact = np.array([exact_seconds(job, table.row(row)) for row in range(len(table))])
-    assert (bounds(job, table) <= exact * (1 + 1e-12)).all()
+    bound = step_bound(MODEL, job.platform, TRAIN, table)
+    assert (bound <= exact * (1 + 1e-12)).all()
+    assert (head_bounds(job, space)[every_place(space) // len(space.tails)] <= bound * (1 + 1e-12)).all()
 
 
 def test_redundant_strategies_cost_what_the_kept_ones_cost():

@@ -1,12 +1,119 @@
+from functools import cache
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.resources.cases import MODEL, machine
 
-from pipermoe.resources.evaluate import distinct
+from pipermoe.resources.evaluate import evaluate, peak_bytes, pipeline_bound, step_bound
+from pipermoe.resources.step import predict
+from pipermoe.schedule.builders import RECIPES
+from pipermoe.schedule.legality import SCHEDULE_EXISTS
+from pipermoe.specs.catalogue import load_model
+from pipermoe.specs.legality import LEGAL, legal_mask
+from pipermoe.specs.platform import Platform
+from pipermoe.specs.platform_file import load_platform
+from pipermoe.specs.strategy import RECOMPUTE_MODULES, Strategy
+from pipermoe.specs.strategy_table import StrategyTable
+from pipermoe.specs.train import TrainConfig
+
+RANKS = 16
+JOBS = {
+    "small": TrainConfig(seq_len=32, global_batch_size=64),
+    "mixtral-8x7b": TrainConfig(seq_len=4096, global_batch_size=64, precision="bf16"),
+    "deepseek-v2-lite": TrainConfig(seq_len=4096, global_batch_size=64, precision="bf16"),
+}
 
 
-@pytest.mark.parametrize("limit", [3, 200, 1 << 20])  # few kinds, kinds that share slots, keys of more than 63 bits
-def test_the_kinds_of_rows_are_those_that_a_sort_finds(limit):
-    columns = np.random.default_rng(limit).integers(0, limit, size=(4, 100_000))
-    chosen, kind = distinct(list(columns))
-    assert (columns[:, chosen[kind]] == columns).all()
-    assert len(chosen) == len(np.unique(columns, axis=1).T)
+@cache
+def model_of(name):
+    return MODEL if name == "small" else load_model(name)
+
+
+@cache
+def platform_of(name: str) -> Platform:
+    if name in ("crowded", "machine"):
+        return machine(ranks=RANKS, compute_slots=1.7 if name == "crowded" else RANKS)
+    return load_platform(name)
+
+
+@st.composite
+def strategies(draw, ranks: int = RANKS):
+    """Any strategy of `ranks` ranks that divides them, legal for a model or not."""
+    name = draw(st.sampled_from(sorted(RECIPES)))
+    least, most = RECIPES[name].virtual_stages
+    powers = [2**i for i in range(ranks.bit_length())]
+    pp = draw(st.sampled_from(powers))
+    tp = draw(st.sampled_from([n for n in powers if n * pp <= ranks]))
+    cp = draw(st.sampled_from([n for n in powers if n * tp * pp <= ranks]))
+    ep = draw(st.sampled_from([n for n in powers if n * pp <= ranks]))
+    etp = draw(st.sampled_from([n for n in powers if n * ep * pp <= ranks]))
+    modules = draw(st.sets(st.sampled_from(RECOMPUTE_MODULES)))
+    recompute = "selective" if modules else draw(st.sampled_from(["none", "full"]))
+    return Strategy(
+        pipeline_parallel=pp,
+        virtual_stages=draw(st.integers(least, min(most or 3, 3))),
+        data_parallel=ranks // (pp * cp * tp),
+        context_parallel=cp,
+        tensor_parallel=tp,
+        expert_parallel=ep,
+        expert_data_parallel=ranks // (pp * ep * etp),
+        expert_tensor_parallel=etp,
+        micro_batch_size=draw(st.sampled_from([1, 2, 4])),
+        schedule=name,
+        dispatcher=draw(st.sampled_from(["all_to_all", "deduplicated"])),
+        exchange=draw(st.sampled_from(["library", "planned"])),
+        recompute=recompute,
+        recompute_modules=tuple(modules),
+        zero_dense=draw(st.integers(0, 3)),
+        zero_expert=draw(st.integers(0, 3)),
+    )
+
+
+@st.composite
+def cases(draw):
+    """A model, one of its platforms and a few legal strategies."""
+    name = draw(st.sampled_from(sorted(JOBS)))
+    platform = draw(st.sampled_from(["crowded", "machine"] if name == "small" else ["dgx-h100", "frontier"]))
+    table = StrategyTable.of(draw(st.lists(strategies(), min_size=2, max_size=6)))
+    legal = legal_mask(table, model_of(name), JOBS[name], RANKS, (*LEGAL, SCHEDULE_EXISTS))
+    return name, platform, table.take(legal)
+
+
+@settings(deadline=None, max_examples=20)
+@given(cases())
+def test_no_simulation_of_any_strategy_undercuts_its_bound(case):
+    name, platform, table = case
+    model, machine_, train = model_of(name), platform_of(platform), JOBS[name]
+    bound = step_bound(model, machine_, train, table)
+    within = pipeline_bound(model, machine_, train, table)
+    for row in range(len(table)):
+        exact = predict(model, machine_, train, table.row(row)).step_seconds
+        assert within[row] <= bound[row] <= exact * (1 + 1e-12)
+        assert bound[row] > 0.3 * exact
+
+
+@settings(deadline=None, max_examples=10)
+@given(cases())
+def test_a_strategy_is_judged_alone_as_among_others(case):
+    name, platform, table = case
+    model, machine_, train = model_of(name), platform_of(platform), JOBS[name]
+    together = evaluate(model, machine_, train, table)
+    assert together.peak_bytes.tolist() == peak_bytes(model, train, table).tolist()
+    for row in range(len(table)):
+        alone = evaluate(model, machine_, train, table.take(np.array([row])))
+        assert alone.bound[0] == together.bound[row]
+        assert alone.peak_bytes[0] == together.peak_bytes[row]
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+def test_the_bound_of_equal_stages_without_messages_is_the_step(schedule):
+    """Fill, every micro-batch and drain are all there is to it (Narayanan et al. 2021, section 2.2)."""
+    model = load_model("mixtral-8x7b").model_copy(update={"num_layers": 16})
+    platform = platform_of("dgx-h100")
+    strategy = Strategy(pipeline_parallel=8, data_parallel=2, expert_parallel=2, schedule=schedule)
+    train = JOBS["mixtral-8x7b"]
+    [bound] = step_bound(model, platform, train, StrategyTable.of([strategy]))
+    exact = predict(model, platform, train, strategy).step_seconds
+    assert 0.97 * exact <= bound <= exact

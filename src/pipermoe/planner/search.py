@@ -15,14 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipermoe.planner.space import Selection, Space, job_space
-from pipermoe.resources.evaluate import peak_bytes
-from pipermoe.resources.step import lower_bound, step_costs, step_seconds_by_term, uniform_groups
+from pipermoe.resources.evaluate import evaluate, peak_bytes, pipeline_bound
+from pipermoe.resources.step import step_costs, step_seconds_by_term
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.platform import Platform
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.strategy_table import StrategyTable
 from pipermoe.specs.train import TrainConfig
 
+ROUNDING = 1e-9  # bounds and simulations add up in different orders
 FIRST_HEADS = 64  # that are written out at once; then twice as many each time
 
 
@@ -67,8 +68,7 @@ class Field:
     @classmethod
     def of(cls, job: Job) -> Field:
         space = job_space(job.model, job.train, job.world_size)
-        places = np.arange(len(space.heads) * len(space.tails))
-        return cls(job, space, bounds(job, space.table(places)).reshape(len(space.heads), -1).min(axis=1))
+        return cls(job, space, head_bounds(job, space))
 
     def best(
         self, count: int = 1, selection: Selection | None = None, memory_budget_bytes: float | None = None
@@ -89,12 +89,13 @@ class Field:
         return int(places[np.argmin(peaks)]) if len(places) else -1
 
 
-def bounds(job: Job, table: StrategyTable) -> NDArray[np.float64]:
-    """A lower bound of every row's step seconds."""
-    bound = np.zeros(len(table))
-    for rows, group in uniform_groups(table):
-        costs = step_costs(job.model, job.platform, job.train, group, job.imbalance)
-        bound[rows] = lower_bound(job.platform, job.train, group, costs)
+def head_bounds(job: Job, space: Space) -> NDArray[np.float64]:
+    """Seconds (heads,) that no strategy of a head undercuts: the pipeline without recomputation, however dispatched."""
+    bound = np.full(len(space.heads), np.inf)
+    for dispatcher, exchange in sorted({*zip(space.tails.dispatcher, space.tails.exchange, strict=True)}):
+        columns = {"dispatcher": dispatcher, "exchange": exchange}
+        table = space.heads.with_columns(**{name: np.full(len(bound), code) for name, code in columns.items()})
+        bound = np.minimum(bound, pipeline_bound(job.model, job.platform, job.train, table, job.imbalance))
     return bound
 
 
@@ -119,7 +120,7 @@ class _Search:
         for heads, next_bound in self._waves(np.flatnonzero(selection.heads)):
             self._open(heads)
             self._simulate_below(next_bound)
-            if next_bound > self.worst:
+            if next_bound * (1 - ROUNDING) > self.worst:
                 break
         total = int(selection.heads.sum() * selection.tails.sum()) - space.redundant(selection)
         pruned = total - self.not_fitting - self.simulated
@@ -153,21 +154,20 @@ class _Search:
         job, space = self.field.job, self.field.space
         places = space.places(heads, self.selection)
         table = space.table(places)
-        peaks = peak_bytes(job.model, job.train, table, imbalance=job.imbalance)
-        fits = peaks <= self.budget
+        found = evaluate(job.model, job.platform, job.train, table, job.imbalance)
+        fits = found.peak_bytes <= self.budget
         self.not_fitting += int(np.count_nonzero(~fits))
-        found = bounds(job, table.take(fits))
         places = np.concatenate([self.open_places, places[fits]])
-        peaks = np.concatenate([self.open_peaks, peaks[fits]])
-        found = np.concatenate([self.open_bounds, found])
-        order = np.lexsort((places, peaks, found))
-        self.open_places, self.open_peaks, self.open_bounds = places[order], peaks[order], found[order]
+        peaks = np.concatenate([self.open_peaks, found.peak_bytes[fits]])
+        bounds = np.concatenate([self.open_bounds, found.bound[fits]])
+        order = np.lexsort((places, peaks, bounds))
+        self.open_places, self.open_peaks, self.open_bounds = places[order], peaks[order], bounds[order]
 
     def _simulate_below(self, limit: float) -> None:
         """Simulate the open strategies in the order of their bounds, up to `limit` or the last of the ranking."""
         done = 0
         for place, peak, bound in zip(self.open_places, self.open_peaks, self.open_bounds, strict=True):
-            if bound > min(limit, self.worst):
+            if bound * (1 - ROUNDING) > min(limit, self.worst):
                 break
             done += 1
             seconds = exact_seconds(self.field.job, self.field.space.strategy(int(place)))

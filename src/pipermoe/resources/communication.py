@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipermoe.exchange.regular import planned_seconds
 from pipermoe.resources.activations.sizes import Sizes
@@ -158,20 +159,31 @@ def message_bytes(sizes: Sizes) -> Any:
 def send_seconds(platform: Platform, table: StrategyTable, sent_bytes: Any, stages_of: StagesOf) -> Any:
     """Seconds of one message from each stage to the next: (rows, stages - 1), one column at least.
 
-    Ranks of a pipeline lie `ranks_per_stage` apart; a message between two stages of one rank takes no time.
+    A message between two stages of one rank takes no time.
+    """
+    hops = hop_levels(platform, table.ranks_per_stage, stages_of)
+    seconds = np.zeros(hops.shape)
+    for index in range(len(platform.levels)):
+        seconds += np.where(hops == index, level_send_seconds(platform, index, np.asarray(sent_bytes)[:, None]), 0.0)
+    return seconds
+
+
+def hop_levels(platform: Platform, ranks_per_stage: Any, stages_of: StagesOf) -> NDArray[np.int64]:
+    """The level of the network between each stage and the next, -1 on one rank: (rows, stages - 1), a column at least.
+
+    Ranks of a pipeline lie `ranks_per_stage` (rows,) apart.
     """
     home = {stage: rank for rank, stages in enumerate(stages_of) for stage in stages}
     hops = [(home[stage], home[stage + 1]) for stage in range(len(home) - 1)] or [(0, 0)]
     low, high = (np.array([pick(hop) for hop in hops]) for pick in (min, max))
-    per_stage = table.ranks_per_stage[:, None]
-    seconds = np.zeros((len(table), len(hops)))
-    pending = np.broadcast_to(high > low, seconds.shape).copy()
-    for index, level in enumerate(platform.levels):
-        first, last = low * per_stage, (high + 1) * per_stage - 1
-        here = pending & ((first // level.ranks == last // level.ranks) | (level is platform.levels[-1]))
-        seconds[here] = (level_send_seconds(platform, index, np.asarray(sent_bytes)[:, None]) + 0 * low)[here]
-        pending &= ~here
-    return seconds
+    per_stage = np.asarray(ranks_per_stage)[:, None]
+    first, last = low * per_stage, (high + 1) * per_stage - 1
+    outermost = len(platform.levels) - 1
+    level = np.full(first.shape, outermost)
+    for index in reversed(range(outermost)):
+        size = platform.levels[index].ranks
+        level = np.where(first // size == last // size, index, level)
+    return np.where(high > low, level, -1)
 
 
 def sync_calls(

@@ -1,88 +1,65 @@
 """Many strategies at once: peak memory and a lower bound of the step, for a million rows in a fraction of a second.
 
-Few of a million rows differ in what a formula reads: activations do not depend on ZeRO, states not on the schedule.
-Each formula is evaluated for the rows that differ for it and gathered for all others. Memory is a sum of whole numbers
-below 2^53 and so exact in any order: a row weighs the same alone as among others.
+Few of a million rows differ in what a formula reads: activations and the pipeline do not depend on ZeRO, states and
+their reduction not on the micro-batch. Each formula is evaluated for the rows that differ for it and gathered for all
+others. Every figure of a row is made of its own numbers in the same order, so it is the same alone as among others.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipermoe.resources.activations.sizes import RUNTIME, MemoryProfile
+from pipermoe.resources.chains import Chains, chains
+from pipermoe.resources.communication import hop_levels
 from pipermoe.resources.instants import Instants, instants
+from pipermoe.resources.kinds import BLOCK, Kinds, distinct
 from pipermoe.resources.memory import peak_activations, pipeline_of, prices
 from pipermoe.resources.sharded_units import whole_unit_bytes
-from pipermoe.resources.stages import StageShapes
+from pipermoe.resources.stages import StageShapes, stage_shapes
 from pipermoe.resources.states import state_bytes, state_elements
+from pipermoe.resources.step import closing_costs, compute_slots
+from pipermoe.resources.unit_seconds import unit_seconds
+from pipermoe.schedule.traits import schedule_traits, stages_of_ranks
 from pipermoe.specs.model import ModelSpec
-from pipermoe.specs.strategy_table import StrategyTable
+from pipermoe.specs.platform import Platform
+from pipermoe.specs.strategy_table import SCHEDULE_NAMES, StrategyTable
 from pipermoe.specs.train import TrainConfig
 
 # What the formulas read.
 INSIDE = (
     *("micro_batch_size", "context_parallel", "tensor_parallel", "expert_parallel", "expert_tensor_parallel"),
-    *("recompute", "recompute_modules"),
+    *("recompute", "recompute_modules", "dispatcher", "exchange"),
 )
 PIPELINE = ("schedule", "pipeline_parallel", "virtual_stages", "layer_split")
-STATES = (
-    *("data_parallel", "context_parallel", "tensor_parallel"),
-    *("expert_parallel", "expert_data_parallel", "expert_tensor_parallel", "zero_dense", "zero_expert"),
-)
-HASH_FACTOR = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: Knuth, TAOCP volume 3, section 6.4
-HASH_BITS = 16
-BLOCK = 1 << 15  # rows; a block and the slots stay in the cache
+DEGREES = ("data_parallel", "context_parallel", "tensor_parallel", "expert_parallel", "expert_tensor_parallel")
+STATES = ("expert_data_parallel", "zero_dense", "zero_expert")
 
 
-def distinct(columns: Sequence[NDArray]) -> tuple[NDArray, NDArray]:
-    """The rows that differ in `columns`: (index of one row of each kind, kind of every row). Entries are at least 0."""
-    code, used = np.zeros(len(columns[0]), dtype=np.int64), 0
-    for column in columns:
-        bits = int(column.max()).bit_length()
-        if used + bits > 63:
-            kinds, code = _kinds(code)
-            used = len(kinds).bit_length()
-        code, used = code << bits | column, used + bits
-    return _kinds(code)
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Peak bytes of the worst rank and a lower bound of the step's seconds: arrays (rows,)."""
+
+    peak_bytes: NDArray[np.float64]
+    bound: NDArray[np.float64]
 
 
-def _kinds(code: NDArray[np.int64]) -> tuple[NDArray, NDArray]:
-    """One row of each kind of `code`, and the kind of every row: a hash table instead of a sort.
-
-    A slot belongs to one of the codes that reach it first; rows with another code in its slot try again elsewhere.
-    """
-    kind = np.empty(len(code), dtype=np.int64)
-    chosen: list[NDArray] = []
-    pending, known, factor = np.arange(len(code)), 0, HASH_FACTOR
-    while len(pending):
-        mine = code[pending] if known else code
-        slot, owner, agrees = _slots(mine, np.uint64(factor))
-        taken = np.flatnonzero(owner >= 0)
-        number = np.empty(len(owner), dtype=np.int64)
-        number[taken] = np.arange(known, known + len(taken))
-        kind[pending] = number[slot]
-        chosen.append(pending[owner[taken]])
-        pending, known, factor = pending[~agrees], known + len(taken), factor * HASH_FACTOR % (1 << 64)
-    return np.concatenate(chosen), kind
-
-
-def _slots(code: NDArray[np.int64], factor: np.uint64) -> tuple[NDArray, NDArray, NDArray[np.bool_]]:
-    """The slot of every row, the row that owns each slot (-1: none), and which rows have the code of their owner."""
-    owner, held = np.full(1 << HASH_BITS, -1), np.empty(1 << HASH_BITS, dtype=np.int64)
-    slot, agrees = np.empty(len(code), dtype=np.int64), np.empty(len(code), dtype=bool)
-    for start in range(0, len(code), BLOCK):
-        rows = slice(start, start + BLOCK)
-        mine = code[rows]
-        here = ((mine.view(np.uint64) * factor) >> np.uint64(64 - HASH_BITS)).view(np.int64)
-        free = np.flatnonzero(owner[here] < 0)
-        owner[here[free]] = start + free
-        held[here[free]] = code[owner[here[free]]]
-        slot[rows], agrees[rows] = here, held[here] == mine
-    return slot, owner, agrees
+def evaluate(
+    model: ModelSpec, platform: Platform, train: TrainConfig, table: StrategyTable, imbalance: float = 1.0
+) -> Evaluation:
+    """Memory and time of every row; `imbalance` is the busiest rank's rows over the mean."""
+    if not len(table):
+        return Evaluation(np.zeros(0), np.zeros(0))
+    groups = _Groups(model, train, table)
+    return Evaluation(
+        _peak_bytes(model, train, groups, RUNTIME, imbalance), _bound(model, platform, train, groups, imbalance)
+    )
 
 
 def peak_bytes(
@@ -95,39 +72,129 @@ def peak_bytes(
     """The most bytes that any rank of every strategy holds at any instant of a step: (rows,)."""
     if not len(table):
         return np.zeros(0)
-    microbatches = table.microbatches(train.global_batch_size)
-    inside_rows, inside = distinct([getattr(table, name) for name in INSIDE])
-    pipe_rows, pipe = distinct([*(getattr(table, name) for name in PIPELINE), microbatches])
-    pipelines = table.take(pipe_rows)
-    found = [instants(pipeline_of(model, train, pipelines, row)) for row in range(len(pipelines))]
-    price = prices(model, train, table.take(inside_rows), profile, imbalance).total
-    both_rows, both = distinct([pipe, inside])
-    activations = _per_group(
-        pipe[both_rows], found, lambda rows, each: peak_activations(each, price[inside[both_rows[rows]]])
+    return _peak_bytes(model, train, _Groups(model, train, table), profile, imbalance)
+
+
+def step_bound(
+    model: ModelSpec, platform: Platform, train: TrainConfig, table: StrategyTable, imbalance: float = 1.0
+) -> NDArray[np.float64]:
+    """Seconds (rows,) that no simulation of a row undercuts, whatever the order of its schedule.
+
+    The longest chain of the pipeline and the reduction of gradients where it ends, then the agreement on their norm,
+    the update and the gathering of weights. Ranks that share cores compute together no faster than the cores.
+    """
+    if not len(table):
+        return np.zeros(0)
+    return _bound(model, platform, train, _Groups(model, train, table), imbalance)
+
+
+def pipeline_bound(
+    model: ModelSpec, platform: Platform, train: TrainConfig, table: StrategyTable, imbalance: float = 1.0
+) -> NDArray[np.float64]:
+    """The part of `step_bound` that ZeRO does not change: the longest chain of the pipeline alone."""
+    if not len(table):
+        return np.zeros(0)
+    groups = _Groups(model, train, table)
+    return _chain_seconds(model, platform, train, groups, imbalance).max(axis=1)[groups.both.of]
+
+
+class _Groups:
+    """The rows of a table by what a formula reads: `both` is pipeline and what happens inside a stage."""
+
+    def __init__(self, model: ModelSpec, train: TrainConfig, table: StrategyTable) -> None:
+        self.model, self.table = model, table
+        names = (*PIPELINE, *INSIDE, "data_parallel")
+        self.both = distinct([getattr(table, name) for name in names])
+        self.combos = table.take(self.both.rows)
+        self.microbatches = self.combos.microbatches(train.global_batch_size)
+        self.inside = distinct([getattr(self.combos, name) for name in INSIDE])
+        self.pipe = distinct([getattr(self.combos, name) for name in PIPELINE])
+
+    @cached_property
+    def layout(self) -> NDArray[np.int64]:
+        """Of every combo a number of what its ranks hold, and whether they leave weight gradients for later."""
+        known: dict[tuple, int] = {}
+        pipelines = self.combos.take(self.pipe.rows)
+        layouts = [known.setdefault(_layout(self.model, pipelines, row), len(known)) for row in range(len(pipelines))]
+        return np.array(layouts)[self.pipe.of]
+
+    @cached_property
+    def state(self) -> Kinds:
+        """The rows by what states, and their reduction, read: from ZeRO-2 on also the number of micro-batches."""
+        degrees = [self.layout, *(getattr(self.combos, name) for name in ("pipeline_parallel", *DEGREES))]
+        once = distinct(degrees)
+        per_microbatch = distinct([once.of, self.microbatches])
+        repeats = (self.table.zero_dense >= 2) | (self.table.zero_expert >= 2)
+        both = self.both.of
+        column = np.where(repeats, (len(once.rows) + per_microbatch.of)[both], once.of[both])
+        return distinct([column, *(getattr(self.table, name) for name in STATES)])
+
+    def largest_sum(self, by_combo: NDArray[np.float64], by_state: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The maximum over classes of (combos, classes) and (states, classes), both gathered: (rows,)."""
+        pairs = list(zip(by_combo.T.copy(), by_state.T.copy(), strict=True))
+        total = np.empty(len(self.table))
+        for start in range(0, len(total), BLOCK):
+            rows = slice(start, start + BLOCK)
+            combo, state = self.both.of[rows], self.state.of[rows]
+            each = (held.take(combo) + kept.take(state) for held, kept in pairs)
+            total[rows] = next(each)
+            for one in each:
+                np.maximum(total[rows], one, out=total[rows])
+        return total
+
+
+def _layout(model: ModelSpec, pipelines: StrategyTable, row: int) -> tuple:
+    name, ranks, chunks = _numbers(pipelines, row)
+    held = stages_of_ranks(name, ranks, chunks)
+    return (
+        pipelines.splits[int(pipelines.layer_split[row])],
+        ranks * chunks,
+        tuple(sorted(map(tuple, held))),
+        schedule_traits(name, ranks, chunks).splits_backward,
     )
 
-    layouts: dict[tuple[bytes, bool], int] = {}
-    layout = np.array([layouts.setdefault((each.holds.tobytes(), each.defers), len(layouts)) for each in found])[pipe]
-    state_rows, state = distinct([layout, *(getattr(table, name) for name in STATES)])
-    chosen = table.take(state_rows)
-    states = _per_group(pipe[state_rows], found, lambda rows, each: _states(model, train, each, chosen.take(rows)))
-    together = (held[both] + kept[state] for held, kept in zip(activations.T.copy(), states.T.copy(), strict=True))
-    return functools.reduce(np.maximum, together)
+
+def _numbers(table: StrategyTable, row: int) -> tuple[str, int, int]:
+    return (
+        SCHEDULE_NAMES[int(table.schedule[row])],
+        int(table.pipeline_parallel[row]),
+        int(table.virtual_stages[row]),
+    )
 
 
 def _per_group(
-    group: NDArray, found: Sequence[Instants], evaluate: Callable[[NDArray, Instants], NDArray]
+    group: NDArray, count: int, width: int, evaluate: Callable[[NDArray, int], NDArray]
 ) -> NDArray[np.float64]:
-    """`evaluate(rows, instants)`, (rows, classes), for the rows of every group; classes that are not there are -inf."""
-    width = max(len(each.holds) for each in found)
+    """`evaluate(rows, g)`, (rows, up to width), for the rows of every group; what is not there is -inf."""
     result = np.full((len(group), width), -np.inf)
     order = np.argsort(group, kind="stable")
-    bounds = np.searchsorted(group[order], np.arange(len(found) + 1))
-    for index, each in enumerate(found):
+    bounds = np.searchsorted(group[order], np.arange(count + 1))
+    for index in range(count):
         rows = order[bounds[index] : bounds[index + 1]]
         if len(rows):
-            result[rows, : len(each.holds)] = evaluate(rows, each)
+            found = evaluate(rows, index)
+            result[rows, : found.shape[1]] = found
     return result
+
+
+def _peak_bytes(
+    model: ModelSpec, train: TrainConfig, groups: _Groups, profile: MemoryProfile, imbalance: float
+) -> NDArray[np.float64]:
+    combos = groups.combos
+    pipe = distinct([groups.pipe.of, groups.microbatches])
+    pipelines = combos.take(pipe.rows)
+    found = [instants(pipeline_of(model, train, pipelines, row)) for row in range(len(pipelines))]
+    width = max(len(each.holds) for each in found)
+    price = prices(model, train, combos.take(groups.inside.rows), profile, imbalance).total[groups.inside.of]
+    activations = _per_group(pipe.of, len(found), width, lambda rows, g: peak_activations(found[g], price[rows]))
+    chosen = groups.table.take(groups.state.rows)
+    states = _per_group(
+        pipe.of[groups.both.of[groups.state.rows]],
+        len(found),
+        width,
+        lambda rows, g: _states(model, train, found[g], chosen.take(rows)),
+    )
+    return groups.largest_sum(activations, states)
 
 
 def _states(model: ModelSpec, train: TrainConfig, found: Instants, table: StrategyTable) -> NDArray[np.float64]:
@@ -135,3 +202,87 @@ def _states(model: ModelSpec, train: TrainConfig, found: Instants, table: Strate
     shapes, per_parameter = StageShapes(*found.holds.T), train.recipe.state
     held = state_bytes(state_elements(model, shapes, table), per_parameter)
     return sum(held.values()) + whole_unit_bytes(model, shapes, table, per_parameter, defers=found.defers)
+
+
+def _bound(
+    model: ModelSpec, platform: Platform, train: TrainConfig, groups: _Groups, imbalance: float
+) -> NDArray[np.float64]:
+    pipe, found = _chains(model, platform, groups)
+    ends = _chain_seconds(model, platform, train, groups, imbalance)
+    chosen = groups.table.take(groups.state.rows)
+    width = ends.shape[1]
+    closing = _per_group(
+        pipe.of[groups.both.of[groups.state.rows]],
+        len(found),
+        width + 1,
+        lambda rows, g: _closing(model, platform, train, found[g], chosen.take(rows), width),
+    )
+    return groups.largest_sum(ends, closing[:, :width]) + closing[:, width].take(groups.state.of)
+
+
+def _chains(model: ModelSpec, platform: Platform, groups: _Groups) -> tuple[Kinds, list[Chains]]:
+    """The chains of every pipeline, which depend on how far apart its ranks lie."""
+    per_stage = groups.combos.ranks_per_stage
+    pipe = distinct([groups.pipe.of, per_stage])
+    pipelines = groups.combos.take(pipe.rows)
+    found = []
+    for row in range(len(pipelines)):
+        name, ranks, chunks = _numbers(pipelines, row)
+        hops = hop_levels(platform, pipelines.ranks_per_stage[row : row + 1], stages_of_ranks(name, ranks, chunks))
+        shapes = stage_shapes(model, ranks * chunks, pipelines.splits[int(pipelines.layer_split[row])])
+        parts = tuple(zip(*(getattr(shapes, field.name).tolist() for field in fields(shapes)), strict=True))
+        found.append(chains(name, ranks, chunks, parts, tuple(hops[0].tolist()), len(platform.levels)))
+    return pipe, found
+
+
+def _chain_seconds(
+    model: ModelSpec, platform: Platform, train: TrainConfig, groups: _Groups, imbalance: float
+) -> NDArray[np.float64]:
+    """Seconds of the longest chain of every combo: first of what its cores compute, then of every class of ranks."""
+    combos, (pipe, found) = groups.combos, _chains(model, platform, groups)
+    price = unit_seconds(model, platform, train, combos.take(groups.inside.rows), imbalance)[groups.inside.of]
+    shares = _shares(platform, combos)
+
+    def seconds(rows: NDArray, g: int) -> NDArray[np.float64]:
+        chain, microbatches = found[g], groups.microbatches[rows, None]
+        paths = _sums(price[rows], chain.once) + microbatches * _sums(price[rows], chain.each)
+        together = microbatches * _sums(price[rows], chain.computed[None]) * shares[rows, None]
+        return np.concatenate([together, np.maximum.reduceat(paths, chain.starts, axis=1)], axis=1)
+
+    return _per_group(pipe.of, len(found), 1 + max(len(each.holds) for each in found), seconds)
+
+
+def _sums(price: NDArray[np.float64], counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """price (rows, U) times counts (paths, U), summed over U in its order: (rows, paths)."""
+    total = np.zeros((len(price), len(counts)))
+    for column in np.flatnonzero(counts.any(axis=0)):
+        total += price[:, column, None] * counts[None, :, column]
+    return total
+
+
+def _shares(platform: Platform, table: StrategyTable) -> NDArray[np.float64]:
+    """Ranks of a stage per core: what they compute together lasts at least so many times as long."""
+    worlds = distinct([table.world_size])
+    slots = np.array([compute_slots(platform, int(world)) for world in table.world_size[worlds.rows]])
+    return table.ranks_per_stage / slots[worlds.of]
+
+
+def _closing(
+    model: ModelSpec, platform: Platform, train: TrainConfig, found: Chains, table: StrategyTable, width: int
+) -> NDArray[np.float64]:
+    """What follows a chain, as `_chain_seconds`, and in column `width` what follows when all ranks have agreed."""
+    costs = closing_costs(model, platform, train, found.shapes, table)
+    share = _shares(platform, table)[:, None]
+    crowding = np.maximum(1.0, found.ranks.sum() * share)
+    norm, update = (_together(each, found.ranks) * share for each in (costs.norm, costs.update))
+    after = np.full((len(table), width + 1), -np.inf)
+    after[:, :1] = norm
+    after[:, 1 : 1 + len(found.holds)] = costs.reduce + costs.norm * crowding
+    last = np.maximum((costs.update + costs.gather).max(axis=1), update[:, 0])
+    after[:, width] = costs.flags[:, 0] + last
+    return after
+
+
+def _together(each: Any, ranks: NDArray[np.int64]) -> Any:
+    """The sum over all ranks of what those of each class take (rows, classes), in their order: (rows, 1)."""
+    return sum(each[:, c : c + 1] * count for c, count in enumerate(ranks))

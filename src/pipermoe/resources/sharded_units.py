@@ -14,15 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipermoe.resources.stages import StageShapes
+from pipermoe.resources.stages import ONE_OF_EACH, StageShapes
 from pipermoe.resources.states import held_parameters
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.precision import StateBytes
 from pipermoe.specs.strategy_table import StrategyTable
 
 RESIDENT = 2  # units that are whole at the same time
-
-_ONE_OF_EACH = StageShapes(*np.eye(4, dtype=np.int64))  # a layer with experts, a dense layer, embedding, head
 
 
 def whole_unit_bytes(
@@ -44,7 +42,7 @@ def whole_unit_bytes(
 
 def _units(model: ModelSpec, table: StrategyTable, from_level: int) -> Any:
     """Elements of a unit of each kind that are sharded from `from_level` on: (rows, 4)."""
-    dense, expert = held_parameters(model, _ONE_OF_EACH, table)
+    dense, expert = held_parameters(model, ONE_OF_EACH, table)
     shards_dense = (table.zero_dense >= from_level) & (table.data_parallel * table.context_parallel > 1)
     shards_expert = (table.zero_expert >= from_level) & (table.expert_data_parallel > 1)
     return dense * shards_dense[:, None] + expert * shards_expert[:, None]

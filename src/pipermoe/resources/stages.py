@@ -40,3 +40,6 @@ def stage_shapes(model: ModelSpec, num_stages: int, layer_split: tuple[int, ...]
         has_embedding=(stage == 0).astype(np.int64),
         has_head=(stage == num_stages - 1).astype(np.int64),
     )
+
+
+ONE_OF_EACH = StageShapes(*np.eye(len(fields(StageShapes)), dtype=np.int64))  # a stage of every kind of part

@@ -1,12 +1,12 @@
-"""The cost of one training step: durations per stage, an admissible lower bound, and the exact StepReport.
+"""The cost of one training step: durations per stage, and the exact StepReport.
 
-`step_costs` prices many strategies at once, `lower_bound` orders them, `report` simulates one of them. All three read
-the same arrays, so one strategy costs the same alone as among a million. Arrays are (rows, stages) unless said.
+`step_costs` prices many strategies of one pipeline at once, `report` simulates one of them; resources/evaluate.py
+bounds any number. One strategy costs the same alone as among others. Arrays are (rows, stages) unless said.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -31,7 +31,7 @@ from pipermoe.schedule.builders import schedule_of
 from pipermoe.schedule.durations import Durations, WorkTable
 from pipermoe.schedule.shared_host import simulate_shared_host
 from pipermoe.schedule.timeline import Timeline
-from pipermoe.schedule.traits import schedule_traits, stages_of_ranks
+from pipermoe.schedule.traits import stages_of_ranks
 from pipermoe.specs.mesh import coordinates, split_layers
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.platform import Platform
@@ -45,13 +45,24 @@ NORM_SHARE = 1 / 3
 
 
 @dataclass(frozen=True, slots=True)
-class StepCosts:
-    """What one micro-batch costs on every stage, and the end of the step on every pipeline rank.
+class ClosingCosts:
+    """The end of the step on every pipeline rank: `reduce` (gradients), `norm` (compute), `flags` (rows, 1; the
+    world-wide reduction of the norm, which every rank waits for), `update` (compute), `gather` (weights).
+    """
+
+    reduce: NDArray
+    norm: NDArray
+    flags: NDArray
+    update: NDArray
+    gather: NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class StepCosts(ClosingCosts):
+    """What one micro-batch costs on every stage, and the end of the step on every pipeline rank (rows, ranks).
 
     (rows, stages): `forward`, `input_grad`, `weight_grad` (compute alone on the device) and `forward_exchange`,
     `backward_exchange` (collectives inside a stage); `send` is one message to the next stage (rows, stages - 1).
-    (rows, ranks): `reduce` (gradients), `norm` (compute), `flags` (rows, 1; the world-wide reduction of the norm, which
-    every rank waits for), `update` (compute), `gather` (weights).
     """
 
     forward: NDArray
@@ -60,11 +71,6 @@ class StepCosts:
     forward_exchange: NDArray
     backward_exchange: NDArray
     send: NDArray
-    reduce: NDArray
-    norm: NDArray
-    flags: NDArray
-    update: NDArray
-    gather: NDArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +80,6 @@ class Placement:
     stages: StageShapes
     ranks: StageShapes
     stages_of: tuple[tuple[int, ...], ...]
-
-
-def uniform_groups(table: StrategyTable) -> Iterator[tuple[NDArray, StrategyTable]]:
-    """The rows of `table` by pipeline, chunks, layer split and schedule: (row indices, their table)."""
-    columns = (table.pipeline_parallel, table.virtual_stages, table.layer_split, table.schedule)
-    key = np.ravel_multi_index([np.unique(column, return_inverse=True)[1] for column in columns], [len(table) + 1] * 4)
-    for value in np.unique(key):
-        rows = np.flatnonzero(key == value)
-        yield rows, table.take(rows)
 
 
 def placement_of(model: ModelSpec, table: StrategyTable) -> Placement:
@@ -102,8 +99,7 @@ def step_costs(
     sizes = sizes_of(model, train, table, imbalance=imbalance)
     compute = stage_seconds(layer_seconds(device, precision, sizes, Recompute.of(table)), place.stages)
     forward_exchange, backward_exchange = exchange_seconds(platform, exchanges(sizes, place.stages), table)
-    states = state_elements(model, place.ranks, table)
-    reduce, flags, gather = sync_seconds(platform, train, place.ranks, table, states)
+    closing = closing_costs(model, platform, train, place.ranks, table)
     return StepCosts(
         forward=compute.forward,
         input_grad=compute.input_grad,
@@ -111,6 +107,18 @@ def step_costs(
         forward_exchange=forward_exchange,
         backward_exchange=backward_exchange,
         send=send_seconds(platform, table, message_bytes(sizes), place.stages_of),
+        **{field.name: getattr(closing, field.name) for field in fields(ClosingCosts)},
+    )
+
+
+def closing_costs(
+    model: ModelSpec, platform: Platform, train: TrainConfig, ranks: StageShapes, table: StrategyTable
+) -> ClosingCosts:
+    """The end of the step on ranks that hold `ranks`, for every row of any table."""
+    device, precision = platform.device, train.precision
+    states = state_elements(model, ranks, table)
+    reduce, flags, gather = sync_seconds(platform, train, ranks, table, states)
+    return ClosingCosts(
         reduce=reduce,
         norm=NORM_SHARE * pass_seconds(device, precision, "gradient_norm", states.owned)[0],
         flags=flags,
@@ -147,60 +155,6 @@ def peak_flops_per_rank(platform: Platform, train: TrainConfig, world_size: int)
     """The basis of MFU: FLOP/s at best of one rank, or of its share where ranks share cores."""
     share = min(1.0, compute_slots(platform, world_size) / world_size)
     return platform.device.peak_flops_per_s[train.precision] * share
-
-
-def lower_bound(platform: Platform, train: TrainConfig, table: StrategyTable, costs: StepCosts) -> NDArray:
-    """Seconds (rows,) that no simulation of a row can undercut, whatever the order of its schedule.
-
-    A rank cannot start before a first micro-batch has come through the stages before its first one, works through all
-    micro-batches of its stages, and the input gradients of its last one still have to reach stage 0 (Narayanan et al.,
-    arXiv 2104.04473, section 2.2, for equal stages). Weight gradients may run while those travel, if the schedule
-    splits them off. A pair at best hides the shorter of computing and exchanging. Ranks that share cores cannot compute
-    faster together than the cores. Nothing passes the world-wide reduction of the gradient norm.
-    """
-    name, pipeline = SCHEDULE_NAMES[int(table.schedule[0])], int(table.pipeline_parallel[0])
-    traits = schedule_traits(name, pipeline, int(table.virtual_stages[0]))
-    microbatches = table.microbatches(train.global_batch_size)[:, None]
-    slots = np.array([compute_slots(platform, int(world)) for world in table.world_size])
-    compute = costs.forward + costs.input_grad + costs.weight_grad
-    exchange = costs.forward_exchange + costs.backward_exchange
-    work = np.maximum(compute, exchange) if traits.overlaps else compute + exchange
-    postponed = costs.weight_grad if traits.splits_backward else 0.0 * costs.weight_grad
-    hidden_forward = costs.forward + (0.0 if traits.overlaps else costs.forward_exchange)
-    hidden_backward = costs.input_grad + costs.weight_grad - postponed
-    hidden_backward = hidden_backward + (0.0 if traits.overlaps else costs.backward_exchange)
-    fill, drain = _before(hidden_forward, costs.send), _before(hidden_backward, costs.send)
-    share = microbatches / (2 if traits.mirrored else 1)
-    bounds = []
-    for rank, stages in enumerate(traits.stages_of):
-        first = min(stages) if not traits.mirrored else 0
-        total = sum(share[:, 0] * work[:, stage] for stage in stages)
-        later = sum(share[:, 0] * postponed[:, stage] for stage in stages)
-        after = costs.reduce[:, rank] + costs.norm[:, rank]
-        start = fill[:, first]
-        bounds.append(start + total + after)
-        if first:  # its last gradient has still to come through to stage 0, whose rank then reduces
-            home = next(r for r, held in enumerate(traits.stages_of) if 0 in held)
-            bounds.append(start + total - later + drain[:, first] + costs.reduce[:, home] + costs.norm[:, home])
-    pipeline_end = np.max(bounds, axis=0)
-    together = sum(share[:, 0] * compute[:, stage] for stages in traits.stages_of for stage in stages)
-    pipeline_work = (together + _sum_of_columns(costs.norm)) * table.ranks_per_stage
-    update_work = _sum_of_columns(costs.update) * table.ranks_per_stage
-    reduced = np.maximum(pipeline_end, pipeline_work / slots)
-    updated = np.maximum((costs.update + costs.gather).max(axis=1), update_work / slots)
-    return reduced + costs.flags[:, 0] + updated
-
-
-def _before(each: NDArray, send: NDArray) -> NDArray:
-    """What comes before every stage: the sums over the stages before it, and the messages between them."""
-    before = np.cumsum(each, axis=1) - each
-    before[:, 1:] += np.cumsum(send[:, : each.shape[1] - 1], axis=1)
-    return before
-
-
-def _sum_of_columns(values: NDArray) -> NDArray:
-    """The sum over columns in their order: the same for one row as among a million."""
-    return sum(values[:, column] for column in range(values.shape[1]))  # type: ignore[return-value]
 
 
 def step_seconds_by_term(

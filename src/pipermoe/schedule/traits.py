@@ -1,4 +1,4 @@
-"""What can be said of a named schedule whatever the number of micro-batches: read off a short one."""
+"""What can be said of a named schedule without building it: which stages a rank holds, and its kinds of actions."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from pipermoe.schedule.action import Kind
-from pipermoe.schedule.builders import RECIPES, build
+from pipermoe.schedule.builders import RECIPES, Homes, build
+
+SAMPLE_RANKS, SAMPLE_MICROBATCHES = 4, 16  # of the pipeline in which every kind of action of a schedule occurs
 
 
 @dataclass(frozen=True, slots=True)
 class Traits:
-    """`stages_of[rank]` are the stages of every rank; `mirrored`: every stage has two homes (DualPipe)."""
+    """`stages_of[rank]` are the stages of every rank; `mirrored`: every stage has two homes (DualPipe).
 
-    stages_of: tuple[tuple[int, ...], ...]
+    `splits_backward` and `overlaps` hold for the schedule in general: a very short one may have no such action.
+    """
+
+    stages_of: Homes
     splits_backward: bool
     overlaps: bool
     mirrored: bool
@@ -21,18 +26,18 @@ class Traits:
 
 @lru_cache(maxsize=4096)
 def schedule_traits(name: str, pipeline_parallel: int, virtual_stages: int) -> Traits:
-    """The traits of a schedule. Raises UserError where it does not exist for these numbers."""
-    recipe = RECIPES[name]
-    least = max(2 * pipeline_parallel, recipe.microbatches_per_rank * pipeline_parallel, recipe.microbatches_step)
-    schedule = build(name, pipeline_parallel, least, virtual_stages)
-    return Traits(
-        stages_of=tuple(schedule.stages_of(rank) for rank in range(schedule.num_ranks)),
-        splits_backward=schedule.splits_backward,
-        overlaps=any(action.kind is Kind.OVERLAP for actions in schedule.ranks for action in actions),
-        mirrored=bool(schedule.mirror_rank),
-    )
+    """The traits of a schedule."""
+    splits_backward, overlaps, mirrored = _kinds(name)
+    return Traits(stages_of_ranks(name, pipeline_parallel, virtual_stages), splits_backward, overlaps, mirrored)
 
 
-def stages_of_ranks(name: str, pipeline_parallel: int, virtual_stages: int) -> tuple[tuple[int, ...], ...]:
+def stages_of_ranks(name: str, pipeline_parallel: int, virtual_stages: int) -> Homes:
     """The stages of every pipeline rank."""
-    return schedule_traits(name, pipeline_parallel, virtual_stages).stages_of
+    return RECIPES[name].homes(pipeline_parallel, virtual_stages)
+
+
+@lru_cache(maxsize=len(RECIPES))
+def _kinds(name: str) -> tuple[bool, bool, bool]:
+    schedule = build(name, SAMPLE_RANKS, SAMPLE_MICROBATCHES, RECIPES[name].virtual_stages[0])
+    overlaps = any(action.kind is Kind.OVERLAP for actions in schedule.ranks for action in actions)
+    return schedule.splits_backward, overlaps, bool(schedule.mirror_rank)

@@ -19,6 +19,22 @@ from pipermoe.specs.errors import UserError, describe_value
 from pipermoe.specs.strategy import Strategy
 
 Builder = Callable[[int, int, int], Schedule]  # (pipeline_parallel, microbatches, virtual_stages)
+Homes = tuple[tuple[int, ...], ...]  # the stages of every rank, ascending
+
+
+def _in_a_loop(pipeline_parallel: int, virtual_stages: int) -> Homes:
+    """Round after round over the ranks; with one chunk per rank, one stage each."""
+    stages = pipeline_parallel * virtual_stages
+    return tuple(tuple(range(rank, stages, pipeline_parallel)) for rank in range(pipeline_parallel))
+
+
+def _in_a_v(pipeline_parallel: int, virtual_stages: int) -> Homes:
+    return tuple((rank, 2 * pipeline_parallel - 1 - rank) for rank in range(pipeline_parallel))
+
+
+def _mirrored(pipeline_parallel: int, virtual_stages: int) -> Homes:
+    pairs = ((rank, pipeline_parallel - 1 - rank) for rank in range(pipeline_parallel))
+    return tuple((min(pair), max(pair)) for pair in pairs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +46,7 @@ class Recipe:
     ranks_step: int = 1  # pipeline_parallel must be a multiple of this
     microbatches_step: int = 1  # the number of micro-batches must be a multiple of this
     microbatches_per_rank: int = 0  # and at least this times pipeline_parallel
+    homes: Callable[[int, int], Homes] = _in_a_loop  # (pipeline_parallel, virtual_stages)
 
 
 def _beside(builder: Builder) -> Builder:
@@ -53,13 +70,13 @@ RECIPES: dict[str, Recipe] = {
     "zb-h2": Recipe(zb_h2),
     "zb-h1-overlap": Recipe(_beside(zb_h1)),
     "zb-h2-overlap": Recipe(zb_h2_overlap),
-    "zb-v": Recipe(zb_v, _V),
-    "zb-v-overlap": Recipe(zb_v_overlap, _V, microbatches_per_rank=2),
-    "v-half": Recipe(v_half, _V),
-    "v-half-overlap": Recipe(v_half_overlap, _V),
-    "v-min": Recipe(v_min, _V),
-    "dualpipe": Recipe(dualpipe, ranks_step=2, microbatches_step=2, microbatches_per_rank=2),
-    "dualpipe-v": Recipe(dualpipe_v, _V, microbatches_per_rank=2),
+    "zb-v": Recipe(zb_v, _V, homes=_in_a_v),
+    "zb-v-overlap": Recipe(zb_v_overlap, _V, microbatches_per_rank=2, homes=_in_a_v),
+    "v-half": Recipe(v_half, _V, homes=_in_a_v),
+    "v-half-overlap": Recipe(v_half_overlap, _V, homes=_in_a_v),
+    "v-min": Recipe(v_min, _V, homes=_in_a_v),
+    "dualpipe": Recipe(dualpipe, ranks_step=2, microbatches_step=2, microbatches_per_rank=2, homes=_mirrored),
+    "dualpipe-v": Recipe(dualpipe_v, _V, microbatches_per_rank=2, homes=_in_a_v),
 }
 
 

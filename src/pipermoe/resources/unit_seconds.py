@@ -1,0 +1,65 @@
+"""What one micro-batch takes in one part of a stage: the seconds that whole numbers of layers are multiplied by.
+
+A stage's seconds are sums over its parts (a layer with experts, a dense layer, the embedding, the head), and a path
+through a schedule is a sum over stages and messages. So a strategy is a row of prices, a path a row of counts.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipermoe.resources.activations.sizes import Recompute, sizes_of
+from pipermoe.resources.communication import exchange_seconds, exchanges, message_bytes
+from pipermoe.resources.compute import layer_seconds, stage_seconds
+from pipermoe.resources.rates import level_send_seconds
+from pipermoe.resources.stages import ONE_OF_EACH
+from pipermoe.specs.model import ModelSpec
+from pipermoe.specs.platform import Platform
+from pipermoe.specs.strategy_table import StrategyTable
+from pipermoe.specs.train import TrainConfig
+
+
+class Work(IntEnum):
+    """What a micro-batch does in a part: computing, and the collectives that it has to wait for."""
+
+    FORWARD = 0
+    FORWARD_EXCHANGE = 1
+    INPUT_GRAD = 2
+    BACKWARD_EXCHANGE = 3
+    WEIGHT_GRAD = 4
+
+
+PARTS = ONE_OF_EACH.num_stages
+
+
+def columns(work: Work) -> slice:
+    """Where the prices of `work` are, one for each part of a stage; the seconds of messages come after all of them."""
+    return slice(work * PARTS, (work + 1) * PARTS)
+
+
+SENDS = len(Work) * PARTS  # the first of the columns of messages, one for each level of the platform
+
+
+def unit_seconds(
+    model: ModelSpec, platform: Platform, train: TrainConfig, table: StrategyTable, imbalance: float = 1.0
+) -> NDArray[np.float64]:
+    """Seconds (rows, SENDS + levels): every kind of work in every part, and a message on every level of the network.
+
+    They depend on the micro-batch, the degrees inside a stage, recomputation and dispatch only.
+    """
+    sizes = sizes_of(model, train, table, imbalance=imbalance)
+    compute = stage_seconds(layer_seconds(platform.device, train.precision, sizes, Recompute.of(table)), ONE_OF_EACH)
+    forward_exchange, backward_exchange = exchange_seconds(platform, exchanges(sizes, ONE_OF_EACH), table)
+    by_work = {
+        Work.FORWARD: compute.forward,
+        Work.FORWARD_EXCHANGE: forward_exchange,
+        Work.INPUT_GRAD: compute.input_grad,
+        Work.BACKWARD_EXCHANGE: backward_exchange,
+        Work.WEIGHT_GRAD: compute.weight_grad,
+    }
+    sends = [level_send_seconds(platform, level, message_bytes(sizes)) for level in range(len(platform.levels))]
+    parts = [np.broadcast_to(by_work[work], (len(table), PARTS)) for work in Work]
+    return np.concatenate([*parts, np.stack(sends, axis=1)], axis=1)
