@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from pipermoe.planner.candidate import candidate
 from pipermoe.planner.result import Alternative, Candidate
-from pipermoe.planner.search import Job, bounds
+from pipermoe.planner.search import Job
+from pipermoe.resources.evaluate import step_bound
 from pipermoe.resources.step import predict
 from pipermoe.schedule.builders import RECIPES
 from pipermoe.schedule.legality import SCHEDULE_EXISTS
@@ -50,7 +51,8 @@ def alternatives(job: Job, chosen: Candidate) -> tuple[Alternative, ...]:
     found = list(_neighbours(chosen.strategy))
     table = StrategyTable.of([each.strategy for each in found])
     legal = np.flatnonzero(legal_mask(table, job.model, job.train, job.world_size, (*LEGAL, SCHEDULE_EXISTS)))
-    bound = dict(zip(legal.tolist(), bounds(job, table.take(legal)).tolist(), strict=True))
+    bounds = step_bound(job.model, job.platform, job.train, table.take(legal), job.imbalance)
+    bound = dict(zip(legal.tolist(), bounds.tolist(), strict=True))
     kinds: dict[str, list[Neighbour]] = {}
     for row in sorted(bound, key=bound.__getitem__):
         kinds.setdefault(found[row].axis, []).append(found[row])
