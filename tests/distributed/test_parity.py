@@ -32,10 +32,11 @@ def train(rank: int, model_name: str, strategy: Strategy) -> dict:
     for step in range(STEPS):
         result = engine.step(batch_for(strategy, groups.coordinates.dp, step))
         optimizer.reduce_gradients()
-        sums = torch.stack((result.loss, result.auxiliary, result.z_loss, optimizer.owned_squared_norm()))
+        losses_here = (result.loss, result.mtp_loss, result.auxiliary, result.z_loss)
+        sums = torch.stack((*losses_here, optimizer.owned_squared_norm()))
         dist.all_reduce(sums)
-        losses.append(sums[:3].tolist())
-        norms.append(sums[3].sqrt().item())
+        losses.append(sums[:-1].tolist())
+        norms.append(sums[-1].sqrt().item())
         if step == 0 and not strategy.zero_dense:
             gradients = {name: gradient_of(parameter).clone() for name, parameter in engine.named_parameters()}
         optimizer.update(norms[-1], TRAIN.optimizer.learning_rate)

@@ -62,10 +62,9 @@ def test_logits_loss_and_gradients_are_those_of_transformers(family: str, tmp_pa
     engine, expected = engine_of(published(tmp_path, family), alone), REFERENCES[family]
     load_weights(tmp_path, engine.model, engine.named_state())
     stage = engine.stages[0]
-    hidden_TD = drain(stage.forward(tokens()[:, :-1].flatten(), None, Tape(training=False)))
-    assert hidden_TD is not None
     with torch.no_grad():
-        logits_TV = stage.model.logits(hidden_TD)
+        hidden_TD = drain(stage.hidden(None, tokens(), Tape(training=False)))
+        logits_TV = stage.model.head(stage.model.final_norm(hidden_TD))
     torch.testing.assert_close(logits_TV, torch.tensor(expected["logits"]), rtol=1e-5, atol=1e-5)
     assert engine.step(tokens()[None]).loss.item() == pytest.approx(expected["loss"], rel=1e-6)
     seen = {}

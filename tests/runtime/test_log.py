@@ -16,6 +16,7 @@ def line(step: int = 10, **values) -> StepLine:
     fields = {
         "loss": 1.5568,
         "validation_loss": None,
+        "mtp_loss": None,
         "auxiliary_loss": 1.0,
         "z_loss": 0.0,
         "dropped_share": None,

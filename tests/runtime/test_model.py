@@ -12,7 +12,13 @@ from tests.runtime.tiny import MODELS, TRAIN, batch_for, engine_for, job_of
 from tests.runtime.written_out import loss_of_step, losses
 from torch._C._distributed_c10d import HashStore
 
-from pipermoe.resources.parameters import embedding_parameters, final_norm_parameters, head_parameters, layer_parameters
+from pipermoe.resources.parameters import (
+    embedding_parameters,
+    final_norm_parameters,
+    head_parameters,
+    layer_parameters,
+    mtp_parameters,
+)
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.pipeline.engine import Engine
 from pipermoe.runtime.pipeline.gradients import gradient_of
@@ -43,9 +49,11 @@ def test_loss_and_gradients_equal_the_model_written_out(name: str, recompute, al
     batch = batch_for(strategy, 0, 0)
     w = {name: tensor.detach().clone().requires_grad_() for name, tensor in engine.named_state()}
     means = loss_of_step(model, train, w, batch)
-    (means[0] + train.auxiliary_loss * means[1] + train.z_loss * means[2]).backward()
+    weights = torch.tensor((1.0, train.mtp_loss_weight, train.auxiliary_loss, train.z_loss))
+    (weights @ means).backward()
     result = engine.step(batch)
-    torch.testing.assert_close(torch.stack((result.loss, result.auxiliary, result.z_loss)), means.detach())
+    found = torch.stack((result.loss, result.mtp_loss, result.auxiliary, result.z_loss))
+    torch.testing.assert_close(found, means.detach())
     for name, parameter in engine.named_parameters():
         torch.testing.assert_close(parameter.grad, w[name].grad, msg=lambda text, name=name: f"{name}: {text}")
     evaluation = engine.evaluate(batch)
@@ -82,7 +90,8 @@ def test_the_engine_holds_as_many_parameters_as_the_spec_counts(name: str, alone
     counted = engine.named_state() if model.moe.router.correction_bias == "parameter" else engine.named_parameters()
     held = sum(tensor.numel() for _, tensor in counted)
     layers = sum(layer_parameters(model, layer).total for layer in range(model.num_layers))
-    assert held == layers + embedding_parameters(model) + head_parameters(model) + final_norm_parameters(model)
+    ends = embedding_parameters(model) + head_parameters(model) + final_norm_parameters(model)
+    assert held == layers + ends + mtp_parameters(model)
 
 
 def test_bf16_trains(alone: ProcessGroups):

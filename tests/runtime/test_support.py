@@ -28,14 +28,12 @@ SELECTING = LatentAttention(
     ("change", "strategy", "message"),
     [
         ({}, Strategy(tensor_parallel=2, expert_data_parallel=2), "strategy.tensor_parallel = 2: "),
-        ({"tie_word_embeddings": True}, Strategy(pipeline_parallel=2), "ties its word embeddings"),
         ({}, Strategy(pipeline_parallel=2, schedule="dualpipe"), "strategy.schedule = 'dualpipe': holds every"),
         ({}, Strategy(pipeline_parallel=2, schedule="zb-v"), "virtual_stages = 1: zb-v needs exactly 2"),
         ({}, Strategy(schedule="zb"), "schedule = 'zb': unknown"),
         ({"norms_per_layer": 4}, Strategy(), "norms_per_layer = 4: "),
         ({"attention": ODD}, Strategy(), "attention.head_dim = 3: "),
         ({"attention": SELECTING}, Strategy(), "attention.indexer = "),
-        ({"mtp_layers": 1}, Strategy(), "mtp_layers = 1: "),
     ],
 )
 def test_what_cannot_be_built_is_refused_by_name(change: dict, strategy: Strategy, message: str):

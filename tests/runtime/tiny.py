@@ -82,6 +82,8 @@ LATENT = PLAIN.model_copy(
         "dense_width": 24,
     }
 )
+# Two tokens more are predicted from a state that stages far apart have made.
+PREDICTING = LATENT.model_copy(update={"name": "predicting", "mtp_layers": 2})
 # DeepSeek-V2: direct queries, groups by their best expert, weights that do not add up to 1.
 GROUPED = LATENT.model_copy(
     update={
@@ -136,7 +138,7 @@ OLDER = PLAIN.model_copy(
         "head_bias": True,
     }
 )
-MODELS = {model.name: model for model in (PLAIN, RICH, SIGMOID, TIED, LATENT, GROUPED, SINKS, OLDER)}
+MODELS = {model.name: model for model in (PLAIN, RICH, SIGMOID, TIED, LATENT, PREDICTING, GROUPED, SINKS, OLDER)}
 
 TRAIN = TrainConfig(
     seq_len=8,
@@ -147,7 +149,12 @@ TRAIN = TrainConfig(
     optimizer=Optimizer(learning_rate=1e-2, gradient_clip=0.5, epsilon=1e-4),
 )
 # With what balancing losses each model is trained; a load over the global batch depends on how it is divided.
-LEVELS: dict[str, AuxiliaryLossLevel] = {"latent": "sequence", "sinks": "sequence", "older": "global_batch"}
+LEVELS: dict[str, AuxiliaryLossLevel] = {
+    "latent": "sequence",
+    "predicting": "sequence",
+    "sinks": "sequence",
+    "older": "global_batch",
+}
 
 
 def job_of(name: str) -> TrainConfig:

@@ -15,14 +15,17 @@ Weights = dict[str, Tensor]
 
 
 def loss_of_step(model: ModelSpec, train: TrainConfig, w: Weights, batch: Tensor) -> Tensor:
-    """Cross-entropy, load-balancing loss and z-loss (3,) of the micro-batches of one process, averaged."""
-    seen = torch.zeros(model.num_layers, model.moe.num_experts)  # choices up to this micro-batch
+    """Cross-entropy, its mean over predictions further ahead, load-balancing loss and z-loss (4,) of the micro-batches
+    of one process, averaged."""
+    seen = torch.zeros(model.num_layers + model.mtp_layers, model.moe.num_experts)  # choices up to this micro-batch
     return torch.stack([torch.stack(losses(model, train, w, tokens, seen)) for tokens in batch]).mean(0)
 
 
 def losses(model: ModelSpec, train: TrainConfig, w: Weights, tokens_BS: Tensor, seen: Tensor) -> tuple[Tensor, ...]:
     """Means over the tokens of one micro-batch and the MoE layers; counts its choices in `seen`."""
-    logits, routed = forward(model, w, tokens_BS[:, :-1])
+    state_BSD, routed = states(model, w, tokens_BS[:, :-1])
+    entropy = F.cross_entropy(logits(model, w, state_BSD).flatten(0, 1), tokens_BS[:, 1:].flatten())
+    ahead = further_ahead(model, w, state_BSD, tokens_BS, routed)
     balance, z = [], []
     for layer, (router_logits, scores, chosen) in routed.items():
         share = scores / scores.sum(-1, keepdim=True)
@@ -34,28 +37,61 @@ def losses(model: ModelSpec, train: TrainConfig, w: Weights, tokens_BS: Tensor, 
             load, mean = seen[layer] / seen[layer].sum(), mean.mean(0)
         balance.append(model.moe.num_experts * (load * mean).sum(-1).mean())
         z.append(router_logits.logsumexp(-1).square().mean() if train.z_loss else torch.zeros(()))
-    entropy = F.cross_entropy(logits.flatten(0, 1), tokens_BS[:, 1:].flatten())
-    return entropy, torch.stack(balance).mean(), torch.stack(z).mean()
+    return entropy, ahead, torch.stack(balance).mean(), torch.stack(z).mean()
 
 
-def forward(model: ModelSpec, w: Weights, tokens_BS: Tensor) -> tuple[Tensor, dict[int, tuple[Tensor, ...]]]:
-    """Logits (B, S, V), and of every MoE layer router logits, scores and choices (T, E)."""
+Routed = dict[int, tuple[Tensor, ...]]  # of every MoE layer router logits, scores and choices (T, E)
+
+
+def states(model: ModelSpec, w: Weights, tokens_BS: Tensor) -> tuple[Tensor, Routed]:
+    """What the head reads (B, S, D)."""
     x_BSD, routed = w["embedding.weight"][tokens_BS], {}
     for layer in range(model.num_layers):
-        p = {name.removeprefix(f"layers.{layer}."): value for name, value in w.items() if f"layers.{layer}." in name}
-        n_BSD = norm(model, x_BSD, p, "attention_norm")
-        heads = latent_heads if isinstance(model.attention, LatentAttention) else grouped_heads
-        visible = mask(model, layer, x_BSD.shape[1])
-        attended = torch.cat([core(*head, visible) for head in heads(model, layer, p, n_BSD)], -1)
-        x_BSD = x_BSD + linear(p, "attention.output", attended)
-        n_TD = norm(model, x_BSD, p, "ffn_norm").flatten(0, 1)
-        if model.is_moe(layer):
-            y_TD, routed[layer] = mixture(model, p, n_TD)
-        else:
-            y_TD = feed_forward(p, "mlp", n_TD)
-        x_BSD = x_BSD + y_TD.view_as(x_BSD)
+        x_BSD = transformed(model, layer, of_layer(w, layer), x_BSD, routed)
+    return norm(model, x_BSD, w, "final_norm"), routed
+
+
+def logits(model: ModelSpec, w: Weights, state_BSD: Tensor) -> Tensor:
     head = w["embedding.weight"] if model.tie_word_embeddings else w["head.weight"]
-    return F.linear(norm(model, x_BSD, w, "final_norm"), head, w.get("head.bias")), routed
+    return F.linear(state_BSD, head, w.get("head.bias"))
+
+
+def further_ahead(model: ModelSpec, w: Weights, state_BSD: Tensor, tokens_BS: Tensor, routed: Routed) -> Tensor:
+    """The mean over depths k of the entropies of token i + k + 1 given those up to i + k, for all i that have it.
+
+    DeepSeek-V3, arXiv 2412.19437, equations 21 to 25. Behind the end all tokens are 0, as experts count them too.
+    """
+    length, entropies = state_BSD.shape[1], []
+    for k in range(1, model.mtp_layers + 1):
+        p = of_layer(w, model.num_layers + k - 1)
+        tokens = [[*row[k:], *[0] * (k - 1)] for row in tokens_BS.tolist()]
+        token_BSD = norm(model, w["embedding.weight"][torch.tensor(tokens)], p, "token_norm")
+        x_BSD = linear(p, "projection", torch.cat((token_BSD, norm(model, state_BSD, p, "state_norm")), -1))
+        x_BSD = transformed(model, model.num_layers + k - 1, p, x_BSD, routed)
+        state_BSD = norm(model, x_BSD, p, "head_norm")
+        logits_BSV = logits(model, w, state_BSD[:, : length - k])
+        total = F.cross_entropy(logits_BSV.flatten(0, 1), tokens_BS[:, k + 1 :].flatten(), reduction="sum")
+        entropies.append(total / (len(tokens_BS) * length))
+    return torch.stack(entropies).mean() if entropies else torch.zeros(())
+
+
+def of_layer(w: Weights, layer: int) -> Weights:
+    return {name.removeprefix(f"layers.{layer}."): value for name, value in w.items() if f"layers.{layer}." in name}
+
+
+def transformed(model: ModelSpec, layer: int, p: Weights, x_BSD: Tensor, routed: Routed) -> Tensor:
+    """One layer."""
+    n_BSD = norm(model, x_BSD, p, "attention_norm")
+    heads = latent_heads if isinstance(model.attention, LatentAttention) else grouped_heads
+    visible = mask(model, layer, x_BSD.shape[1])
+    attended = torch.cat([core(*head, visible) for head in heads(model, layer, p, n_BSD)], -1)
+    x_BSD = x_BSD + linear(p, "attention.output", attended)
+    n_TD = norm(model, x_BSD, p, "ffn_norm").flatten(0, 1)
+    if model.is_moe(layer):
+        y_TD, routed[layer] = mixture(model, p, n_TD)
+    else:
+        y_TD = feed_forward(p, "mlp", n_TD)
+    return x_BSD + y_TD.view_as(x_BSD)
 
 
 def linear(p: Weights, name: str, x: Tensor) -> Tensor:
@@ -81,10 +117,10 @@ def mask(model: ModelSpec, layer: int, seq_len: int) -> Tensor:
 
 def core(query: Tensor, key: Tensor, value: Tensor, scale: float, sink: Tensor | None, visible: Tensor) -> Tensor:
     """One head: the sink is one more column of logits whose probability goes nowhere."""
-    logits = (query @ key.transpose(-1, -2) * scale).masked_fill(~visible, float("-inf"))
+    fit = (query @ key.transpose(-1, -2) * scale).masked_fill(~visible, float("-inf"))
     if sink is not None:
-        logits = torch.cat((logits, sink.expand(*logits.shape[:-1], 1)), -1)
-    return logits.softmax(-1)[..., : key.shape[-2]] @ value
+        fit = torch.cat((fit, sink.expand(*fit.shape[:-1], 1)), -1)
+    return fit.softmax(-1)[..., : key.shape[-2]] @ value
 
 
 def turned(x_BSC: Tensor, theta: float, yarn: Yarn | None) -> Tensor:
@@ -183,8 +219,8 @@ def expert(model: ModelSpec, p: Weights, index: int, x_TD: Tensor) -> Tensor:
 def mixture(model: ModelSpec, p: Weights, x_TD: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Every expert computes every token; the router's weights, zero for those not chosen, add them up."""
     moe = model.moe
-    logits = linear(p, "router", x_TD)
-    scores = logits.softmax(-1) if moe.router.score == "softmax" else logits.sigmoid()
+    routed = linear(p, "router", x_TD)
+    scores = routed.softmax(-1) if moe.router.score == "softmax" else routed.sigmoid()
     chosen = torch.stack([choice(model, p, token) for token in scores.detach()])
     weights = scores * chosen
     if moe.router.normalize_top_k:
@@ -194,7 +230,7 @@ def mixture(model: ModelSpec, p: Weights, x_TD: Tensor) -> tuple[Tensor, tuple[T
     if moe.shared_width:
         shared = feed_forward(p, "shared", x_TD)
         y_TD = y_TD + (shared * (x_TD @ p["shared.gate.weight"].t()).sigmoid() if moe.shared_gate else shared)
-    return y_TD, (logits, scores, chosen)
+    return y_TD, (routed, scores, chosen)
 
 
 def choice(model: ModelSpec, p: Weights, scores_E: Tensor) -> Tensor:

@@ -85,13 +85,6 @@ def test_every_broken_rule_is_one_line_that_names_key_value_rule_and_way_out(cha
     assert violations(Strategy(**changes), MODEL, TRAIN, world_size) == [line]
 
 
-def test_tied_embeddings_are_refused_only_across_stages():
-    tied = MODEL.model_copy(update={"tie_word_embeddings": True})
-    assert violations(Strategy(), tied, TRAIN, 1) == []
-    [line] = violations(Strategy(pipeline_parallel=2), tied, TRAIN, 2)
-    assert line.startswith("strategy.pipeline_parallel = 2: m ties its word embeddings")
-
-
 def test_another_system_may_execute_what_this_runtime_cannot():
     strategy = Strategy(tensor_parallel=2, expert_parallel=2, zero_dense=3)
     assert violations(strategy, MODEL, TRAIN, 2, rules=LEGAL) == []

@@ -25,7 +25,7 @@ from pipermoe.specs.train import TrainConfig
 
 StagesOf = Sequence[Sequence[int]]  # of every pipeline rank, the stages that it holds
 COUNT_BYTES = 8  # routing counts travel as int64
-TOTALS_BYTES = 40  # squared gradient norm, three losses and the dropped share, float64, agreed on by all ranks
+TOTALS_BYTES = 48  # squared gradient norm, four losses and the dropped share, float64, agreed on by all ranks
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,9 @@ class ProcessGroups:
     """Where this rank stands and whom it talks to.
 
     `pp` lists the global ranks of this rank's pipeline, first stage first; `pipeline` is their group for messages to
-    later ranks, `pipeline_back` for those to earlier ones. `stage` holds all ranks of one pipeline stage. Every group
-    exists, also with one member, so none is ever None.
+    later ranks, `pipeline_back` for those to earlier ones. `stage` holds all ranks of one pipeline stage, `ends` the
+    first and the last of a pipeline (who stands between is alone). Every group exists, also with one member, so none is
+    ever None.
     """
 
     rank: int
@@ -30,6 +31,7 @@ class ProcessGroups:
     edp: dist.ProcessGroup
     ep: dist.ProcessGroup
     stage: dist.ProcessGroup
+    ends: dist.ProcessGroup
     world: dist.ProcessGroup
 
     @classmethod
@@ -60,6 +62,7 @@ class ProcessGroups:
             edp=group("edp"),
             ep=group("ep"),
             stage=group("stage"),
+            ends=group("ends"),
             world=_world(),
         )
 
@@ -69,7 +72,7 @@ class ProcessGroups:
 
 
 def axis_of(group: dist.ProcessGroup) -> str:
-    """The axis a group was created for, as traffic is keyed: "pp", "dp", "edp", "ep", "stage" or "world"."""
+    """The axis a group was created for, as traffic is keyed: "pp", "dp", "edp", "ep", "stage", "ends" or "world"."""
     return "world" if group.group_desc == "default_pg" else group.group_desc
 
 

@@ -35,6 +35,7 @@ class StepLine:
     step: int
     loss: float
     validation_loss: float | None
+    mtp_loss: float | None
     auxiliary_loss: float
     z_loss: float
     dropped_share: float | None

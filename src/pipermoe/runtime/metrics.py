@@ -1,6 +1,6 @@
 """What one step says of itself: exact values of the whole job, equal on every rank, and how its experts were loaded.
 
-L MoE layers, E experts, P ranks
+L layers that route, E experts, P ranks
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class StepResult:
     """
 
     loss: float
+    mtp_loss: float
     auxiliary: float
     z_loss: float
     dropped: float
@@ -39,7 +40,8 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class StepCensus:
-    """Over all ranks: for each MoE layer the load of the busiest expert by the mean, and how many had no token at all.
+    """Over all ranks: for each layer that routes the load of the busiest expert over the mean, and how many experts had
+    no token at all.
 
     `resident_bytes` is the largest memory of a rank's process, or on a GPU of its allocator's peak.
     """
@@ -66,7 +68,7 @@ def take_census(engine: Engine, groups: ProcessGroups) -> StepCensus:
 
 def _choices(engine: Engine) -> Tensor:
     """How often this rank's tokens chose each expert (L, E), float64; zero in the layers of other ranks."""
-    layers = engine.model.moe_layers
+    layers = engine.model.routers
     counts_LE = torch.zeros(len(layers), engine.model.moe.num_experts, dtype=torch.float64, device=engine.device)
     for stage in engine.stages.values():
         for name, layer in stage.model.layers.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 
 import torch
 import torch.distributed as dist
@@ -21,9 +22,9 @@ def training_step(
 ) -> None:
     """Forward and backward of every micro-batch, reduce, agree, update, gather. Collective: every rank calls it.
 
-    `agree` takes sums over all ranks (squared gradient norm, loss, auxiliary loss, z-loss, dropped share; float64)
-    and returns the gradient norm to clip by, or None to leave weights and optimizer as they are. It is where a rank
-    reads its tensors; what it raises ends the step before the weights change.
+    `agree` takes sums over all ranks (squared gradient norm, then the fields of `StepResult`; float64) and returns the
+    gradient norm to clip by, or None to leave weights and optimizer as they are. It is where a rank reads its tensors;
+    what it raises ends the step before the weights change.
     """
     meter = engine.meter
     result = engine.step(batch)
@@ -31,8 +32,8 @@ def training_step(
         meter.action = REDUCE
         optimizer.reduce_gradients()
         meter.action = AGREE
-        shares = (result.loss, result.auxiliary, result.z_loss, result.dropped)
-        totals = torch.stack([optimizer.owned_squared_norm(), *(share.double() for share in shares)])
+        shares = [getattr(result, field.name).double() for field in fields(result)]
+        totals = torch.stack([optimizer.owned_squared_norm(), *shares])
         dist.all_reduce(totals, group=engine.groups.world)
         norm = agree(totals)
     if norm is not None:

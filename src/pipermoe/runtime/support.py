@@ -55,7 +55,6 @@ def _unsupported(model: ModelSpec) -> list[tuple[str, object, str]]:
             2,
             "this runtime builds 2, before attention and before the experts",
         ),
-        ("mtp_layers", model.mtp_layers, 0, "multi-token prediction is not implemented; use 0"),
     ]
     if isinstance(attention, LatentAttention):
         wanted.append(("attention.indexer", attention.indexer, None, "selected keys are not implemented; leave it out"))

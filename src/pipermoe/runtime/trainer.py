@@ -168,9 +168,9 @@ class Trainer:
         except Exception as error:
             where = f"step {step + 1}: rank {self.groups.rank}: {_describe(self.meter.action)}"
             raise MachineError(f"{where} failed: {type(error).__name__}: {error}") from error
-        norm, loss, auxiliary, z_loss, dropped = agreed
+        norm, loss, mtp_loss, auxiliary, z_loss, dropped = agreed
         timing = StepSeconds(step, time.perf_counter() - start, dict(self.meter.seconds))
-        return StepResult(loss, auxiliary, z_loss, dropped, norm, rate, timing, skipped=self.skipped > 0)
+        return StepResult(loss, mtp_loss, auxiliary, z_loss, dropped, norm, rate, timing, skipped=self.skipped > 0)
 
     def _is_finite(self, step: int, loss: float, norm: float) -> bool:
         """Whether the step may change the weights; every rank sees the same numbers. Raises `UserError` to stop."""
@@ -251,6 +251,7 @@ class Trainer:
                 step=step + 1,
                 loss=result.loss,
                 validation_loss=validation,
+                mtp_loss=result.mtp_loss if self.plan.model.mtp_layers else None,
                 auxiliary_loss=result.auxiliary,
                 z_loss=result.z_loss,
                 dropped_share=result.dropped if self.plan.train.capacity_factor else None,

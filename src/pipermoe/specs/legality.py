@@ -180,14 +180,6 @@ EXECUTABLE: tuple[Rule, ...] = (
         ),
     ),
     Rule(_precision_runs, _explain_precision),
-    Rule(
-        lambda table, job: (table.pipeline_parallel == 1) | (not job.model.tie_word_embeddings),
-        lambda strategy, job: (
-            "pipeline_parallel",
-            strategy.pipeline_parallel,
-            f"{job.model.name} ties its word embeddings, which this runtime cannot split over stages; use 1",
-        ),
-    ),
 )
 
 RULES = LEGAL + EXECUTABLE

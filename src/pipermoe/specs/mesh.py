@@ -11,7 +11,7 @@ from typing import Literal
 
 from pipermoe.specs.strategy import Strategy
 
-Axis = Literal["pp", "dp", "cp", "tp", "edp", "ep", "etp", "stage"]
+Axis = Literal["pp", "dp", "cp", "tp", "edp", "ep", "etp", "stage", "ends"]
 DENSE_AXES: tuple[Axis, ...] = ("dp", "cp", "tp")
 EXPERT_AXES: tuple[Axis, ...] = ("edp", "ep", "etp")
 
@@ -56,8 +56,13 @@ def coordinates(strategy: Strategy, rank: int) -> Coordinates:
 def groups(strategy: Strategy, axis: Axis) -> list[tuple[int, ...]]:
     """All rank groups along `axis`, each in the order of its coordinate; together they hold every rank once.
 
-    The axis "stage" is all ranks of one pipeline stage (dp x cp x tp, equally edp x ep x etp).
+    The axis "stage" is all ranks of one pipeline stage (dp x cp x tp, equally edp x ep x etp), "ends" the first and the
+    last rank of a pipeline, each rank between them alone.
     """
+    if axis == "ends":
+        last = strategy.pipeline_parallel - 1
+        between = [(rank,) for rank in range(strategy.ranks_per_stage, last * strategy.ranks_per_stage)]
+        return [(first, *rest[-1:]) for first, *rest in groups(strategy, "pp")] + between
     if axis == "stage":
         varying = DENSE_AXES
         family: tuple[Axis, ...] = ("pp", *DENSE_AXES)

@@ -241,7 +241,7 @@ class ModelSpec(Frozen):
     `mlp_bias` adds biases to it and to the shared experts. `norm_bias` means LayerNorm with bias instead of RMSNorm.
     `no_rope_layers` know no positions, nor an "l2" norm of queries and keys (Llama 4, whose temperature for them
     is 1 up to position 8190 and is left out). `mtp_layers` are multi-token prediction modules behind the last layer
-    (DeepSeek-V3): described and priced apart, not part of the totals.
+    (DeepSeek-V3): counted apart, not part of the totals.
     """
 
     name: str
@@ -294,6 +294,21 @@ class ModelSpec(Frozen):
     @property
     def moe_layers(self) -> tuple[int, ...]:
         return tuple(layer for layer in range(self.num_layers) if self.is_moe(layer))
+
+    @property
+    def prediction_layers(self) -> range:
+        """The numbers of the multi-token prediction layers, each of which has experts too."""
+        return range(self.num_layers, self.num_layers + self.mtp_layers)
+
+    @property
+    def routers(self) -> tuple[int, ...]:
+        """The layers that route in training: all with experts, those of multi-token prediction too."""
+        return (*self.moe_layers, *self.prediction_layers)
+
+    @property
+    def embeds_twice(self) -> bool:
+        """Whether the last stage needs the embedding as well as the first one."""
+        return self.tie_word_embeddings or self.mtp_layers > 0
 
     @classmethod
     def from_hf_config(cls, path: str | Path, *, assume: str | None = None) -> ModelSpec:

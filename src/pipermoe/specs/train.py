@@ -49,6 +49,7 @@ class TrainConfig(Frozen):
 
     With a `capacity_factor` an expert takes at most so many times its even share of each rank's micro-batch, and the
     choices with the lowest weights beyond that are dropped; 0, the default, drops none.
+    `mtp_loss_weight` weighs the mean loss of multi-token prediction layers (DeepSeek-V3: 0.3, later 0.1).
     `auxiliary_loss` weighs the load-balancing loss, whose load is that of each sequence, of a rank's micro-batch or of
     the global batch (`auxiliary_loss_level`); `z_loss` weighs the router z-loss. A router's correction bias, if it has
     one, moves by `balance_rate` after every step (DeepSeek-V3: 0.001). `state_bytes` replaces the bytes per parameter
@@ -66,6 +67,7 @@ class TrainConfig(Frozen):
     auxiliary_loss: NonNegativeFloat = 0.01
     auxiliary_loss_level: AuxiliaryLossLevel = "micro_batch"
     z_loss: NonNegativeFloat = 0.0
+    mtp_loss_weight: NonNegativeFloat = 0.3
     balance_rate: NonNegativeFloat = 0.001
     seed: NonNegativeInt = 0
     optimizer: Optimizer = Optimizer()

@@ -13,7 +13,10 @@ from torch.autograd.function import once_differentiable
 
 
 def cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
-    """Mean of `logsumexp(logits) - logits[target]`, in fp32. Backward overwrites the logits: call it once."""
+    """Mean over T of `logsumexp(logits) - logits[target]`, in fp32, 0 where there is no target (below 0).
+
+    Backward overwrites the logits: call it once.
+    """
     return _CrossEntropy.apply(logits_TV, targets_T)
 
 
@@ -24,7 +27,8 @@ class _CrossEntropy(torch.autograd.Function):
         total_T1 = exact_TV.logsumexp(-1, keepdim=True)
         ctx.save_for_backward(exact_TV, total_T1, targets_T)
         ctx.dtype = logits_TV.dtype
-        return (total_T1 - exact_TV.gather(1, targets_T[:, None])).mean()
+        entropy_T1 = total_T1 - exact_TV.gather(1, targets_T.clamp_min(0)[:, None])
+        return entropy_T1.masked_fill_(targets_T[:, None] < 0, 0.0).mean()
 
     @staticmethod
     @once_differentiable
@@ -32,5 +36,6 @@ class _CrossEntropy(torch.autograd.Function):
         logits_TV, total_T1, targets_T = ctx.saved_tensors
         probabilities_TV = logits_TV.sub_(total_T1).exp_()
         minus_one_T1 = torch.full_like(total_T1, -1.0)
-        probabilities_TV.scatter_add_(1, targets_T[:, None], minus_one_T1)
-        return probabilities_TV.mul_(gradient / targets_T.numel()).to(ctx.dtype), None
+        probabilities_TV.scatter_add_(1, targets_T.clamp_min(0)[:, None], minus_one_T1)
+        weight_T1 = (gradient / targets_T.numel()).expand_as(total_T1).masked_fill(targets_T[:, None] < 0, 0.0)
+        return probabilities_TV.mul_(weight_T1).to(ctx.dtype), None

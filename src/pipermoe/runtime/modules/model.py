@@ -3,7 +3,8 @@
 T tokens, D hidden size, K choices a token, V vocabulary size
 
 Global names: `embedding.weight`, `layers.7.attention.query.weight`, `layers.7.router.weight`,
-`layers.7.experts.gate_up.weight` (slots, D, 2 * width), `final_norm.weight`, `head.weight`.
+`layers.7.experts.gate_up.weight` (slots, D, 2 * width), `final_norm.weight`, `head.weight`. Layers of multi-token
+prediction are numbered on behind the last.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.precision import Precision
 from pipermoe.specs.strategy import RecomputeModule
 
+EMBEDDING = "embedding.weight"
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Embedding(nn.Module):
-    """Token vectors. The first stage's input; its gradient is added by hand, so no graph hangs on it."""
+    """Token vectors. Their gradient is added by hand, so no graph hangs on them."""
 
     def __init__(self, vocabulary: int, hidden: int, gradients: WeightGradients, dtype: torch.dtype):
         super().__init__()
@@ -130,6 +132,34 @@ class MoELayer(nn.Module):
         return h_TD, *rebuilding(self.drops_norm, self.ffn_norm, choose, h_TD)
 
 
+class PredictionLayer(MoELayer):
+    """One depth of multi-token prediction: a MoE layer behind a projection of the state and of a later token.
+
+    `join` -> the layer -> `head_norm`, the state that the model's own head and the next depth read; the first depth
+    reads what the final norm gives. Source: DeepSeek-V3, arXiv 2412.19437, equations 21 to 23. The state is the
+    normalised one and the projection's first columns are the token's, as in its published weights.
+    """
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        slots: int,
+        seq_len: int,
+        gradients: WeightGradients,
+        dtype: torch.dtype,
+        drops: Collection[RecomputeModule],
+    ):
+        super().__init__(model, model.moe_layers[-1], slots, seq_len, gradients, dtype, drops)
+        self.token_norm = build_norm(model, gradients, dtype)
+        self.state_norm = build_norm(model, gradients, dtype)
+        self.projection = Linear(2 * model.hidden_size, model.hidden_size, gradients, dtype=dtype)
+        self.head_norm = build_norm(model, gradients, dtype)
+
+    def join(self, state_TD: Tensor, token_TD: Tensor) -> Tensor:
+        """The layer's input (T, D) from the state and the vector of the token that comes later."""
+        return self.projection(torch.cat((self.token_norm(token_TD), self.state_norm(state_TD)), dim=1))
+
+
 def _attended(layer: DenseLayer | MoELayer, x_TD: Tensor, rotation: Rotation) -> Tensor:
     """`x + attention(norm(x))`."""
     attend = partial(layer.attention, rotation=rotation)
@@ -139,6 +169,7 @@ def _attended(layer: DenseLayer | MoELayer, x_TD: Tensor, rotation: Rotation) ->
 class StageModel(nn.Module):
     """The modules of one stage: `layers` of the model; the embedding if it is first, the head if it is last.
 
+    The last stage holds the layers of multi-token prediction too, and where these or a tied head need it an embedding.
     `drops` names the modules of a layer whose results are rebuilt in backward (`specs.strategy.RECOMPUTE_MODULES`).
     """
 
@@ -153,9 +184,9 @@ class StageModel(nn.Module):
         drops: Collection[RecomputeModule] = (),
     ):
         super().__init__()
-        first, last = layers.start == 0, layers.stop == model.num_layers
-        hidden = model.hidden_size
-        self.embedding = Embedding(model.vocab_size, hidden, gradients, dtype) if first else None
+        self.first, self.last = layers.start == 0, layers.stop == model.num_layers
+        hidden, embeds = model.hidden_size, self.first or (self.last and model.embeds_twice)
+        self.embedding = Embedding(model.vocab_size, hidden, gradients, dtype) if embeds else None
         self.layers = nn.ModuleDict(
             {
                 str(layer): MoELayer(model, layer, slots, seq_len, gradients, dtype, drops)
@@ -164,21 +195,33 @@ class StageModel(nn.Module):
                 for layer in layers
             }
         )
-        self.last = last
-        if last:
+        self.predictions = tuple(str(layer) for layer in model.prediction_layers) if self.last else ()
+        for name in self.predictions:
+            self.layers[name] = PredictionLayer(model, slots, seq_len, gradients, dtype, drops)
+        if self.last:
             self.final_norm = build_norm(model, gradients, dtype)
             self.head = Linear(hidden, model.vocab_size, gradients, bias=model.head_bias, dtype=dtype)
             if model.tie_word_embeddings:
                 assert self.embedding is not None
                 self.head.weight = self.embedding.weight
 
+    def share_embedding(self, other: StageModel) -> None:
+        """Use the embedding of a stage that is on the same rank."""
+        assert self.embedding is not None
+        assert other.embedding is not None
+        if self.last and self.head.weight is self.embedding.weight:
+            self.head.weight = other.embedding.weight
+        self.embedding.weight = other.embedding.weight
+
     def units(self) -> Iterator[str]:
-        """What is sharded as one, in the order of use."""
-        if self.embedding is not None:
+        """What is sharded as one, in the order of use; multi-token prediction uses embedding and head again."""
+        if self.first:
             yield "embedding"
-        yield from (f"layers.{name}" for name in self.layers)
+        yield from (f"layers.{name}" for name in self.layers if name not in self.predictions)
         if self.last:
             yield "head"
+        for name in self.predictions:
+            yield from ("embedding", f"layers.{name}", "head")
 
     def named_state(self) -> Iterator[tuple[str, Tensor]]:
         """(global name, tensor) of all that a model is: what gradients train, then the routers' correction biases."""
@@ -191,10 +234,6 @@ class StageModel(nn.Module):
             if isinstance(layer, MoELayer) and layer.router.correction_bias is not None:
                 yield f"layers.{name}.router.correction_bias", layer.router.correction_bias
 
-    def logits(self, x_TD: Tensor) -> Tensor:
-        """Final norm and output projection (T, V); the last stage only."""
-        return self.head(self.final_norm(x_TD))
-
-    def loss(self, x_TD: Tensor, targets_T: Tensor) -> Tensor:
+    def loss(self, normed_TD: Tensor, targets_T: Tensor) -> Tensor:
         """Mean cross-entropy of the micro-batch; the last stage only."""
-        return cross_entropy(self.logits(x_TD), targets_T)
+        return cross_entropy(self.head(normed_TD), targets_T)

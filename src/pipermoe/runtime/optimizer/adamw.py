@@ -148,7 +148,7 @@ class Optimizer:
 
     def owned_parts(self) -> Iterator[Part]:
         """Those in this rank's shard alone, whatever the level: together the ranks hold every element once."""
-        return (part for state in self.states for part in _parts(state, state.flat.owned))
+        return (part for state in self.states if not state.flat.is_copy for part in _parts(state, state.flat.owned))
 
 
 def _parts(state: State, held: slice) -> Iterator[Part]:

@@ -59,6 +59,9 @@ class FlatParameters:
     `launch_reduction` their gradients; where those stay whole, always.
 
     Of routed experts `experts` names the logical expert of each row of every parameter; `EMPTY` rows are nobody's.
+
+    With `ends`, the first and the last rank of a pipeline, both hold these parameters: gradients are summed over the
+    two as well, so that their weights stay equal, and the last rank's are the copy (`is_copy`), which counts nowhere.
     """
 
     def __init__(
@@ -67,10 +70,12 @@ class FlatParameters:
         group: dist.ProcessGroup,
         zero: int,
         experts: Sequence[int] | None = None,
+        ends: dist.ProcessGroup | None = None,
     ) -> None:
         # Sorting is stable, so the order is the model's otherwise.
         ordered = sorted(parameters, key=lambda item: not _is_decayed(*item))
         self.group, self.ranks = group, dist.get_world_size(group)
+        self.ends, self.is_copy = ends, ends is not None and ends.rank() > 0
         self.zero = zero if self.ranks > 1 else 0
         self.spans, self.experts = tuple(_spans(ordered)), experts
         self.decayed = sum(parameter.numel() for name, parameter in ordered if _is_decayed(name, parameter))
@@ -165,6 +170,8 @@ class FlatParameters:
             dist.all_reduce(self.gradients, group=self.group)
         elif self.zero == 1:
             _reduce_scatter(self.gradients[self.owned], self.gradients, group=self.group)
+        if self.ends is not None:
+            dist.all_reduce(self.of_updated(self.gradients), group=self.ends)
 
     def gather_weights(self) -> None:
         """Give every rank the shards that the others updated, where ranks keep all of them."""

@@ -1,8 +1,9 @@
 """The global gradient norm, exact for every arrangement, and clipping by it.
 
-Every parameter of the model must count once, though a dense one has a copy on every rank of dp and a routed expert on
-every rank of edp. Each rank therefore counts only the slice that it owns of each flat buffer (slices of the copies'
-group, disjoint by construction, sharded or not), and the sum over all ranks is the sum over all parameters.
+Every parameter of the model must count once, though a dense one has a copy on every rank of dp, a routed expert on
+every rank of edp, and the embedding perhaps on both ends of the pipeline. Each rank therefore counts only the slice
+that it owns of each flat buffer (slices of the copies' group, disjoint by construction, sharded or not), the last stage
+nothing of its copy, and the sum over all ranks is the sum over all parameters.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def owned_squared_norm(flats: Iterable[FlatParameters]) -> Tensor:
 
     Call it after the gradients are reduced.
     """
-    norms = [norm for flat in flats for norm in _norms(flat.of_owned(flat.gradients))]
+    norms = [norm for flat in flats if not flat.is_copy for norm in _norms(flat.of_owned(flat.gradients))]
     return torch.cat(norms).double().square().sum()
 
 

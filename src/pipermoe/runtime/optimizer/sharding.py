@@ -8,7 +8,7 @@ while they are used. Dense parameters are sharded over dp, routed experts over e
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -24,18 +24,24 @@ RESIDENT = 2  # layers whose gathered weights stay: the one in use, and the next
 
 
 def flatten(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], groups: ProcessGroups, strategy: Strategy
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    groups: ProcessGroups,
+    strategy: Strategy,
+    copied: Collection[str] = (),
 ) -> list[FlatParameters]:
-    """Lay the parameters of a rank in flat buffers, which own their storage from then on. Collective over no group."""
+    """Lay the parameters of a rank in flat buffers, which own their storage from then on. Collective over no group.
+
+    Both ends of the pipeline hold the `copied` parameters, which lie in buffers of their own.
+    """
     units: dict[tuple[bool, str], list[tuple[str, nn.Parameter]]] = defaultdict(list)
     for name, parameter in named_parameters:
         expert = is_expert(name)
         zero = strategy.zero_expert if expert else strategy.zero_dense
-        units[expert, unit_of(name) if zero >= 2 else ""].append((name, parameter))
+        units[expert, unit_of(name) if zero >= 2 or name in copied else ""].append((name, parameter))
     return [
         FlatParameters(held, groups.edp, strategy.zero_expert, static_experts(held, groups))
         if expert
-        else FlatParameters(held, groups.dp, strategy.zero_dense)
+        else FlatParameters(held, groups.dp, strategy.zero_dense, ends=groups.ends if held[0][0] in copied else None)
         for (expert, _), held in sorted(units.items(), key=lambda item: item[0][0])
     ]
 

@@ -18,7 +18,7 @@ from pipermoe.runtime.layout.dispatch import LayoutDispatch
 from pipermoe.runtime.layout.lay_out import Draw, LaidOut, Maker, check_layable
 from pipermoe.runtime.layout.placement import Placement
 from pipermoe.runtime.meter import Meter
-from pipermoe.runtime.modules.model import DTYPES, MoELayer
+from pipermoe.runtime.modules.model import DTYPES, EMBEDDING, MoELayer
 from pipermoe.runtime.optimizer.flat_parameters import FlatParameters
 from pipermoe.runtime.optimizer.sharding import Sharding, Unit, flatten
 from pipermoe.runtime.pipeline.deduplicated import Deduplicated
@@ -44,7 +44,8 @@ class Engine:
 
     Loss and gradients. The loss is the mean cross-entropy over all tokens of the global batch, plus `auxiliary_loss`
     times the mean over micro-batches and MoE layers of the load-balancing loss (runtime/balance.py says over which
-    tokens), plus `z_loss` times the same mean of the router z-loss.
+    tokens), plus `z_loss` times the same mean of the router z-loss, plus `mtp_loss_weight` times the mean over depths
+    of the cross-entropies of multi-token prediction.
     Every rank's backward is scaled by 1 / (micro-batches * data_parallel); gradients must then be summed over
     dp (dense parameters) and edp (expert parameters), nothing else: an expert's gradient already holds the tokens of
     all ep ranks, which came through the all-to-all.
@@ -110,11 +111,16 @@ class Engine:
                 device=self.device,
                 strategy=strategy,
                 balance=self.balance,
-                auxiliary_weight=train.auxiliary_loss / len(model.moe_layers),
-                z_weight=train.z_loss / len(model.moe_layers),
+                auxiliary_weight=train.auxiliary_loss / len(model.routers),
+                z_weight=train.z_loss / len(model.routers),
+                mtp_weight=train.mtp_loss_weight / max(1, model.mtp_layers),
             )
             for stage in schedule.stages_of(here.pp)
         }
+        ends = schedule.stage_rank[0], schedule.stage_rank[-1]
+        if model.embeds_twice and schedule.num_stages > 1 and ends == (here.pp, here.pp):
+            self.stages[schedule.num_stages - 1].model.share_embedding(self.stages[0].model)
+        self.copied = {EMBEDDING} if model.embeds_twice and ends[0] != ends[1] else set()
         draw = partial(initialize, seed=train.seed, num_layers=model.num_layers)
         draw(self.named_parameters(), self.experts_of)
         self.flats, visitors = self._flat_parameters(laid_out, group, draw)
@@ -125,13 +131,13 @@ class Engine:
     ) -> tuple[list[FlatParameters], list[Unit]]:
         """What the optimizer updates, and what else is brought and taken away for every use."""
         if laid_out is None or self.placement is None:
-            return flatten(self.named_parameters(), self.groups, self.strategy), []
+            return flatten(self.named_parameters(), self.groups, self.strategy, self.copied), []
         dense = [each for each in self.named_parameters() if not is_expert(each[0])]
         experts = [each for each in self.named_parameters() if is_expert(each[0])]
         carrier = Carrier(group.transport, group.rank, group.ranks, self.meter)
-        maker = Maker(laid_out.mechanism, self.placement, self.model.moe_layers, self.groups, self.strategy, carrier)
+        maker = Maker(laid_out.mechanism, self.placement, self.model.routers, self.groups, self.strategy, carrier)
         held, visitors = maker.lay_out(experts, draw)
-        return flatten(dense, self.groups, self.strategy) + held, visitors
+        return flatten(dense, self.groups, self.strategy, self.copied) + held, visitors
 
     @property
     def microbatches(self) -> int:
@@ -145,16 +151,14 @@ class Engine:
     def experts_of(self, name: str) -> Sequence[int]:
         """The logical expert of each row of this expert parameter on this rank."""
         if self.placement is not None:
-            return self.placement.held(self.model.moe_layers.index(layer_of(name)))
+            return self.placement.held(self.model.routers.index(layer_of(name)))
         first = self.groups.coordinates.ep * self.local_experts
         return range(first, first + self.local_experts)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(global name, parameter) of all that gradients train and this rank holds, in the order of the layers."""
-        for stage in self.stages.values():
-            for name, parameter in stage.model.named_parameters():
-                if parameter.requires_grad:
-                    yield name, parameter
+        held = {name: each for stage in self.stages.values() for name, each in stage.model.named_parameters()}
+        yield from ((name, each) for name, each in held.items() if each.requires_grad)
 
     def correction_biases(self) -> Iterator[tuple[str, Tensor]]:
         """(global name, tensor) of the routers' biases that the balance of load moves."""
@@ -214,7 +218,7 @@ def _dispatcher(
 ) -> Callable[[str], Dispatcher]:
     """How the tokens of each layer, by its unit's name, meet their experts."""
     if placement is not None:
-        layers = {f"layers.{layer}": index for index, layer in enumerate(model.moe_layers)}
+        layers = {f"layers.{layer}": index for index, layer in enumerate(model.routers)}
         return lambda unit: LayoutDispatch(group, placement, layers[unit])
     everywhere = Deduplicated(group) if strategy.dispatcher == "deduplicated" and group.ranks > 1 else AllToAll(group)
     return lambda unit: everywhere

@@ -24,19 +24,21 @@ if TYPE_CHECKING:
     from pipermoe.runtime.pipeline.engine import Engine
 
 
-TOTALS = ("loss", "auxiliary", "z_loss", "dropped")  # of a Tape, summed over micro-batches
+TOTALS = ("loss", "mtp_loss", "auxiliary", "z_loss", "dropped")  # of a Tape, summed over micro-batches
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """This rank's share of the global means; the sum over all ranks is the loss of the whole batch.
 
-    `loss` is cross-entropy (zero but on the last stage), `auxiliary` the load-balancing loss and `z_loss` the router
-    z-loss before their weights (each stage's share of the means over micro-batches and MoE layers; the z-loss is 0 when
-    it has no weight). `dropped` is the share of choices beyond their experts' capacity. Scalars on the engine's device.
+    `loss` is cross-entropy (zero but on the last stage), `mtp_loss` that of multi-token prediction, `auxiliary` the
+    load-balancing loss and `z_loss` the router z-loss before their weights (each stage's share of the means over
+    micro-batches and MoE layers; the z-loss is 0 when it has no weight). `dropped` is the share of choices beyond their
+    experts' capacity. Scalars on the engine's device.
     """
 
     loss: Tensor
+    mtp_loss: Tensor
     auxiliary: Tensor
     z_loss: Tensor
     dropped: Tensor
@@ -112,13 +114,14 @@ class Execution:
         self.transfers.settle_all()
         engine = self.engine
         engine.sharding.settle()
-        moe_layers, routed = len(engine.model.moe_layers), self.batch[0, :, 1:].numel() * engine.model.moe.top_k
+        routers, routed = len(engine.model.routers), self.batch[0, :, 1:].numel() * engine.model.moe.top_k
         scale = engine.scale
         return StepResult(
             self.totals["loss"] * scale,
-            self.totals["auxiliary"] * (scale / moe_layers),
-            self.totals["z_loss"] * (scale / moe_layers),
-            self.totals["dropped"] * (scale / moe_layers / routed),
+            self.totals["mtp_loss"] * scale,
+            self.totals["auxiliary"] * (scale / routers),
+            self.totals["z_loss"] * (scale / routers),
+            self.totals["dropped"] * (scale / routers / routed),
         )
 
     def _execute(self, action: Action) -> None:
@@ -205,10 +208,9 @@ class Execution:
 
     def _forward(self, action: Action) -> Running[Tensor | None]:
         key, tokens = (action.stage, action.microbatch), self.batch[action.microbatch]
-        x = tokens[:, :-1].flatten() if action.stage == 0 else self.inputs.pop(key)
-        targets = tokens[:, 1:].flatten() if action.stage == self.last else None
+        x = None if action.stage == 0 else self.inputs.pop(key)
         tape = self.tapes[key] = Tape(training=self.keeps)
-        return Running(self.engine.stages[action.stage].forward(x, targets, tape), partial(self._turn, action))
+        return Running(self.engine.stages[action.stage].forward(x, tokens, tape), partial(self._turn, action))
 
     def _end_forward(self, action: Action, output: Tensor | None) -> None:
         stage, microbatch = key = (action.stage, action.microbatch)

@@ -123,6 +123,11 @@ _DEEPSEEK: Rules = {
     "router.correction_bias": named("mlp.gate.e_score_correction_bias"),
     **linear("shared.gate_up", "mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
     **linear("shared.down", "mlp.shared_experts.down_proj"),
+    # Multi-token prediction.
+    "token_norm.weight": named("enorm.weight"),
+    "state_norm.weight": named("hnorm.weight"),
+    "projection.weight": named("eh_proj.weight"),
+    "head_norm.weight": named("shared_head.norm.weight"),
 }
 _GPT_OSS: Rules = {
     **_DECODER,

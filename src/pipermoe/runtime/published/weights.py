@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pipermoe.exchange.executor.gather_json import all_gather_json
 from pipermoe.runtime.groups import ProcessGroups
-from pipermoe.runtime.modules.model import StageModel
+from pipermoe.runtime.modules.model import EMBEDDING, StageModel
 from pipermoe.runtime.pipeline.gradients import WeightGradients
 from pipermoe.runtime.published.names import FAMILIES, Rule, Rules
 from pipermoe.runtime.weights import is_expert
@@ -135,6 +135,7 @@ def save_weights(folder: Path, model: ModelSpec, like: Path, state: State, group
     held: dict[str, Tensor] = {}
     for name, tensor in state:
         value, writes = tensor.detach(), here.edp == 0 if is_expert(name) else here.dp == 0
+        writes = writes and not (name == EMBEDDING and groups.ends.rank())  # the last stage may hold a copy
         if is_expert(name) and not _place(name, model, rules).rule.by_expert:
             value, writes = _all_experts(value, groups), writes and here.ep == 0
         if writes:
@@ -203,10 +204,13 @@ def _check(files: Files, model: ModelSpec, rules: Rules) -> None:
 
 
 def _is_known_extra(name: str, model: ModelSpec) -> bool:
-    """What other programs save too: rotary tables, a tied head, layers of multi-token prediction behind the last."""
+    """What other programs save too: rotary tables, a tied head; of multi-token prediction copies of embedding and head,
+    or all of it where the model is to be without."""
     layer = _LAYER.match(name)
     tied = model.tie_word_embeddings and name == "lm_head.weight"
-    return name.endswith("rotary_emb.inv_freq") or tied or (layer is not None and int(layer[1]) >= model.num_layers)
+    behind = layer is not None and int(layer[1]) >= model.num_layers
+    copied = name.endswith((".embed_tokens.weight", ".shared_head.head.weight")) or not model.mtp_layers
+    return name.endswith("rotary_emb.inv_freq") or tied or (behind and copied)
 
 
 class Files:
