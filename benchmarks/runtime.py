@@ -138,6 +138,7 @@ def main() -> None:
         train = load(str(job), TrainConfig).model_copy(update={"validation_batches": 1, "auxiliary_loss": 0.0})
         write_job(folder, model, train, options.steps)
         platform = load(options.platform, Platform) if options.platform else measure_platform(nproc=RANKS, model=model)
+        assert platform is not None  # no one else has started these ranks
         best = find_plan(model, platform, train, world_size=RANKS, memory_budget_bytes=GIB).plan
         plans = {PLANNED: best} | {
             way: best.model_copy(update={"name": way, "strategy": Strategy.parse(text)}) for way, text in PURE.items()

@@ -97,6 +97,14 @@ def test_a_batch_is_a_function_of_seed_and_step_alone():
     assert not np.array_equal(batch_of(text_data(seed=1), 0), batch_of(text_data(seed=0), 0))
 
 
+def test_a_fingerprint_tells_texts_apart_and_not_where_they_lie():
+    assert text_data().fingerprint == text_data(seed=1).fingerprint
+    assert text_data(blocks=20).fingerprint != text_data(blocks=21).fingerprint
+    shifted = text_data()
+    shifted.train.stream.shards[0].tokens[7] += 1
+    assert text_data().fingerprint != shifted.fingerprint
+
+
 @pytest.mark.parametrize("data_parallel", [1, 2, 4])
 def test_every_arrangement_sees_the_same_micro_batches(data_parallel):
     batch = text_data(blocks=40, batch=16).training_numbers(3)

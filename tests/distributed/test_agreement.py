@@ -23,7 +23,8 @@ def check(rank: int, key: str) -> str:
     train = TRAIN.model_copy(update={"seq_len": 16}) if other and key == "train" else TRAIN
     strategy = STRATEGY.model_copy(update={"schedule": "gpipe"}) if other and key == "schedule" else STRATEGY
     try:
-        check_same_job(model, train, strategy, schedule_of(strategy, train.global_batch_size))
+        schedule = schedule_of(strategy, train.global_batch_size)
+        check_same_job(model, train, strategy, schedule, "changed" if other and key == "text" else "")
     except UserError as error:
         return str(error)
     return ""
@@ -36,6 +37,7 @@ def check(rank: int, key: str) -> str:
         ("model", "the model of ranks 1 differs"),
         ("train", "the training job of"),
         ("schedule", "the strategy"),
+        ("text", "the text of"),
     ],
 )
 def test_every_rank_is_told_what_differs(key: str, message: str):

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.nn import Parameter
 
-from pipermoe.runtime.checkpoint.store import check_resumable, find_newest, load_checkpoint
+from pipermoe.runtime.checkpoint.store import check_resumable, check_same_text, checkpoints, load_checkpoint
 from pipermoe.runtime.checkpoint.writer import CheckpointWriter
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.optimizer.adamw import Optimizer
@@ -66,7 +66,7 @@ def state(groups: ProcessGroups, plan: Plan, *, filled: bool):
 def save_rank(rank: int, plan: Plan, output: Path, *steps: int) -> None:
     groups = ProcessGroups.create(plan.strategy)
     _, optimizer, _ = state(groups, plan, filled=True)
-    writer = CheckpointWriter(output, plan, groups)
+    writer = CheckpointWriter(output, plan, "text", groups)
     for step in steps:
         writer.save(step, optimizer, [("layers.0.router.correction_bias", torch.ones(EXPERTS))])
     writer.finish()
@@ -100,7 +100,7 @@ ARRANGEMENTS = [
 @pytest.mark.parametrize(("saved", "resumed"), list(pairwise(ARRANGEMENTS)), ids=lambda s: s.compact())
 def test_another_arrangement_resumes_bit_for_bit(tmp_path, saved, resumed):
     run_ranks(save_rank, saved.world_size, tiny_plan(saved), tmp_path, 7)
-    assert run_ranks(load_rank, resumed.world_size, tiny_plan(resumed), find_newest(tmp_path)) == (
+    assert run_ranks(load_rank, resumed.world_size, tiny_plan(resumed), checkpoints(tmp_path)[-1]) == (
         [7] * resumed.world_size
     )
 
@@ -108,7 +108,7 @@ def test_another_arrangement_resumes_bit_for_bit(tmp_path, saved, resumed):
 @pytest.fixture
 def saved(tmp_path) -> Path:
     run_ranks(save_rank, 1, tiny_plan(Strategy()), tmp_path, 2, 4, 6, 8)
-    return find_newest(tmp_path)
+    return checkpoints(tmp_path)[-1]
 
 
 @pytest.mark.distributed
@@ -152,7 +152,7 @@ def test_a_checkpoint_of_another_model_or_batch_is_refused_by_key(saved):
 def fail_to_write(rank: int, plan: Plan, output: Path) -> str:
     groups = ProcessGroups.create(plan.strategy)
     _, optimizer, _ = state(groups, plan, filled=True)
-    writer = CheckpointWriter(output, plan, groups)
+    writer = CheckpointWriter(output, plan, "text", groups)
     if rank == 1:
         (output / "checkpoints").write_text("in the way of a folder")
     dist.barrier()
@@ -174,7 +174,7 @@ def test_what_fails_in_the_background_is_raised_by_the_next_save_on_every_rank(t
 def continue_while_saving(rank: int, plan: Plan, output: Path) -> None:
     groups = ProcessGroups.create(plan.strategy)
     _, optimizer, _ = state(groups, plan, filled=True)
-    writer = CheckpointWriter(output, plan, groups)
+    writer = CheckpointWriter(output, plan, "text", groups)
     writer.save(7, optimizer, [("layers.0.router.correction_bias", torch.ones(EXPERTS))])
     for part in optimizer.updated_parts():
         part.values.fill_(-1.0)  # the next step
@@ -184,7 +184,7 @@ def continue_while_saving(rank: int, plan: Plan, output: Path) -> None:
 @pytest.mark.distributed
 def test_a_checkpoint_holds_the_state_when_it_was_saved_not_when_it_is_written(tmp_path):
     run_ranks(continue_while_saving, 1, tiny_plan(Strategy()), tmp_path)
-    assert run_ranks(load_rank, 1, tiny_plan(Strategy()), find_newest(tmp_path)) == [7]
+    assert run_ranks(load_rank, 1, tiny_plan(Strategy()), checkpoints(tmp_path)[-1]) == [7]
 
 
 @pytest.mark.distributed
@@ -200,9 +200,11 @@ def test_no_file_of_a_checkpoint_can_run_code(saved):
     assert {path.suffix for path in saved.iterdir()} == {".json", ".safetensors"}
 
 
-def test_no_checkpoint_is_an_error_that_says_what_to_do(tmp_path):
-    with pytest.raises(UserError, match="train without --resume"):
-        find_newest(tmp_path)
+@pytest.mark.distributed
+def test_a_checkpoint_of_a_run_that_read_another_text_is_refused(saved):
+    check_same_text(saved, "text", "corpus")
+    with pytest.raises(UserError, match="has read another text than corpus holds now"):
+        check_same_text(saved, "changed text", "corpus")
 
 
 @pytest.mark.distributed

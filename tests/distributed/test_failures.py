@@ -9,6 +9,7 @@ import sys
 import time
 from datetime import timedelta
 from multiprocessing import get_context
+from pathlib import Path
 from threading import Event
 
 import pytest
@@ -27,6 +28,7 @@ from pipermoe.specs.strategy import Strategy
 pytestmark = pytest.mark.distributed
 PIPELINE = Strategy(pipeline_parallel=2)
 TIMEOUT = timedelta(seconds=3)
+WRITING = "saving the checkpoint of step 4"  # while that of step 2 is still being written
 
 
 @pytest.fixture
@@ -111,12 +113,19 @@ def interrupted_at(moment: str, arguments: list[str], say: int) -> None:
         os.write(1, b"there\n")
         signal.pause()
 
+    def begin_to_write(partial: Path, pieces: object, rank: int) -> None:
+        partial.mkdir(parents=True, exist_ok=True)
+        (partial / f"{rank}.safetensors").write_text("half of a file")
+        Event().wait()
+
     with pytest.MonkeyPatch.context() as patch:
         at(moment, 0, stop, patch)
+        if moment == WRITING:
+            patch.setattr("pipermoe.runtime.checkpoint.writer.write_pieces", begin_to_write)
         main(arguments)
 
 
-@pytest.mark.parametrize("moment", ["meeting", "building", "validating", "step 1, action 0F0", "saving"])
+@pytest.mark.parametrize("moment", ["meeting", "building", "validating", "step 1, action 0F0", "saving", WRITING])
 def test_an_interrupt_ends_every_process_whatever_they_are_doing(plan, tmp_path, moment):
     save(tmp_path / "plan.toml", plan)
     reader, writer = os.pipe()
@@ -131,7 +140,7 @@ def test_an_interrupt_ends_every_process_whatever_they_are_doing(plan, tmp_path,
         assert said.read().splitlines()[-1] == b"pipermoe: interrupted"  # ends when the last that could write has
     command.join()
     assert command.exitcode == 130
-    assert not (tmp_path / "run" / "checkpoints" / ".partial").exists()
+    assert not list(tmp_path.glob("run/checkpoints/*"))
 
 
 def test_a_folder_that_another_run_is_writing_to_is_refused(plan, tmp_path):

@@ -76,10 +76,11 @@ def test_a_hybrid_run_learns_what_one_process_learns_and_reports_it(tmp_path, te
             assert sum(rank.memory_bytes.values()) == rank.peak_bytes
 
 
-def test_a_run_that_stopped_and_resumed_equals_one_that_did_not(tmp_path, text):
-    plan = tiny_plan(HYBRID, data=text, checkpoint_every=2, **FASTER)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_that_stopped_and_resumed_equals_one_that_did_not(tmp_path, text, precision):
+    plan = tiny_plan(HYBRID, data=text, checkpoint_every=2, precision=precision, **FASTER)
     whole = launch(plan, Run(tmp_path / "whole", quiet=True))
-    launch(plan, Run(tmp_path / "parts", steps=4, quiet=True))
+    launch(plan, Run(tmp_path / "parts", steps=4, quiet=True), resume=True)  # there is nothing yet: it begins
     rest = launch(plan, Run(tmp_path / "parts", quiet=True), resume=True)
     assert whole is not None
     assert rest is not None

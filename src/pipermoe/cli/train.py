@@ -35,7 +35,7 @@ def train(
     steps
         Stop after this many steps; the learning rate goes on as if all of the plan's were to come.
     resume
-        Go on from the newest checkpoint in the output folder.
+        Go on from the newest checkpoint in the output folder; without one yet, begin.
     weights
         Start from the published weights in this folder (config.json and safetensors files of a Hugging Face model), and
         write the trained ones the same way, into the output folder.

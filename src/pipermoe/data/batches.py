@@ -9,8 +9,9 @@ too, and a run resumes exactly from its step number alone.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,8 @@ from pipermoe.data.tokenizer import check_vocabulary, load_tokenizer, token_type
 from pipermoe.specs.errors import UserError
 from pipermoe.specs.train import Data, TrainConfig
 
+FINGERPRINT_SEQUENCES = 64
+
 
 @dataclass(frozen=True)
 class TextData:
@@ -34,6 +37,19 @@ class TextData:
     validation_batches: int
     seed: int
     source: str = ""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of how many sequences each part has, and of the tokens of 64 of them, evenly spread.
+
+        Another text, tokenizer, packing or division has another one, wherever the files lie; of a text that was changed
+        in a few places only, it need not.
+        """
+        digest = hashlib.sha256()
+        for part in (self.train, self.validation):
+            chosen = np.linspace(0, len(part) - 1, FINGERPRINT_SEQUENCES).astype(np.int64)
+            digest.update(len(part).to_bytes(8, "little") + part[chosen].astype("<i8").tobytes())
+        return digest.hexdigest()
 
     def training_numbers(self, step: int) -> NDArray[np.integer]:
         """The sequences of `step` (from 0) [B]. Every epoch visits every sequence once, in a new order."""

@@ -21,12 +21,13 @@ def check_same_job(
     train: TrainConfig,
     strategy: Strategy,
     schedule: Schedule,
+    text: str = "",
     device: torch.device | str = "cpu",
 ) -> None:
     """Raise `UserError` on every rank, naming what differs and where, unless all ranks of the world run the same job.
 
-    Collective over the world, before any other group exists: ranks of different shapes would wait for each other, or
-    abort inside gloo.
+    `text` tells texts apart. Collective over the world, before any other group exists: ranks of different shapes would
+    wait for each other, or abort inside gloo.
     """
     check_equal(
         {
@@ -34,6 +35,7 @@ def check_same_job(
             "the training job": train.model_dump_json(),
             "the strategy": strategy.model_dump_json(),
             "the schedule": f"{schedule.stage_rank}\n{schedule}",
+            "the text": text,
             "the version of pipermoe": pipermoe.__version__,
             "the version of torch": torch.__version__,
         },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
@@ -27,27 +28,32 @@ def launch(
 
     `run.steps` stops there instead of after the plan's steps; the learning rate follows the plan all the same, so that
     a run stopped early and resumed equals one that was not. `resume` goes on from the newest checkpoint in
-    `run.output`. `nproc` is how many ranks to start here, which must be the plan's. `where` names the plan in errors.
-    Raises `UserError` for wrong input and `MachineError` when a rank fails, dies or stalls; then every other rank has
-    been stopped, and nothing half-written is left.
+    `run.output`, or begins where there is none yet. `nproc` is how many ranks to start here, which must be the plan's.
+    `where` names the plan in errors. Raises `UserError` for wrong input and `MachineError` when a rank fails, dies or
+    stalls; then every other rank has been stopped, and nothing half-written is left.
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # gloo prints a C++ stack for every closed connection
     from pipermoe.processes.interrupt import end_on_signals
     from pipermoe.processes.progress import Display
-    from pipermoe.runtime.checkpoint.store import partial_folder
+    from pipermoe.runtime.checkpoint.store import check_same_text, partial_folder
     from pipermoe.runtime.rank import run_rank
 
     world = existing_world(os.environ)
     _check_world(plan, world, nproc, where)
     _check_plan(plan, run, where)
     run = _with_start(plan, run, resume)
-    with lock_folder(run.output) if world is None or world.rank == 0 else nullcontext():
-        if world is None or world.rank == 0:
+    speaks = world is None or world.rank == 0
+    if resume and run.resume is None and speaks:
+        print(f"{run.output}: holds no checkpoint yet; training begins with the first step", file=sys.stderr)
+    with lock_folder(run.output) if speaks else nullcontext():
+        if speaks:
             _remove_stale(run.output)
-        with Display(shown=world is None or world.rank == 0).activity("reading the text"):
+        with Display(shown=speaks).activity("reading the text"):
             data = _load_text(plan)
+        if run.resume is not None:
+            check_same_text(run.resume, data.fingerprint, data.source)
         if world is not None:
-            end_on_signals(say=world.rank == 0)
+            end_on_signals(say=speaks)
             return run_rank(plan, data, run, world)
         shutil.rmtree(partial_folder(run.output), ignore_errors=True)
         try:
@@ -111,14 +117,18 @@ def _check_plan(plan: Plan, run: Run, where: str) -> None:
 
 
 def _with_start(plan: Plan, run: Run, resume: bool) -> Run:
-    """The run with the checkpoint it begins from. UserError for one of another job, and where one would be lost."""
-    from pipermoe.runtime.checkpoint.store import check_resumable, checkpoints, find_newest
+    """The run with the checkpoint it begins from. UserError for one of another job, and where one would be lost.
 
-    if resume:
-        newest = find_newest(run.output)
-        check_resumable(newest, plan)
-        return replace(run, resume=newest)
-    if checkpoints(run.output):
+    `resume` without a checkpoint begins anew: a job that is started again and again, as by a batch system, may be
+    stopped before its first.
+    """
+    from pipermoe.runtime.checkpoint.store import check_resumable, checkpoints
+
+    found = checkpoints(run.output)
+    if resume and found:
+        check_resumable(found[-1], plan)
+        return replace(run, resume=found[-1])
+    if found:
         raise UserError(f"{run.output}: holds checkpoints of another run; add --resume or choose another --output")
     return run
 

@@ -66,7 +66,7 @@ class Trainer:
         self.display = Display(shown=dist.get_rank() == 0)
         with self._phase("building the model"):
             schedule = schedule_of(strategy, job.global_batch_size)
-            check_same_job(plan.model, job, strategy, schedule, run.device)
+            check_same_job(plan.model, job, strategy, schedule, data.fingerprint, run.device)
             self.groups = ProcessGroups.create(strategy, run.timeout)
             self.engine = Engine(
                 plan.model, job, strategy, with_communication(schedule), self.groups, device=run.device
@@ -77,7 +77,7 @@ class Trainer:
                 first_expert = self.groups.coordinates.ep * self.engine.local_experts
                 load_weights(run.weights, plan.model, self.engine.named_state(), first_expert)
         self.optimizer = Optimizer(self.engine.flats, job.optimizer)  # copies the weights if they are not fp32
-        self.checkpoints = CheckpointWriter(run.output, plan, self.groups)
+        self.checkpoints = CheckpointWriter(run.output, plan, data.fingerprint, self.groups)
         self.steps = run.steps or job.steps
         self.first = self._resume()
         self.skipped = 0  # steps in a row

@@ -32,12 +32,16 @@ _FOLDER = re.compile(r"step-(\d{6,})")
 
 
 class CheckpointRecord(Frozen):
-    """What a checkpoint holds; `files` maps the name of every other file in the folder to its size in bytes."""
+    """What a checkpoint holds; `files` maps the name of every other file in the folder to its size in bytes.
+
+    `text` is the fingerprint of what the run reads (data/batches.py).
+    """
 
     step: int = Field(ge=1)
     model: ModelSpec
     train: TrainConfig
     strategy: Strategy
+    text: str
     files: dict[str, int]
     software: dict[str, str] = {}
 
@@ -46,13 +50,6 @@ def checkpoints(output: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first."""
     folders = [path for path in (output / "checkpoints").glob("step-*") if _FOLDER.fullmatch(path.name)]
     return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")))
-
-
-def find_newest(output: Path) -> Path:
-    found = checkpoints(output)
-    if not found:
-        raise UserError(f"{output / 'checkpoints'}: holds no checkpoint to resume from; train without --resume")
-    return found[-1]
 
 
 def check_resumable(folder: Path, plan: Plan) -> CheckpointRecord:
@@ -69,6 +66,15 @@ def check_resumable(folder: Path, plan: Plan) -> CheckpointRecord:
     for key in ("seq_len", "global_batch_size", "seed", "data", "precision"):  # else the steps would see other data
         _must_agree(folder, f"train.{key}", getattr(record.train, key), getattr(plan.train, key))
     return record
+
+
+def check_same_text(folder: Path, text: str, source: str) -> None:
+    """Raise `UserError` unless the saved run has read the text of this fingerprint, which comes from `source`."""
+    if load(folder / RECORD, CheckpointRecord).text != text:
+        raise UserError(
+            f"{folder / RECORD}: the run has read another text than {source} holds now: the steps would see other "
+            "data; resume with the text as it was, or train into another --output"
+        )
 
 
 def load_checkpoint(folder: Path, plan: Plan, optimizer: Optimizer, biases: Iterable[tuple[str, Tensor]]) -> int:

@@ -40,8 +40,8 @@ class CheckpointWriter:
     What goes wrong in the background is raised as `MachineError` by the next call, on every rank.
     """
 
-    def __init__(self, output: Path, plan: Plan, groups: ProcessGroups) -> None:
-        self._output, self._plan, self._groups = output, plan, groups
+    def __init__(self, output: Path, plan: Plan, text: str, groups: ProcessGroups) -> None:
+        self._output, self._plan, self._text, self._groups = output, plan, text, groups
         if groups.rank == 0:  # what a killed run has left
             shutil.rmtree(partial_folder(output), ignore_errors=True)
         # Gloo also where training uses another backend: only small messages between hosts.
@@ -100,6 +100,7 @@ class CheckpointWriter:
             model=plan.model,
             train=plan.train,
             strategy=plan.strategy,
+            text=self._text,
             files={path.name: path.stat().st_size for path in sorted(partial.iterdir())},
             software={"torch": torch.__version__},
         )
