@@ -6,6 +6,7 @@ import pytest
 from pipermoe.layout.expert_layout import ExpertLayout
 from pipermoe.layout.load import cross_node_share, nodes_per_token
 from pipermoe.layout.policy import Nodes
+from pipermoe.layout.workloads import imbalance_workloads
 
 NODES = Nodes(4, 2)
 
@@ -24,3 +25,16 @@ def test_a_token_visits_each_node_once():
     assert nodes_per_token(layout, routes[:2], NODES).tolist() == [1.0]
     assert nodes_per_token(layout, routes[2:3], NODES).tolist() == [2.0]
     assert nodes_per_token(layout, routes[3:], NODES).tolist() == [1.0]
+
+
+def test_the_workloads_are_what_their_names_say():
+    found = imbalance_workloads(layers=2, experts=16, ranks=8, steps=10, rows=16_000)
+    by_rank = {name.split()[0]: load.reshape(10, 2, 8, 2).sum(3) for name, load in found.items()}
+    assert list(by_rank) == [f"W{n}" for n in range(8)]
+    assert all(abs(load.sum(2) - 16_000).max() <= 16 for load in found.values())
+    assert (by_rank["W0"] == 2000).all()
+    assert (by_rank["W1"].argmax(2) == 2).all()
+    assert (by_rank["W2"][..., 1] > 3 * by_rank["W2"][..., 0]).all()
+    assert (by_rank["W5"][..., 1] == 0).all()
+    assert by_rank["W6"][[0, 4, 5, 9]].argmax(2)[:, 0].tolist() == [1, 1, 5, 5]
+    assert (by_rank["W7"].max(2)[:, 0] > 2000).tolist() == [step == 7 for step in range(10)]
