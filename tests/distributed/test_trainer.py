@@ -170,3 +170,44 @@ def test_a_peak_above_the_budget_is_a_warning_that_names_the_rank(tmp_path, text
     plan = tiny_plan(Strategy(), data=text).model_copy(update={"memory_budget_bytes": 100_000})
     launch(plan, Run(tmp_path / "run", steps=2))
     assert "warning: rank 0 holds" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "mechanism",
+    ["decoupled", pytest.param("bound", marks=pytest.mark.slow), pytest.param("sparse", marks=pytest.mark.slow)],
+)
+def test_a_run_whose_experts_move_learns_what_one_learns_whose_experts_stay(tmp_path, text, mechanism):
+    parallel = Strategy(data_parallel=2, expert_parallel=2)
+    balance = {"policy": "balanced", "mechanism": mechanism, "spare_slots": 1, "every_steps": 1, "threshold": 1.0}
+    still = launch(tiny_plan(parallel, data=text, **FASTER), Run(tmp_path / "still", quiet=True))
+    moving = launch(tiny_plan(parallel, data=text, balance=balance, **FASTER), Run(tmp_path / "moving", quiet=True))
+    assert still is not None
+    assert moving is not None
+    assert moving.losses == pytest.approx(still.losses, rel=1e-5)
+    lines = [json.loads(line) for line in (tmp_path / "moving" / "steps.jsonl").read_text().splitlines()]
+    layouts = [line["expert_layout"] for line in lines]
+    assert all(len(layout["rank_load"]) == 2 and layout["abandoned"] == 0 for layout in layouts)
+    if mechanism == "decoupled":  # which moves for nothing, so that any gain pays
+        assert layouts[-1]["version"] > 0
+        assert sum(layout["moved"] for layout in layouts) > 0
+    assert json.loads((tmp_path / "still" / "steps.jsonl").read_text().splitlines()[0])["expert_layout"] is None
+
+
+def test_what_does_not_move_is_refused_with_its_key(tmp_path, text):
+    parallel = Strategy(data_parallel=2, expert_parallel=2)
+    moving = {"policy": "balanced", "mechanism": "bound"}
+    refusals = {
+        r"balance\.policy = 'swap': must be one of static, ": (parallel, {"policy": "swap"}),
+        r"balance\.policy = 'balanced': experts have nowhere to move": (Strategy(), moving),
+        r"strategy\.dispatcher = 'deduplicated': experts that move need": (
+            parallel.model_copy(update={"dispatcher": "deduplicated"}),
+            moving,
+        ),
+        r"strategy\.zero_expert = 1: .* \"bound\" have at most 0": (
+            Strategy(data_parallel=4, expert_parallel=2, expert_data_parallel=2, zero_expert=1),
+            moving,
+        ),
+    }
+    for message, (strategy, balance) in refusals.items():
+        with pytest.raises(UserError, match=message):
+            launch(tiny_plan(strategy, data=text, balance=balance), Run(tmp_path / "run"))

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipermoe.cli.options import Output, Switch, step_numbers
+from pipermoe.specs.train import Mechanism
+
+if TYPE_CHECKING:
+    from pipermoe.specs.plan import Plan
 
 LONGEST_TIMEOUT = 86400.0  # seconds
 
@@ -16,6 +21,9 @@ def train(
     steps: int | None = None,
     resume: Switch = False,
     weights: Path | None = None,
+    balance: str | None = None,
+    mechanism: Mechanism | None = None,
+    spare_slots: int | None = None,
     nproc: int | None = None,
     timeout: float = 180.0,
     trace_steps: str | None = None,
@@ -39,6 +47,13 @@ def train(
     weights
         Start from the published weights in this folder (config.json and safetensors files of a Hugging Face model), and
         write the trained ones the same way, into the output folder.
+    balance
+        Move experts to where the load is by this policy (see `pipermoe balance --help`), instead of what the plan says.
+    mechanism
+        How they move: bound (with their optimizer state), decoupled (that stays spread over all ranks) or sparse
+        (copies live while a layer computes).
+    spare_slots
+        Slots of every rank for copies, beyond its even share of the experts.
     nproc
         Ranks to start on this machine; default and only choice: the plan's. Not with torchrun or srun.
     timeout
@@ -69,6 +84,21 @@ def train(
         trace_steps=step_numbers(trace_steps),
         tensorboard=tensorboard,
     )
-    measurement = launch(load(plan, Plan), run, resume=resume, nproc=nproc, where=str(plan))
+    chosen = _balanced(load(plan, Plan), policy=balance, mechanism=mechanism, spare_slots=spare_slots)
+    measurement = launch(chosen, run, resume=resume, nproc=nproc, where=str(plan))
     if measurement is not None and json:
         print(to_json(measurement))
+
+
+def _balanced(plan: Plan, **options: str | int | None) -> Plan:
+    """The plan with these options of the command line instead of what it says of its balance."""
+    from pipermoe.layout.policies import POLICIES
+    from pipermoe.specs.documents import validate
+    from pipermoe.specs.errors import UserError
+    from pipermoe.specs.train import Balance
+
+    given = {key: value for key, value in options.items() if value is not None}
+    if given.get("policy", "static") not in POLICIES:
+        raise UserError(f"--balance = {given['policy']!r}: must be one of {', '.join(POLICIES)}")
+    balance = validate({**plan.train.balance.model_dump(), **given}, Balance, where="command line")
+    return plan.model_copy(update={"train": plan.train.model_copy(update={"balance": balance})})

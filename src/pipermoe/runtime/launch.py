@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from pipermoe.processes.output_folder import lock_folder
 from pipermoe.processes.world import World, existing_world
-from pipermoe.specs.errors import UserError
+from pipermoe.specs.errors import UserError, describe_value
 from pipermoe.specs.plan import Measurement, Plan
 
 if TYPE_CHECKING:
@@ -113,6 +113,9 @@ def _check_plan(plan: Plan, run: Run, where: str) -> None:
     if run.tensorboard is not None:
         require_tensorboard()
     if run.weights is not None:
+        if plan.train.balance.policy != "static":
+            rule = "published weights are read in the order of experts; use static"
+            raise UserError(describe_value(where, "train.balance.policy", plan.train.balance.policy, rule))
         check_weights(run.weights, plan.model)
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from pipermoe.runtime.layout.balance_line import BalanceLine
 from pipermoe.runtime.tensorboard import Board, open_board
 from pipermoe.specs.documents import write_atomically
 from pipermoe.specs.errors import UserError
@@ -29,7 +30,7 @@ _COLOURS = {"step": 31, "loss": 32, "validation": 32, "grad_norm": 33, "memory":
 class StepLine:
     """One step of the whole job. Steps count from 1, as people do. docs/training.md says what each field is.
 
-    None: not known, or not evaluated after this step. `seconds_by_term` are those of rank 0.
+    None: not known, not evaluated after this step, or experts do not move. `seconds_by_term` are those of rank 0.
     """
 
     step: int
@@ -52,6 +53,7 @@ class StepLine:
     expert_load: tuple[float, ...]
     dead_experts: tuple[int, ...]
     seconds_by_term: dict[Term, float]
+    expert_layout: BalanceLine | None = None
 
 
 def format_line(line: StepLine, budget_bytes: int, *, coloured: bool = False) -> str:

@@ -9,8 +9,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipermoe.runtime.groups import ProcessGroups
@@ -43,9 +45,11 @@ class StepCensus:
     """Over all ranks: for each layer that routes the load of the busiest expert over the mean, and how many experts had
     no token at all.
 
-    `resident_bytes` is the largest memory of a rank's process, or on a GPU of its allocator's peak.
+    `load_LE` are the tokens of every expert; `resident_bytes` is the largest memory of a rank's process, or on a GPU of
+    its allocator's peak.
     """
 
+    load_LE: NDArray[np.int64]
     expert_load: tuple[float, ...]
     dead_experts: tuple[int, ...]
     resident_bytes: int
@@ -60,6 +64,7 @@ def take_census(engine: Engine, groups: ProcessGroups) -> StepCensus:
     dist.all_reduce(totals, group=groups.world)
     counts_LE = totals[: counts_LE.numel()].view_as(counts_LE)
     return StepCensus(
+        load_LE=counts_LE.cpu().numpy().astype(np.int64),
         expert_load=tuple((counts_LE.amax(1) / counts_LE.mean(1)).tolist()),
         dead_experts=tuple((counts_LE == 0).sum(1).tolist()),
         resident_bytes=int(totals[-groups.world.size() :].max()),

@@ -18,13 +18,18 @@ AFTER_PIPELINE = (REDUCE, AGREE, UPDATE, GATHER, CLEAR)
 
 
 def training_step(
-    engine: Engine, optimizer: Optimizer, batch: Tensor, agree: Callable[[Tensor], float | None], learning_rate: float
+    engine: Engine,
+    optimizer: Optimizer,
+    batch: Tensor,
+    agree: Callable[[Tensor], float | None],
+    learning_rate: float,
+    move_experts: Callable[[], None] | None = None,
 ) -> None:
     """Forward and backward of every micro-batch, reduce, agree, update, gather. Collective: every rank calls it.
 
     `agree` takes sums over all ranks (squared gradient norm, then the fields of `StepResult`; float64) and returns the
     gradient norm to clip by, or None to leave weights and optimizer as they are. It is where a rank reads its tensors;
-    what it raises ends the step before the weights change.
+    what it raises ends the step before the weights change. `move_experts` may then give experts other ranks.
     """
     meter = engine.meter
     result = engine.step(batch)
@@ -42,6 +47,8 @@ def training_step(
             optimizer.update(norm, learning_rate)
         with meter.term("gradient_sync"):
             meter.action = GATHER
+            if move_experts is not None:
+                move_experts()
             optimizer.gather_weights()
             engine.move_correction_biases()
     with meter.term("optimizer"):

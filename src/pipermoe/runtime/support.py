@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from pipermoe.layout.policies import POLICIES
+from pipermoe.runtime.layout.lay_out import unlayable
 from pipermoe.schedule.builders import illegal
 from pipermoe.specs.errors import UserError, describe_value
 from pipermoe.specs.legality import violations
@@ -21,6 +25,7 @@ def check_supported(model: ModelSpec, train: TrainConfig, strategy: Strategy) ->
     if stretch:  # a dry run may have it: it changes no count
         rule = "this runtime does not turn positions like that; leave it out, or use yarn"
         reasons.append(describe_value("", "attention.rope_stretch", stretch, rule))
+    reasons += _unmovable(train, strategy)
     _refuse(reasons)
 
 
@@ -34,6 +39,19 @@ def check_device(model: ModelSpec, device_type: str) -> None:
     if device_type != "cpu" and isinstance(model.attention, GroupedQueryAttention) and model.attention.sinks:
         rule = f"attention with sinks runs on the kernel of the CPU, not on {device_type}; hide the GPUs to train it"
         _refuse([describe_value("", "attention.sinks", True, rule)])
+
+
+def _unmovable(train: TrainConfig, strategy: Strategy) -> Iterator[str]:
+    """What stands in the way of experts that move."""
+    policy = train.balance.policy
+    if policy not in POLICIES:
+        yield describe_value("", "balance.policy", policy, f"must be one of {', '.join(POLICIES)}")
+    elif policy != "static":
+        if strategy.expert_parallel == 1:
+            rule = "experts have nowhere to move with expert_parallel = 1; use static"
+            yield describe_value("", "balance.policy", policy, rule)
+        if problem := unlayable(strategy, train.balance.mechanism):
+            yield problem
 
 
 def _refuse(reasons: list[str]) -> None:

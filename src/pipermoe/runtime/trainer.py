@@ -23,6 +23,8 @@ from pipermoe.runtime.checkpoint.store import load_checkpoint
 from pipermoe.runtime.checkpoint.writer import CheckpointWriter
 from pipermoe.runtime.counting import counted
 from pipermoe.runtime.groups import ProcessGroups
+from pipermoe.runtime.layout.balancer import Balancer
+from pipermoe.runtime.layout.lay_out import first_layout
 from pipermoe.runtime.log import CONVENTION, StepLine, StepLog
 from pipermoe.runtime.measurement import StepSeconds, counted_step, measured_steps, step_report
 from pipermoe.runtime.metrics import StepResult, take_census
@@ -69,7 +71,13 @@ class Trainer:
             check_same_job(plan.model, job, strategy, schedule, data.fingerprint, run.device)
             self.groups = ProcessGroups.create(strategy, run.timeout)
             self.engine = Engine(
-                plan.model, job, strategy, with_communication(schedule), self.groups, device=run.device
+                plan.model,
+                job,
+                strategy,
+                with_communication(schedule),
+                self.groups,
+                device=run.device,
+                laid_out=first_layout(plan, self.groups),
             )
         self.meter = self.engine.meter
         if run.weights is not None and run.resume is None:
@@ -78,6 +86,7 @@ class Trainer:
                 load_weights(run.weights, plan.model, self.engine.named_state(), first_expert)
         self.optimizer = Optimizer(self.engine.flats, job.optimizer)  # copies the weights if they are not fp32
         self.checkpoints = CheckpointWriter(run.output, plan, data.fingerprint, self.groups)
+        self.balancer = Balancer(job.balance, self.engine, self.optimizer) if self.engine.placement else None
         self.steps = run.steps or job.steps
         self.first = self._resume()
         self.skipped = 0  # steps in a row
@@ -160,7 +169,8 @@ class Trainer:
         rate = learning_rate(step, self.plan.train.optimizer, self.plan.train.steps)
         batch = self._share(self.data.train, self.data.training_numbers(step))
         try:
-            training_step(self.engine, self.optimizer, batch, agree, rate)
+            move = self.balancer.move if self.balancer else None
+            training_step(self.engine, self.optimizer, batch, agree, rate, move)
         except MachineError as error:
             raise MachineError(f"step {step + 1}: {error}") from error
         except UserError:
@@ -242,6 +252,9 @@ class Trainer:
 
     def _log_step(self, step: int, result: StepResult, validation: float | None) -> None:
         census = take_census(self.engine, self.groups)
+        terms = result.timing.terms
+        computing = terms["forward"] + terms["backward"]
+        layout = self.balancer.observe(step + 1, census.load_LE, computing) if self.balancer else None
         if self.log is None:
             return
         seconds = result.timing.seconds
@@ -267,7 +280,8 @@ class Trainer:
                 resident_bytes=census.resident_bytes,
                 expert_load=census.expert_load,
                 dead_experts=census.dead_experts,
-                seconds_by_term=result.timing.terms,
+                seconds_by_term=terms,
+                expert_layout=layout,
             )
         )
 

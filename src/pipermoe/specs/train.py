@@ -44,6 +44,22 @@ class Data(Frozen):
     validation_fraction: float = Field(default=0.05, gt=0, lt=1)
 
 
+class Balance(Frozen):
+    """How experts move to where the load is. `policy` is one of `pipermoe.layout.policies`; "static": they do not move.
+
+    Every rank has `spare_slots` slots beyond its even share of the experts. A better layout is looked for every
+    `every_steps` steps, where a rank of some layer had more than `threshold` times the mean load, for at most
+    `timeout_seconds`. What is found is taken if it earns its moves back before the load has drifted away.
+    """
+
+    policy: str = "static"
+    mechanism: Mechanism = "decoupled"
+    spare_slots: NonNegativeInt = 0
+    every_steps: PositiveInt = 10
+    threshold: float = Field(default=1.1, ge=1)
+    timeout_seconds: PositiveFloat = 60.0
+
+
 class TrainConfig(Frozen):
     """One training job: `global_batch_size` sequences of `seq_len` tokens a step.
 
@@ -70,6 +86,7 @@ class TrainConfig(Frozen):
     mtp_loss_weight: NonNegativeFloat = 0.3
     balance_rate: NonNegativeFloat = 0.001
     seed: NonNegativeInt = 0
+    balance: Balance = Balance()
     optimizer: Optimizer = Optimizer()
     data: Data = Data()
     validation_batches: PositiveInt = 4

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import socket
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor, nn
 
+from pipermoe.exchange.executor.gather_json import all_gather_json
 from pipermoe.layout.expert_layout import ExpertLayout
 from pipermoe.layout.policy import Nodes
 from pipermoe.runtime.groups import ProcessGroups
@@ -22,6 +24,7 @@ from pipermoe.runtime.optimizer.sharding import Unit
 from pipermoe.runtime.weights import layer_of, unit_of
 from pipermoe.specs.errors import UserError, describe_value
 from pipermoe.specs.mesh import coordinates, group_of
+from pipermoe.specs.plan import Plan
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.train import Mechanism
 
@@ -50,16 +53,37 @@ class LaidOut:
         return Placement(self.layout, self.nodes, rank, homes)
 
 
+def first_layout(plan: Plan, groups: ProcessGroups) -> LaidOut | None:
+    """The layout that a run of `plan` begins with: experts in order, and slots to spare. Collective over the world."""
+    balance = plan.train.balance
+    if balance.policy == "static":
+        return None
+    experts, ranks = plan.model.moe.num_experts, groups.ep.size()
+    slots = experts // ranks + balance.spare_slots
+    hosts = all_gather_json(socket.gethostname(), groups.ep)
+    on_each = set(Counter(hosts).values())
+    nodes = Nodes(ranks, on_each.pop() if len(on_each) == 1 else ranks)
+    layout = ExpertLayout.static(len(plan.model.moe_layers), ranks, experts, slots)
+    return LaidOut(layout, balance.mechanism, nodes)
+
+
 def check_layable(strategy: Strategy, mechanism: Mechanism) -> None:
-    """Raise `UserError` for what expert layouts do not go with."""
+    """Raise `UserError` for what experts do not move with."""
+    if problem := unlayable(strategy, mechanism):
+        raise UserError(problem)
+
+
+def unlayable(strategy: Strategy, mechanism: Mechanism) -> str:
+    """What experts do not move with, or nothing."""
     if strategy.dispatcher != "all_to_all":
-        rule = 'rows travel to slots with dispatcher = "all_to_all" only; use it, or balance = "static"'
-        raise UserError(describe_value("", "strategy.dispatcher", strategy.dispatcher, rule))
+        rule = 'experts that move need dispatcher = "all_to_all"'
+        return describe_value("", "strategy.dispatcher", strategy.dispatcher, rule)
     sharded = strategy.zero_expert if strategy.expert_data_parallel > 1 else 0
     most = {"bound": 0, "decoupled": 1, "sparse": 1}[mechanism]
     if sharded > most:
-        rule = f"experts that move by the {mechanism} mechanism have at most zero_expert = {most}; lower it"
-        raise UserError(describe_value("", "strategy.zero_expert", sharded, rule))
+        rule = f'experts that move by balance.mechanism = "{mechanism}" have at most {most}'
+        return describe_value("", "strategy.zero_expert", sharded, rule)
+    return ""
 
 
 @dataclass(frozen=True, slots=True)

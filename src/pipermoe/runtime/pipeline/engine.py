@@ -80,12 +80,13 @@ class Engine:
         here = groups.coordinates
         self.training = Program.of(schedule, here.pp)
         self.validation = Program.of(_forward_only(schedule), here.pp)
+        self.transport = transport or _transport(strategy, groups.ep, self.meter, dry=planned_counts is not None)
         group = ExpertGroup(
             groups.ep.rank(),
             groups.ep.size(),
             model.moe.num_experts,
             model.moe.top_k,
-            transport or _transport(strategy, groups.ep, self.meter, dry=planned_counts is not None),
+            self.transport,
             self.meter,
             train.capacity_factor,
             planned_counts,

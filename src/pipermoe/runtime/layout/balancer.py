@@ -1,0 +1,125 @@
+"""The balancer of a run: watches how experts are loaded, looks for a better layout, and moves to it where that pays.
+
+Rank 0 plans and judges, in a thread and from numbers summed over all ranks; what it decides all ranks are told between
+an update and the weights' way back, so none can mean another layout than the others.
+"""
+
+# L MoE layers, N ranks of an expert-parallel group, S slots of a rank, E logical experts, W steps that are remembered
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from pipermoe.layout.expert_layout import ExpertLayout
+from pipermoe.layout.load import imbalance, rank_load
+from pipermoe.layout.policies import POLICIES
+from pipermoe.layout.trigger import Trigger, gain_rows, gain_that_stays, horizon_steps, pays
+from pipermoe.runtime.layout.balance_line import BalanceLine
+from pipermoe.runtime.layout.moving_costs import MovingCosts
+from pipermoe.runtime.layout.planning import Planning
+from pipermoe.runtime.optimizer.adamw import Optimizer
+from pipermoe.runtime.pipeline.engine import Engine
+from pipermoe.specs.train import Balance
+
+REMEMBERED = 5  # steps whose mean load is the forecast (Hecate's window)
+
+
+class Balancer:
+    """Of one rank; every rank makes one and calls the same."""
+
+    def __init__(self, config: Balance, engine: Engine, optimizer: Optimizer) -> None:
+        assert engine.placement is not None
+        self._config, self._engine, self._optimizer = config, engine, optimizer
+        self._placement = engine.placement
+        self._policy, self._trigger = POLICIES[config.policy], Trigger(config.every_steps, config.threshold)
+        self._loads_W: deque[NDArray[np.int64]] = deque(maxlen=REMEMBERED)
+        self._planning: Planning | None = None
+        self._forecast_LE: NDArray[np.int64] | None = None
+        self._seconds_per_row = 0.0
+        self._costs = MovingCosts(config.mechanism, engine)
+        self._moved, self._move_seconds = 0, 0.0
+        self._planning_seconds: float | None = None
+        self._kept = self._abandoned = 0
+
+    def observe(self, step: int, load_LE: NDArray[np.int64], compute_seconds: float) -> BalanceLine:
+        """Take in the load of all ranks in `step`, which counts from 1, and look for a layout if it is time to."""
+        self._loads_W.append(load_LE)
+        layout = self._placement.layout
+        self._seconds_per_row = self._costs.seconds_per_row(compute_seconds, int(load_LE.sum()))
+        if self._engine.groups.rank == 0 and self._planning is None and self._trigger.fires(step, layout, load_LE):
+            forecast_LE = self._forecast_LE = np.rint(np.mean(self._loads_W, axis=0)).astype(np.int64)
+            nodes, policy = self._placement.nodes, self._policy
+            self._planning = Planning(lambda: policy.plan(layout, forecast_LE, nodes), self._config.timeout_seconds)
+        line = BalanceLine(
+            version=layout.version,
+            rank_load=tuple(imbalance(rank_load(layout, load_LE)).tolist()),
+            moved=self._moved,
+            move_seconds=self._move_seconds,
+            planning_seconds=self._planning_seconds,
+            kept=self._kept,
+            abandoned=self._abandoned,
+        )
+        self._moved, self._move_seconds = 0, 0.0
+        return line
+
+    def move(self) -> None:
+        """Move to the layout that was found and pays, if there is one. Collective over the world.
+
+        To be called after an update, before weights are gathered.
+        """
+        start = time.perf_counter()
+        layout = self._told(self._decide() if self._engine.groups.rank == 0 else None)
+        if layout is None:
+            return
+        had_LNE = self._placement.layout.copies_LNE
+        self._optimizer.adopt(self._placement.adopt(layout))
+        self._moved = int(((self._placement.layout.copies_LNE > 0) & (had_LNE == 0)).sum())
+        self._move_seconds = time.perf_counter() - start
+
+    def _decide(self) -> ExpertLayout | None:
+        """The layout to move to, on rank 0."""
+        planning, before = self._planning, self._placement.layout
+        if planning is None:
+            return None
+        if planning.late:
+            self._planning, self._abandoned = None, self._abandoned + 1
+            return None
+        after = planning.result()
+        if after is None:
+            return None
+        self._planning, self._planning_seconds = None, planning.seconds
+        if self._pays(before, after):
+            return after
+        self._kept += 1
+        return None
+
+    def _pays(self, before: ExpertLayout, after: ExpertLayout) -> bool:
+        if after is before or after.same_as(before):
+            return False
+        assert self._forecast_LE is not None
+        history = list(self._loads_W)
+        gain = gain_rows(before, after, self._forecast_LE) * self._seconds_per_row
+        lasting = self._costs.seconds_per_step(after) - self._costs.seconds_per_step(before)
+        return pays(
+            gain_seconds_per_step=gain - lasting,
+            horizon_steps=horizon_steps(history, 1),
+            stays=gain_that_stays(before, after, [*history, self._forecast_LE]),
+            move_seconds=self._costs.move_seconds(before, after),
+        )
+
+    def _told(self, decided: ExpertLayout | None) -> ExpertLayout | None:
+        """What rank 0 has decided, on every rank."""
+        engine, layout = self._engine, self._placement.layout
+        version = torch.tensor([decided.version if decided else 0], device=engine.device)
+        dist.broadcast(version, 0, group=engine.groups.world)
+        if not version.item():
+            return None
+        slots = torch.from_numpy((decided or layout).slots_LNS.copy()).to(engine.device)
+        dist.broadcast(slots, 0, group=engine.groups.world)
+        return ExpertLayout(slots.cpu().numpy(), layout.num_experts, int(version))
