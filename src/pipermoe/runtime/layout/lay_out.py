@@ -63,7 +63,7 @@ def first_layout(plan: Plan, groups: ProcessGroups) -> LaidOut | None:
     hosts = all_gather_json(socket.gethostname(), groups.ep)
     on_each = set(Counter(hosts).values())
     nodes = Nodes(ranks, on_each.pop() if len(on_each) == 1 else ranks)
-    layout = ExpertLayout.static(len(plan.model.moe_layers), ranks, experts, slots)
+    layout = ExpertLayout.static(len(plan.model.routers), ranks, experts, slots)
     return LaidOut(layout, balance.mechanism, nodes)
 
 
@@ -88,11 +88,11 @@ def unlayable(strategy: Strategy, mechanism: Mechanism) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Maker:
-    """Makes flat parameters of the experts of each layer; `moe_layers` are the layers of the model that have any."""
+    """Makes flat parameters of the experts of each layer; `routers` are the layers of the model that have any."""
 
     mechanism: Mechanism
     placement: Placement
-    moe_layers: tuple[int, ...]
+    routers: tuple[int, ...]
     groups: ProcessGroups
     strategy: Strategy
     carrier: Carrier
@@ -105,7 +105,7 @@ class Maker:
         units: dict[str, list[tuple[str, nn.Parameter]]] = defaultdict(list)
         for name, parameter in named_parameters:
             units[unit_of(name)].append((name, parameter))
-        made = [self._layer(self.moe_layers.index(layer_of(unit)), named, draw) for unit, named in units.items()]
+        made = [self._layer(self.routers.index(layer_of(unit)), named, draw) for unit, named in units.items()]
         return [flat for flat, _ in made], [visitor for _, visitor in made if visitor is not None]
 
     def _layer(self, layer: int, named: Named, draw: Draw) -> tuple[FlatParameters, Unit | None]:
