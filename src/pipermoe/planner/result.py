@@ -105,6 +105,18 @@ class SearchCounts(Frozen):
     simulated: int
 
 
+class Campaign(Frozen):
+    """So many tokens from first to last: seconds with failures and checkpoints, and what they cost."""
+
+    tokens: float
+    seconds: float
+    goodput: float
+    failures: float
+    checkpoint_interval_seconds: float
+    device_hours: float
+    cost: float | None = None
+
+
 class PlanningResult(Frozen):
     """The answer to `pipermoe plan` and `pipermoe predict` (nothing searched: no `counts`), ready for text or JSON."""
 
@@ -123,6 +135,8 @@ class PlanningResult(Frozen):
     ranked: tuple[Candidate, ...]
     error_band: ErrorBand
     explanation: Explanation
+    campaign: Campaign | None = None
+    pareto: tuple[Candidate, ...] = ()
     plan: Plan
 
     @property

@@ -1,0 +1,129 @@
+"""The best strategy of many jobs: over ranks, batches, sequences, experts, or machines."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+from pipermoe.planner.candidate import candidate
+from pipermoe.planner.find import searched
+from pipermoe.planner.result import Candidate
+from pipermoe.resources.step import predict
+from pipermoe.specs.base import Frozen
+from pipermoe.specs.errors import UserError
+from pipermoe.specs.model import ModelSpec
+from pipermoe.specs.platform import Platform
+from pipermoe.specs.train import TrainConfig
+
+Value = int | str
+
+
+class Case(Frozen):
+    """One job of a sweep: its place on the axes, and the best strategy or why there is none."""
+
+    values: dict[str, Value]
+    world_size: int
+    best: Candidate | None = None
+    reason: str = ""
+
+    @property
+    def tokens_per_second_per_rank(self) -> float:
+        return self.best.tokens_per_second / self.world_size if self.best else 0.0
+
+
+class Sweep(Frozen):
+    """All cases; `axes` are those with more than one value, in the order of the table."""
+
+    model: str
+    title: str
+    axes: tuple[str, ...]
+    cases: tuple[Case, ...]
+
+
+def sweep(
+    model: ModelSpec,
+    platform: Platform,
+    train: TrainConfig,
+    axes: Mapping[str, Sequence[int]],
+    *,
+    memory_budget_bytes: int | None = None,
+    imbalance: float = 1.0,
+) -> Sweep:
+    """Plan every combination of `axes`: "gpus" and, where given, "global_batch", "seq_len", "experts"."""
+    cases = []
+    for values in itertools.product(*axes.values()):
+        point = dict(zip(axes, values, strict=True))
+        size = point["gpus"]
+        cases.append(
+            _case(
+                {**point},
+                _with_experts(model, point.get("experts")),
+                platform,
+                _with_job(train, point),
+                size,
+                memory_budget_bytes,
+                imbalance,
+            )
+        )
+    varying = tuple(axis for axis, values in axes.items() if len(values) > 1) or ("gpus",)
+    return Sweep(model=model.name, title=f"{model.name} on {platform.name}", axes=varying, cases=tuple(cases))
+
+
+def compare_platforms(
+    model: ModelSpec,
+    platforms: Sequence[Platform],
+    train: TrainConfig,
+    gpus: Sequence[int],
+    *,
+    precision: str | None = None,
+    imbalance: float = 1.0,
+) -> Sweep:
+    """Plan the same job on every machine, each in `precision` or the one that is usual on it."""
+    cases = []
+    for platform, size in itertools.product(platforms, gpus):
+        task = train.model_copy(update={"precision": precision or platform.usual_precision})
+        values: dict[str, Value] = {"platform": platform.name, "gpus": size}
+        cases.append(_case(values, model, platform, task, size, None, imbalance))
+    axes = ("platform", *(["gpus"] if len(gpus) > 1 else []))
+    return Sweep(model=model.name, title=f"{model.name}, {_sizes(gpus)} ranks", axes=axes, cases=tuple(cases))
+
+
+def _sizes(gpus: Sequence[int]) -> str:
+    return ", ".join(f"{size:,}" for size in gpus)
+
+
+def _case(
+    values: dict[str, Value],
+    model: ModelSpec,
+    platform: Platform,
+    train: TrainConfig,
+    world_size: int,
+    memory_budget_bytes: int | None,
+    imbalance: float,
+) -> Case:
+    try:
+        field = searched(model, platform, train, world_size, memory_budget_bytes, imbalance)
+    except UserError as error:
+        return Case(values=values, world_size=world_size, reason=str(error))
+    ranking = field.best()
+    if not ranking.best:
+        return Case(values=values, world_size=world_size, reason="nothing fits")
+    strategy = field.space.strategy(ranking.best[0].place)
+    best = candidate(field.job, strategy, predict(model, platform, train, strategy, imbalance))
+    return Case(values=values, world_size=world_size, best=best)
+
+
+def _with_experts(model: ModelSpec, experts: int | None) -> ModelSpec:
+    """The model with another number of routed experts; choices per token stay."""
+    if experts is None:
+        return model
+    if experts < model.moe.top_k:
+        raise UserError(f"--experts = {experts}: {model.name} chooses {model.moe.top_k} of them for every token")
+    return model.model_copy(update={"moe": model.moe.model_copy(update={"num_experts": experts})})
+
+
+def _with_job(train: TrainConfig, point: Mapping[str, int]) -> TrainConfig:
+    keys = {"global_batch": "global_batch_size", "seq_len": "seq_len"}
+    return train.model_copy(update={key: point[axis] for axis, key in keys.items() if axis in point})
+
+
