@@ -16,8 +16,9 @@ from pipermoe.specs.strategy import Strategy
 
 COMMANDS = (
     *("measure", "describe", "plan", "tokenize", "train", "compare", "schedule", "dryrun", "demo"),
-    *("predict", "export", "import-plan", "megatron-memory", "balance"),
+    *("predict", "sweep", "compare-platforms", "export", "import-plan", "megatron-memory", "balance"),
 )
+PLAN = ["plan", "model.toml", "--platform", "machine.toml", "--job", "job.toml"]
 PREDICT = ["predict", "model.toml", "--platform", "machine.toml", "--job", "job.toml", "--strategy"]
 JOB = "seq_len = 32\nglobal_batch_size = 16\n"
 
@@ -103,6 +104,13 @@ def test_options_win_over_the_job_file(folder):
         (["plan", "model.toml", "--platform", "machine.toml", "--job", "job.toml", "--imbalance", "0.5"], "= 0.5"),
         ([*PREDICT, "pp2 dp2 ep2 mbs3"], "must divide global_batch_size = 16"),
         ([*PREDICT, "pp2 dp2 ep2 zb-v"], "strategy.virtual_stages = 1: zb-v needs exactly 2"),
+        ([*PLAN, "--target", "soon"], "100B tokens in 3 days"),
+        ([*PLAN, "--target", "1B tokens in 1 day", "--gpus", "4"], "leave --gpus and --nodes out"),
+        ([*PLAN, "--price", "2"], "--tokens"),
+        ([*PLAN, "--tokens", "many"], "--tokens = 'many'"),
+        ([*PLAN, "--objective", "device-hours"], "give --tokens"),
+        (["sweep", "model.toml", "--platform", "machine.toml", "--gpus", "1,x", "--job", "job.toml"], "--gpus = '1,x'"),
+        (["compare-platforms", "model.toml", "--platforms", "x", "--gpus", "1", "--job", "job.toml"], "'x'"),
         ([*PREDICT, "none.toml"], "none.toml: no such file"),
         (["dryrun", "--model", "model.toml", "--rank", "0"], "--plan, or --model and --strategy"),
         (["train", "--plan", "job.toml"], "job.toml: "),

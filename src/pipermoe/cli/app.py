@@ -23,6 +23,7 @@ from pipermoe.cli.megatron_memory import megatron_memory
 from pipermoe.cli.plan import plan
 from pipermoe.cli.predict import predict
 from pipermoe.cli.schedule import schedule
+from pipermoe.cli.sweep import compare_platforms, sweep
 from pipermoe.cli.tokenize import tokenize
 from pipermoe.cli.train import train
 from pipermoe.cli.validate import validate
@@ -33,6 +34,8 @@ COMMANDS = (
     describe,
     plan,
     predict,
+    sweep,
+    compare_platforms,
     dryrun,
     tokenize,
     train,

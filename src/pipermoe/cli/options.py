@@ -12,7 +12,7 @@ from pipermoe.specs.documents import load, validate
 from pipermoe.specs.errors import UserError
 from pipermoe.specs.platform import Platform
 from pipermoe.specs.train import TrainConfig
-from pipermoe.specs.units import parse_bytes
+from pipermoe.specs.units import parse_bytes, parse_seconds
 
 Output = Annotated[Path, Parameter(name=["--output", "-o"])]
 Switch = Annotated[bool, Parameter(negative="")]
@@ -31,6 +31,28 @@ def memory_bytes(text: str | None) -> int | None:
     if value <= 0:
         raise UserError(f"--memory = {text!r}: must be positive")
     return value
+
+
+def duration(option: str, text: str) -> float:
+    """The seconds of an option such as `--mtbf 50000h`. Raises `UserError`."""
+    try:
+        seconds = float(parse_seconds(text))  # type: ignore[arg-type]
+    except ValueError as error:
+        raise UserError(f"{option} = {text!r}: {error}") from None
+    if seconds <= 0:
+        raise UserError(f"{option} = {text!r}: must be above 0")
+    return seconds
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """The value of an option that takes several numbers above 0, such as "64,128,256". Raises `UserError`."""
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option} = {text!r}: must be numbers, such as 64,128,256") from None
+    if min(values) < 1:
+        raise UserError(f"{option} = {text!r}: every number must be at least 1")
+    return values
 
 
 def step_numbers(text: str | None) -> frozenset[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,60 +18,61 @@ from pipermoe.specs.errors import NoPlanFits, UserError
 
 _COUNT = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 _PERIOD = {"hour": 3600.0, "day": 86_400.0, "week": 604_800.0}
-_TARGET = re.compile(r"([\d.]+)\s*([kmbt]?)\s*tokens\s+in\s+([\d.]+)\s*(hour|day|week)s?", re.IGNORECASE)
+_TARGET = re.compile(r"(\S+)\s+tokens\s+in\s+(\S+)\s+(hour|day|week)s?", re.IGNORECASE)
 
 
-class Target(Frozen):
-    """So many tokens in so many seconds."""
+class Goal(Frozen):
+    """A whole run of `tokens`; with `seconds` it must be done in that time. `price` is that of a device-hour."""
 
     tokens: float
-    seconds: float
+    seconds: float | None = None
+    price: float | None = None
+    reliability: Reliability = Reliability()
 
 
-def parse_target(text: str) -> Target:
-    """The value of `--target`, such as "100B tokens in 3 days". Raises `UserError`."""
+def parse_target(text: str) -> tuple[float, float]:
+    """Tokens and seconds of a target such as "100B tokens in 3 days". Raises `UserError`."""
     match = _TARGET.fullmatch(text.strip())
-    try:
-        count, prefix, length, period = match.groups() if match else ("", "", "", "")
-        target = Target(tokens=float(count) * _COUNT[prefix.lower()], seconds=float(length) * _PERIOD[period.lower()])
-    except (ValueError, KeyError):
-        raise UserError(f'--target = {text!r}: write it like "100B tokens in 3 days"') from None
-    if not (target.tokens > 0 and target.seconds > 0):
-        raise UserError(f"--target = {text!r}: tokens and time must be above 0")
-    return target
+    if match is None:
+        raise UserError(f'--target = {text!r}: write it like "100B tokens in 3 days"')
+    return parse_tokens(match[1]), _number("--target", match[2]) * _PERIOD[match[3].lower()]
 
 
 def parse_tokens(text: str) -> float:
-    """The value of `--tokens`, such as "15T". Raises `UserError`."""
-    match = re.fullmatch(r"([\d.]+)\s*([kmbt]?)", text.strip(), re.IGNORECASE)
+    """Tokens of "15T" or "300B". Raises `UserError`."""
+    count, prefix = (text, "") if text[-1:].isdigit() else (text[:-1], text[-1:].lower())
+    if prefix not in _COUNT:
+        raise UserError(f"--tokens = {text!r}: must be a number with k, M, B or T, such as 15T or 300B")
+    return _number("--tokens", count) * _COUNT[prefix]
+
+
+def _number(option: str, text: str) -> float:
     try:
-        tokens = float(match[1]) * _COUNT[match[2].lower()] if match else 0.0
+        value = float(text)
     except ValueError:
-        tokens = 0.0
-    if tokens <= 0:
-        raise UserError(f"--tokens = {text!r}: must be a number above 0, such as 15T or 300B")
-    return tokens
+        value = 0.0
+    if not 0 < value < 1e30:
+        raise UserError(f"{option}: {text!r} must be a number above 0")
+    return value
 
 
-def campaign(
-    job: Job, chosen: Candidate, tokens: float, reliability: Reliability, price_per_hour: float | None = None
-) -> Campaign:
-    """`tokens` trained with `chosen`. A checkpoint holds what the optimizer updates and its moments, spread evenly."""
-    state = job.train.recipe.state
+def campaign(job: Job, chosen: Candidate, goal: Goal) -> Campaign:
+    """The goal's tokens trained with `chosen`. A checkpoint holds master weights and moments, spread evenly."""
+    state, reliability = job.train.recipe.state, goal.reliability
     written = total_parameters(job.model) * ((state.master or state.weight) + state.moments) / job.world_size
     saving = written / reliability.checkpoint_bytes_per_s
     mtbf = reliability.mtbf_seconds(job.world_size)
     share = goodput(saving, mtbf, reliability.restart_seconds)
-    seconds = tokens / (chosen.tokens_per_second * share)
+    seconds = goal.tokens / (chosen.tokens_per_second * share)
     hours = seconds * job.world_size / 3600
     return Campaign(
-        tokens=tokens,
+        tokens=goal.tokens,
         seconds=seconds,
         goodput=share,
         failures=seconds / mtbf,
         checkpoint_interval_seconds=checkpoint_interval(saving, mtbf),
         device_hours=hours,
-        cost=None if price_per_hour is None else hours * price_per_hour,
+        cost=None if goal.price is None else hours * goal.price,
     )
 
 
@@ -82,29 +84,30 @@ def sizes(job: Job) -> Iterator[int]:
     yield from (size * host for size in ladder if size * host <= limit)
 
 
-def fewest_ranks(job: Job, target: Target, reliability: Reliability) -> Job:
-    """The smallest of `sizes` on which the best strategy reaches the target, as a job. Raises `NoPlanFits`."""
-    best = 0.0
+def fewest_ranks(job: Job, goal: Goal) -> int:
+    """The smallest of `sizes` on which the best strategy reaches the goal in its time. Raises `NoPlanFits`."""
+    most = goal.seconds or math.inf
+    nearest = math.inf
     for sized, chosen in best_by_size(job):
-        run = campaign(sized, chosen, target.tokens, reliability)
-        if run.seconds <= target.seconds:
-            return sized
-        best = max(best, target.seconds / run.seconds)
+        run = campaign(sized, chosen, goal)
+        if run.seconds <= most:
+            return sized.world_size
+        nearest = min(nearest, run.seconds)
     raise NoPlanFits(
-        f"no number of ranks of {job.platform.name} reaches the target; the nearest trains {best:.0%} of the tokens in "
-        f"the time; allow more time or a larger global batch than {job.train.global_batch_size}"
+        f"no number of ranks of {job.platform.name} trains {goal.tokens:.3g} tokens in {most / 86_400:.3g} days; the "
+        f"nearest takes {nearest / 86_400:.3g}; allow more time, or more sequences than {job.train.global_batch_size}"
     )
 
 
-def fewest_device_hours(job: Job, tokens: float, reliability: Reliability) -> Job:
+def fewest_device_hours(job: Job, goal: Goal) -> int:
     """The size, at most the job's own, whose best strategy takes the fewest device-hours. Raises `NoPlanFits`."""
     found = [
-        (campaign(sized, chosen, tokens, reliability).device_hours, sized)
+        (campaign(sized, chosen, goal).device_hours, sized.world_size)
         for sized, chosen in best_by_size(job, lambda size: size <= job.world_size)
     ]
     if not found:
         raise NoPlanFits(f"no number of ranks up to {job.world_size} holds {job.model.name}; give more with --gpus")
-    return min(found, key=lambda each: each[0])[1]
+    return min(found)[1]
 
 
 def best_by_size(job: Job, wanted: Callable[[int], bool] = lambda size: True) -> Iterator[tuple[Job, Candidate]]:
@@ -115,4 +118,5 @@ def best_by_size(job: Job, wanted: Callable[[int], bool] = lambda size: True) ->
         ranking = field.best() if len(field.space.heads) else None
         if ranking and ranking.best:
             strategy = field.space.strategy(ranking.best[0].place)
-            yield sized, candidate(sized, strategy, predict(job.model, job.platform, job.train, strategy, job.imbalance))
+            prediction = predict(job.model, job.platform, job.train, strategy, job.imbalance)
+            yield sized, candidate(sized, strategy, prediction)

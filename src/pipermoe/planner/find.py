@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 
+from pipermoe.planner.campaign import Goal, campaign
 from pipermoe.planner.candidate import candidate
 from pipermoe.planner.diagnosis import flat
 from pipermoe.planner.error_band import error_band
@@ -12,7 +13,8 @@ from pipermoe.planner.explain import explain
 from pipermoe.planner.inputs import plan_inputs
 from pipermoe.planner.nothing_fits import nothing_fits
 from pipermoe.planner.objectives import OBJECTIVES, Objective
-from pipermoe.planner.result import PlanningResult, SearchCounts
+from pipermoe.planner.pareto import pareto_front
+from pipermoe.planner.result import Candidate, Explanation, PlanningResult, SearchCounts
 from pipermoe.planner.search import Field, Job, Ranking
 from pipermoe.planner.space import require_legal_world
 from pipermoe.planner.what_if import MORE_MEMORY
@@ -36,13 +38,16 @@ def find_plan(
     memory_budget_bytes: int | None = None,
     imbalance: float = 1.0,
     objective: Objective = "step-time",
+    goal: Goal | None = None,
+    pareto: bool = False,
     top: int = 8,
 ) -> PlanningResult:
     """The `top` best strategies of `world_size` ranks, exactly ranked, the first of them as a Plan with its reasons.
 
     `memory_budget_bytes` is what tensors of one rank may take at their peak; by default the platform's memory less what
-    is reserved. `imbalance` is the busiest rank's rows over the mean. Raises UserError when the ranks cannot be
-    arranged, NoPlanFits when nothing fits the budget.
+    is reserved. `imbalance` is the busiest rank's rows over the mean. With a `goal`, the whole run of its tokens; with
+    `pareto`, the front of time against memory. Raises UserError when the ranks cannot be arranged, NoPlanFits when
+    nothing fits the budget.
     """
     started = time.perf_counter()
     if top < 1:
@@ -70,13 +75,9 @@ def find_plan(
         counts=_counts(field, ranking),
         ranked=ranked,
         error_band=error_band(platform, world_size),
-        explanation=explain(
-            job,
-            ranked[0],
-            unlimited=_fastest(field, math.inf),
-            roomier=_fastest(field, job.memory_budget_bytes * MORE_MEMORY)[0],
-            blind=_fastest(Field.of(flat(job)))[0],
-        ),
+        explanation=_explained(field, ranked[0]),
+        campaign=campaign(job, ranked[0], goal) if goal else None,
+        pareto=pareto_front(field) if pareto else (),
         plan=Plan(
             name=f"{model.name} on {world_size} ranks of {platform.name}",
             platform=platform.name,
@@ -107,6 +108,17 @@ def searched(
     require_legal_world(model, train, world_size)
     budget = memory_budget_bytes or platform.memory_budget_bytes
     return Field.of(Job(model, platform, train, world_size, budget, imbalance))
+
+
+def _explained(field: Field, chosen: Candidate) -> Explanation:
+    """With what only a search can say: what more memory, or a flat network, would choose."""
+    return explain(
+        field.job,
+        chosen,
+        unlimited=_fastest(field, math.inf),
+        roomier=_fastest(field, field.job.memory_budget_bytes * MORE_MEMORY)[0],
+        blind=_fastest(Field.of(flat(field.job)))[0],
+    )
 
 
 def _fastest(field: Field, memory_budget_bytes: float | None = None) -> tuple[Strategy, float]:

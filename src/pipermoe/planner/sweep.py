@@ -125,5 +125,3 @@ def _with_experts(model: ModelSpec, experts: int | None) -> ModelSpec:
 def _with_job(train: TrainConfig, point: Mapping[str, int]) -> TrainConfig:
     keys = {"global_batch": "global_batch_size", "seq_len": "seq_len"}
     return train.model_copy(update={key: point[axis] for axis, key in keys.items() if axis in point})
-
-

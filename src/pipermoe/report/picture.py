@@ -1,4 +1,4 @@
-"""A flat picture of rectangles and labels, written as SVG by hand or as PNG through matplotlib."""
+"""A flat picture of rectangles, lines and labels, written as SVG by hand or as PNG through matplotlib."""
 
 from __future__ import annotations
 
@@ -42,10 +42,22 @@ class Label:
 
 
 @dataclass(frozen=True, slots=True)
+class Line:
+    """Straight pieces from point to point."""
+
+    points: tuple[tuple[float, float], ...]
+    stroke: str
+    width: float = 2.0
+
+
+Shape = Box | Label | Line
+
+
+@dataclass(frozen=True, slots=True)
 class Picture:
     width: float
     height: float
-    shapes: Sequence[Box | Label]
+    shapes: Sequence[Shape]
 
 
 def write_picture(picture: Picture, path: Path) -> None:
@@ -65,8 +77,12 @@ def to_svg(picture: Picture) -> str:
     return "\n".join([head, ground, *_svg_shapes(picture.shapes), "</svg>"]) + "\n"
 
 
-def _svg_shapes(shapes: Sequence[Box | Label]) -> Iterator[str]:
+def _svg_shapes(shapes: Sequence[Shape]) -> Iterator[str]:
     for shape in shapes:
+        if isinstance(shape, Line):
+            points = " ".join(f"{x:.2f},{y:.2f}" for x, y in shape.points)
+            yield f'<polyline points="{points}" fill="none" stroke="{shape.stroke}" stroke-width="{shape.width:g}"/>'
+            continue
         if isinstance(shape, Box):
             edge = f' stroke="{shape.edge}" stroke-width="0.6"' if shape.edge else ""
             place = f'x="{shape.x:.2f}" y="{shape.y:.2f}" width="{shape.width:.2f}" height="{shape.height:.2f}"'
@@ -103,6 +119,8 @@ def _write_png(picture: Picture, path: Path) -> None:
         if isinstance(shape, Box):
             corner, edge = (shape.x, shape.y), shape.edge or "none"
             axes.add_patch(Rectangle(corner, shape.width, shape.height, fc=shape.fill, ec=edge, lw=0.6))
+        elif isinstance(shape, Line):
+            axes.plot(*zip(*shape.points, strict=True), color=shape.stroke, lw=shape.width)
         else:
             place = {"start": "left", "middle": "center", "end": "right"}[shape.anchor]
             style = {"fontsize": shape.size, "color": shape.fill, "fontweight": "bold" if shape.bold else "normal"}

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from pipermoe.planner.result import Alternative, PlanningResult, Wall
 from pipermoe.report.bars import bar
+from pipermoe.report.campaign import campaign_text, front_table
 from pipermoe.specs.report import MEMORY_CATEGORIES, Term
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.units import GIB, MIB, format_bytes, format_count, format_seconds
@@ -73,6 +74,9 @@ def _sections(result: PlanningResult) -> Iterator[RenderableType]:
     yield ""
     yield Text("What would help", style="bold")
     yield _what_if(result)
+    if result.pareto:
+        yield Text("\nFrom the fastest to the smallest", style="bold")
+        yield Padding(front_table(result.pareto), (0, 0, 0, 2))
 
 
 def _header(result: PlanningResult) -> Table:
@@ -91,6 +95,8 @@ def _header(result: PlanningResult) -> Table:
     )
     routing = "balanced (--imbalance)" if result.imbalance == 1 else f"{result.imbalance:g}x busiest rank over mean"
     grid.add_row("Routing", f"{routing}")
+    if result.campaign:
+        grid.add_row("Run", campaign_text(result.campaign, result.world_size))
     if counts:
         found = (
             f"{counts.considered:,} strategies in {format_seconds(result.search_seconds)}: {counts.illegal:,} illegal, "
