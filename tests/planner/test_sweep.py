@@ -1,5 +1,7 @@
 """Every case of a sweep is the plan of that job, or says why there is none; the front is beaten by nothing."""
 
+from itertools import pairwise
+
 from tests.resources.cases import MODEL, TRAIN, machine
 
 from pipermoe.planner import find_plan
@@ -36,6 +38,6 @@ def test_no_strategy_beats_a_point_of_the_front_in_time_and_memory():
     for point in front:
         assert not [s for s in everything if s.seconds < point.step_seconds and s.peak_bytes <= point.peak_bytes]
         assert exact_seconds(field.job, point.strategy) == point.step_seconds
-    for fast, small in zip(front, front[1:], strict=False):
+    for fast, small in pairwise(front):
         assert small.step_seconds >= fast.step_seconds
         assert small.peak_bytes <= (1 - STEP) * fast.peak_bytes

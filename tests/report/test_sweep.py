@@ -36,12 +36,10 @@ def test_marks_lie_where_the_numbers_say():
 
 
 def test_bars_are_as_long_as_their_values():
-    bars = [shape for shape in bar_chart({"a": 1.0, "b": 4.0}, Titles("t", "x", "")).shapes if isinstance(shape, Box)]
+    picture = bar_chart({"a": 1.0, "b": 4.0}, Titles("t", "x", ""))
+    bars = [shape for shape in picture.shapes if isinstance(shape, Box)]
     assert bars[1].width == pytest.approx(4 * bars[0].width)
-    assert re.findall(r"<title>(\w)</title>", to_svg(bar_chart({"a": 1.0, "b": 4.0}, Titles("t", "x", "")))) == [
-        "a",
-        "b",
-    ]
+    assert re.findall(r"<title>(\w)</title>", to_svg(picture)) == ["a", "b"]
 
 
 def test_axes_end_on_round_numbers():
