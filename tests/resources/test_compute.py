@@ -138,3 +138,14 @@ def test_full_recompute_repeats_the_forward_of_the_layers_but_not_of_the_head():
     none, full = (stage_flops(MODEL, layers, has_head=True, tokens=64, seq_len=32, full=repeat) for repeat in (0, 1))
     assert none == 3 * once + 3 * head
     assert full == 4 * once + 3 * head
+
+
+def test_capacities_cut_what_the_busiest_rank_has_and_pad_nothing():
+    for imbalance, capacity, arriving, leaving in (
+        (1.0, 1.25, 64, 64),
+        (1.1, 1.25, 71, 64),
+        (3.0, 1.25, 80, 64),
+        (3.0, 0.5, 32, 32),
+    ):
+        sizes = Sizes(MODEL, 4, tokens=32, imbalance=imbalance, capacity_factor=capacity)
+        assert (sizes.arriving, sizes.leaving) == (arriving, leaving)

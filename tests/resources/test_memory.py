@@ -102,3 +102,11 @@ def test_latent_attention_keeps_what_the_runtime_keeps(query_rank, recompute):
     counted = dry_run(model, train, strategy, rank=0).report
     predicted = sum(sum(category) for category in memory_of(strategy, train, model).values())
     assert predicted == pytest.approx(counted.peak_bytes, rel=0.01)
+
+
+def test_a_capacity_that_no_expert_reaches_takes_no_memory():
+    strategy = Strategy(data_parallel=2, expert_parallel=2, micro_batch_size=4)
+    train = TRAIN.model_copy(update={"seq_len": 128, "capacity_factor": 1.25})
+    predicted = sum(rank[0] for rank in memory_of(strategy, train).values())
+    assert predicted == pytest.approx(dry_run(MODEL, train, strategy, rank=0).report.peak_bytes, rel=0.01)
+    assert memory_of(strategy, train) == memory_of(strategy, train.model_copy(update={"capacity_factor": 0.0}))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from pipermoe.layout.expert_layout import ExpertLayout
 from pipermoe.layout.load import cross_node_share, imbalance, least_imbalance, nodes_per_token, rank_load
 from pipermoe.layout.policy import Nodes, Policy
+from pipermoe.layout.popularity import fit_popularity
 from pipermoe.layout.trace import Trace
 from pipermoe.layout.transfer import moved_copies
 from pipermoe.specs.base import Frozen
@@ -21,16 +23,17 @@ from pipermoe.specs.base import Frozen
 class Replay(Frozen):
     """What a policy did on a trace. Imbalance is the busiest rank's rows over the mean, 1 is perfect.
 
-    `planned`: on the loads that were planned for; `met`: on those that followed, mean over steps and layers;
-    `worst_layer`: the highest mean over steps of a layer; `imbalance`: the mean over layers of every step that was met.
-    `cross_node` is the share of rows that leave their node; `nodes_per_token` is of routes that no policy has seen.
-    `moves` are copies a layer and re-plan after the first, `first_moves` those of the first; `plan_ms` is CPU time of
-    planning all layers once.
+    `planned`: on the loads that were planned for; `met`: on those that followed, mean over steps and layers; `p95`: one
+    in twenty of these is above; `worst_layer`: the highest mean over steps of a layer; `imbalance`: the mean over
+    layers of every step that was met. `cross_node` is the share of rows that leave their node; `nodes_per_token` is of
+    routes that no policy has seen. `moves` are copies a layer and re-plan after the first, `first_moves` those of the
+    first; `plan_ms` is CPU time of planning all layers once.
     """
 
     policy: str
     planned: float
     met: float
+    p95: float
     worst_layer: float
     cross_node: float
     nodes_per_token: float | None
@@ -42,7 +45,7 @@ class Replay(Frozen):
 
 class Comparison(Frozen):
     """Several policies on one trace. `bound` is the imbalance that no layout of so many slots goes below, mean over the
-    steps that were met.
+    steps that were met; `sigma` and the two R squared are of `fit_popularity` on their sum.
     """
 
     trace: str
@@ -55,6 +58,9 @@ class Comparison(Frozen):
     every: int
     window: int
     bound: float
+    sigma: float
+    r2_log_normal: float
+    r2_zipf: float
     policies: tuple[Replay, ...]
 
 
@@ -75,6 +81,7 @@ def compare_policies(
         slots=slots,
         every=every,
         window=window,
+        **asdict(fit_popularity(met_WLE.sum(0))),
         bound=float(least_imbalance(met_WLE.reshape(-1, experts), ranks, slots).mean()),
         policies=tuple(
             replay(name, policy, trace, layout, arranged, every=every, window=window)
@@ -107,6 +114,7 @@ def replay(
         policy=name,
         planned=float(np.mean(planned)),
         met=float(met_WL.mean()),
+        p95=float(np.quantile(met_WL, 0.95)),
         worst_layer=float(met_WL.mean(0).max()),
         cross_node=float(np.mean(crossing)),
         nodes_per_token=visited,

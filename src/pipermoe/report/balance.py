@@ -25,10 +25,15 @@ def render_comparison(found: Comparison, console: Console) -> None:
         f"a plan every {found.every} steps from the last {found.window}",
         highlight=False,
     )
+    console.print(
+        f"popularity of experts: log-normal of sigma {found.sigma:.2f} (R squared {found.r2_log_normal:.2f}; "
+        f"Zipf {found.r2_zipf:.2f})\n",
+        highlight=False,
+    )
     table = Table(box=None, pad_edge=False)
     table.add_column("policy", no_wrap=True)
     routed = any(each.nodes_per_token is not None for each in found.policies)
-    names = ("planned", "max/mean", "worst layer", "cross-node", *(["nodes/token"] if routed else []))
+    names = ("planned", "max/mean", "P95", "worst layer", "cross-node", *(["nodes/token"] if routed else []))
     for name in (*names, "first", "moves", "plan ms"):
         table.add_column(name, justify="right")
     best = min(each.met for each in found.policies)
@@ -38,14 +43,14 @@ def render_comparison(found: Comparison, console: Console) -> None:
     console.print(
         "\nmax/mean: rows of the busiest rank over the mean, on the steps after each plan; no layout of so many slots "
         f"is below {found.bound:.4f}. planned: on the loads planned for. moves: copies a layer and re-plan; first: of "
-        "the first plan.",
+        "the first plan. max/mean is what --imbalance of `pipermoe plan` and `predict` means.",
         highlight=False,
     )
 
 
 def _cells(each: Replay, routed: bool) -> Iterator[str]:
     yield each.policy
-    yield from (f"{value:.4f}" for value in (each.planned, each.met, each.worst_layer))
+    yield from (f"{value:.4f}" for value in (each.planned, each.met, each.p95, each.worst_layer))
     yield f"{each.cross_node:.1%}"
     if routed:
         yield f"{each.nodes_per_token:.2f}"

@@ -72,10 +72,7 @@ def _all_to_all(sizes: Sizes, shapes: StageShapes) -> tuple[list[Call], list[Cal
     Piper, arXiv 2605.05049, section 1.4 of its review: b*s*k/EP tokens to every other rank; dispatch and combine.
     """
     ep, model = _column(sizes.ep), sizes.model
-    rows = _column(sizes.rows)
-    if sizes.capacity_factor:
-        rows = np.ceil(rows * sizes.capacity_factor)
-    leaving = rows * (ep - 1) // ep * model.hidden_size * sizes.element
+    leaving = _column(sizes.leaving) * (ep - 1) // ep * model.hidden_size * sizes.element
     counts = (ep - 1) * (model.moe.num_experts // ep) * COUNT_BYTES
     layers = shapes.moe_layers * (ep > 1)
     rows_travel = Call("all_to_all", "ep", 2 * layers, 2 * layers * leaving)

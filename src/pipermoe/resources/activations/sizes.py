@@ -43,8 +43,8 @@ RUNTIME = MemoryProfile()
 class Sizes:
     """One micro-batch on one rank; every field but the specification broadcasts over strategies.
 
-    `imbalance` is the rows of the busiest rank over the mean. `capacity_factor` above 0 pads every expert to that many
-    times its even share, whatever the routing.
+    `imbalance` is the rows of the busiest rank over the mean. With a `capacity_factor` above 0 an expert takes at most
+    so many times its even share; nothing is padded to it.
     """
 
     model: ModelSpec
@@ -73,10 +73,18 @@ class Sizes:
         return self.stream * self.model.moe.top_k
 
     @property
+    def leaving(self) -> Any:
+        """Rows that this rank's tokens send once capacities have cut them, from a rank with balanced choices."""
+        return np.ceil(self.rows * self._within_capacity(1.0))
+
+    @property
     def arriving(self) -> Any:
         """Rows that this rank's experts compute; the ranks of an expert tensor group compute the same ones."""
-        share = self.capacity_factor if self.capacity_factor else self.imbalance
-        return np.ceil(self.rows * self.etp * share)
+        return np.ceil(self.rows * self.etp * self._within_capacity(self.imbalance))
+
+    def _within_capacity(self, share: Any) -> Any:
+        """At most `capacity_factor` times the even share: what the busiest rank has when all its experts are full."""
+        return np.minimum(share, self.capacity_factor) if self.capacity_factor else share
 
     @property
     def local_experts(self) -> Any:
