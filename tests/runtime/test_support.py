@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.runtime.tiny import MODELS, PLAIN, TRAIN
+from tests.runtime.tiny import PLAIN, TRAIN
 
-from pipermoe.runtime.support import check_device, check_supported
+from pipermoe.runtime.support import check_supported
 from pipermoe.runtime.weights import initialize
 from pipermoe.specs.errors import UserError
 from pipermoe.specs.model import GroupedQueryAttention, Indexer, LatentAttention
@@ -41,13 +41,6 @@ def test_what_cannot_be_built_is_refused_by_name(change: dict, strategy: Strateg
         check_supported(PLAIN.model_copy(update=change), TRAIN, strategy)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_sinks_are_refused_where_their_kernel_is_not():
-    check_device(MODELS["sinks"], "cpu")
-    check_device(PLAIN, "cuda")
-    with pytest.raises(UserError, match=r"attention\.sinks = True: .* not on cuda"):
-        check_device(MODELS["sinks"], "cuda")
 
 
 def test_experts_are_the_same_whichever_rank_draws_them():

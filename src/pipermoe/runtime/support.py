@@ -9,7 +9,7 @@ from pipermoe.runtime.layout.lay_out import unlayable
 from pipermoe.schedule.builders import illegal
 from pipermoe.specs.errors import UserError, describe_value
 from pipermoe.specs.legality import violations
-from pipermoe.specs.model import GroupedQueryAttention, LatentAttention, ModelSpec
+from pipermoe.specs.model import LatentAttention, ModelSpec
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.train import TrainConfig
 
@@ -32,13 +32,6 @@ def check_supported(model: ModelSpec, train: TrainConfig, strategy: Strategy) ->
 def check_model(model: ModelSpec) -> None:
     """Raise `UserError` for what runtime/modules/model.py cannot build, whatever the strategy."""
     _refuse(_reasons(model))
-
-
-def check_device(model: ModelSpec, device_type: str) -> None:
-    """Raise `UserError` for what only a CPU computes."""
-    if device_type != "cpu" and isinstance(model.attention, GroupedQueryAttention) and model.attention.sinks:
-        rule = f"attention with sinks runs on the kernel of the CPU, not on {device_type}; hide the GPUs to train it"
-        _refuse([describe_value("", "attention.sinks", True, rule)])
 
 
 def _unmovable(train: TrainConfig, strategy: Strategy) -> Iterator[str]:

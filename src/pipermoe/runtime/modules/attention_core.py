@@ -6,26 +6,12 @@ V value dimension
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 
-from pipermoe.runtime.pipeline.gradients import WeightGradients, accumulate
+from pipermoe.runtime.modules.sinks import SinkAttention, Sinks
 from pipermoe.specs.model import LocalAttention
-
-aten = torch.ops.aten
-
-
-@dataclass(frozen=True, slots=True)
-class Sinks:
-    """One logit per head (H) that leads to no value, a parameter, and where its gradient goes."""
-
-    logits_H: nn.Parameter
-    gradients: WeightGradients
 
 
 def causal_attention(
@@ -73,7 +59,7 @@ def _attend(
 ) -> Tensor:
     """One block: `seen_QK` is added to the logits; without it the block is square and causal."""
     if sinks is not None:
-        return _SinkAttention.apply(query_BHQC, key_BGKC, value_BGKV, seen_QK, scale, sinks)
+        return SinkAttention.apply(query_BHQC, key_BGKC, value_BGKV, seen_QK, scale, sinks)
     return F.scaled_dot_product_attention(
         query_BHQC,
         key_BGKC,
@@ -83,39 +69,3 @@ def _attend(
         scale=scale,
         enable_gqa=query_BHQC.shape[1] != key_BGKC.shape[1],
     )
-
-
-class _SinkAttention(torch.autograd.Function):
-    """Attention whose softmax has one more logit per head, a parameter, that leads to no value (gpt-oss).
-
-    The fused kernel gives output and log-sum-exp L without the sink s. With it the probabilities are exp(logit - L'),
-    L' = log(exp L + exp s), and the output shrinks by exp(L - L'). As the kernel's backward needs only the output and
-    the log-sum-exp, handing it the new ones gives the gradients with sink; that of s is -exp(s - L') grad . output.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, scale: float, sinks: Sinks
-    ) -> Tensor:
-        out_BHQV, total_BHQ = aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, seen is None, attn_mask=seen, scale=scale
-        )
-        with_sink_BHQ = torch.logaddexp(total_BHQ, sinks.logits_H.detach().float()[:, None])
-        out_BHQV = out_BHQV * (total_BHQ - with_sink_BHQ).exp_()[..., None].to(out_BHQV.dtype)
-        ctx.save_for_backward(query, key, value, out_BHQV, with_sink_BHQ, seen)
-        ctx.scale, ctx.sinks = scale, sinks
-        return out_BHQV
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, total_BHQ, seen = ctx.saved_tensors
-        sinks = ctx.sinks
-        share_BHQ = (sinks.logits_H.detach().float()[:, None] - total_BHQ).exp_()
-        through_BHQ = (gradient * out).sum(-1, dtype=torch.float32)
-        to_sinks_H = -(share_BHQ * through_BHQ).sum((0, 2))
-        sinks.gradients.add(lambda: accumulate(sinks.logits_H, to_sinks_H))
-        gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            gradient.contiguous(), query, key, value, out, total_BHQ, 0.0, seen is None, attn_mask=seen, scale=ctx.scale
-        )
-        return *gradients, None, None, None

@@ -27,7 +27,7 @@ from pipermoe.runtime.pipeline.execution import Execution, Program, StepResult
 from pipermoe.runtime.pipeline.flight import Collective, Transport
 from pipermoe.runtime.pipeline.planned_exchange import PlannedExchange
 from pipermoe.runtime.pipeline.stage import Stage
-from pipermoe.runtime.support import check_device, check_model
+from pipermoe.runtime.support import check_model
 from pipermoe.runtime.weights import initialize, is_expert, layer_of, unit_of
 from pipermoe.schedule.action import SHARDING, Kind, Schedule
 from pipermoe.specs.errors import UserError
@@ -75,7 +75,6 @@ class Engine:
         _check_schedule(schedule, strategy)
         self.model, self.train, self.strategy, self.groups = model, train, strategy, groups
         self.device, self.dtype = torch.device(device), DTYPES[train.precision]
-        check_device(model, self.device.type)
         self.meter = Meter()
         here = groups.coordinates
         self.training = Program.of(schedule, here.pp)
