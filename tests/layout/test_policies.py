@@ -11,6 +11,7 @@ from pipermoe.layout.expert_layout import ExpertLayout
 from pipermoe.layout.load import drift, imbalance, least_imbalance, rank_load
 from pipermoe.layout.policies import POLICIES
 from pipermoe.layout.policies.eplb import Eplb
+from pipermoe.layout.policies.expand_shrink import ExpandShrink
 from pipermoe.layout.policies.incremental import Incremental
 from pipermoe.layout.policies.sharding import HeterogeneousSharding
 from pipermoe.layout.policies.sparse import SparseMaterialisation
@@ -19,7 +20,7 @@ from pipermoe.layout.replicas import greedy_copies, proportional_copies
 from pipermoe.layout.transfer import Transfer
 from pipermoe.layout.workloads import drifted, log_normal_shares
 
-NEVER_WORSE = ("static", "hill-climbing", "swaps", "incremental")
+NEVER_WORSE = ("static", "hill-climbing", "swaps", "incremental", "expand-shrink")
 
 
 def peak(layout: ExpertLayout, load) -> np.ndarray:
@@ -100,6 +101,13 @@ def test_what_cannot_be_repaired_within_the_budget_is_planned_from_scratch():
     load = np.array([[30, 20, 20, 20] + [1] * 12])
     planned = Incremental(target=1.0, budget=2, rebuild_above=1.3).plan(layout, load, nodes)
     assert imbalance(rank_load(planned, load))[0] < 1.1
+
+
+def test_expanding_takes_an_empty_slot_or_that_of_an_idle_copy():
+    nodes, layout = Nodes(2, 2), ExpertLayout(np.array([[[0, 1], [2, 2]]]), 3)
+    planned = ExpandShrink().plan(layout, np.array([[20, 2, 2]]), nodes)
+    assert planned.slots_LNS[0].tolist() == [[0, 1], [2, 0]]
+    assert ExpandShrink(threshold=3.0).plan(layout, np.array([[20, 2, 2]]), nodes).same_as(layout)
 
 
 def test_a_home_owns_as_many_experts_of_all_layers_as_any_other():

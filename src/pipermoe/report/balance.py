@@ -33,9 +33,9 @@ def render_comparison(found: Comparison, console: Console) -> None:
     table = Table(box=None, pad_edge=False)
     table.add_column("policy", no_wrap=True)
     routed = any(each.nodes_per_token is not None for each in found.policies)
-    names = ("planned", "max/mean", "P95", "worst layer", "cross-node", *(["nodes/token"] if routed else []))
+    names = ("planned", "max/mean", "P95", "worst", "cross-node", *(["nodes/token"] if routed else []))
     for name in (*names, "first", "moves", "plan ms"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     best = min(each.met for each in found.policies)
     for each in found.policies:
         table.add_row(*_cells(each, routed), style="bold" if each.met == best else None)

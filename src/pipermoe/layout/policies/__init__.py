@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pipermoe.layout.policies.balanced import Balanced
 from pipermoe.layout.policies.eplb import Eplb
+from pipermoe.layout.policies.expand_shrink import ExpandShrink
 from pipermoe.layout.policies.heap import HeapReplicas
 from pipermoe.layout.policies.hill_climbing import HillClimbing, Swaps
 from pipermoe.layout.policies.incremental import Incremental
@@ -21,6 +22,7 @@ POLICIES: dict[str, Policy] = {
     "swaps": Swaps(),
     "balanced": Balanced(),
     "incremental": Incremental(),
+    "expand-shrink": ExpandShrink(),
     "node-first": NodeFirst(),
     "proportional": Proportional(),
     "sharding": HeterogeneousSharding(),
