@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
+from tests.pairwise import covering
 from tests.runtime.tiny import RICH
 
 from pipermoe.schedule.builders import RECIPES, illegal
@@ -70,33 +71,17 @@ class Case:
 
 @cache
 def cases() -> list[Case]:
-    """One for each schedule and arrangement that can meet.
+    """One for each schedule and arrangement that can meet; options pair by pair.
 
-    The options of each are those that cover most pairs of values that no case had before: of options among themselves
-    and of an option with a schedule or an arrangement; all pairs covered, those used least. What the runtime does not
-    execute takes no part.
+    What the runtime does not execute takes no part.
     """
     values = {option: [value for value in values if _runs(option, value)] for option, values in OPTIONS.items()}
-    combinations = [dict(zip(OPTIONS, chosen, strict=True)) for chosen in itertools.product(*values.values())]
-    inner = [set(itertools.combinations(options.items(), 2)) for options in combinations]
-    covered: set[tuple] = set()
-    used = [0] * len(combinations)
-    chosen = []
-
-    def gain(i: int, schedule: str, arrangement: tuple[int, int, int]) -> tuple[int, int]:
-        met = sum((each, item) not in covered for each in (schedule, arrangement) for item in combinations[i].items())
-        return len(inner[i] - covered) + met, -used[i]
-
-    for schedule, arrangement in itertools.product(SCHEDULES, ARRANGEMENTS):
-        if illegal(schedule, arrangement[0], _microbatches(arrangement), _chunks(schedule)):
-            continue
-        best = max(range(len(used)), key=partial(gain, schedule=schedule, arrangement=arrangement))
-        used[best] += 1
-        covered.update(inner[best], itertools.product((schedule, arrangement), combinations[best].items()))
-        options, layers = combinations[best], _layers(schedule, arrangement)
-        job = Job(layers, arrangement[1] * _microbatches(arrangement), options["capacity_factor"])
-        chosen.append(Case(_strategy(schedule, arrangement, options), job))
-    return chosen
+    rows = [
+        (schedule, arrangement)
+        for schedule, arrangement in itertools.product(SCHEDULES, ARRANGEMENTS)
+        if not illegal(schedule, arrangement[0], _microbatches(arrangement), _chunks(schedule))
+    ]
+    return [_case(schedule, arrangement, options) for (schedule, arrangement), options in covering(rows, values)]
 
 
 def _microbatches(arrangement: tuple[int, int, int]) -> int:
@@ -113,7 +98,14 @@ def _chunks(schedule: str) -> int:
     return RECIPES[schedule].virtual_stages[0]
 
 
-def _strategy(schedule: str, arrangement: tuple[int, int, int], options: dict[str, Any]) -> Strategy:
+def _case(schedule: Any, arrangement: Any, options: dict[str, Any]) -> Case:
+    job = Job(
+        _layers(schedule, arrangement), arrangement[1] * _microbatches(arrangement), options["capacity_factor"]
+    )
+    return Case(_strategy(schedule, arrangement, options), job)
+
+
+def _strategy(schedule: Any, arrangement: Any, options: dict[str, Any]) -> Strategy:
     pp, dp, ep = arrangement
     stages = pp * _chunks(schedule)
     uneven = (*[1] * (stages - 1), _layers(schedule, arrangement) - stages + 1)

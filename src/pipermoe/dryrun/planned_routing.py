@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipermoe.resources.dispatch import balanced
 from pipermoe.specs.documents import read_mapping
 from pipermoe.specs.errors import UserError, describe_value
 
@@ -51,14 +52,6 @@ def planned_counts(routing: str, *, tokens: int, top_k: int, experts: int, sourc
     else:
         raise UserError(describe_value("", "--routing", routing, "sigma must be between 0 and 20"))
     return np.tile(apportion(shares_E, rows, tokens), (sources, 1))
-
-
-def balanced(rows: int, experts: int, sources: int) -> NDArray:
-    """As even as whole rows can be, by source and over all sources: what is left over goes round the experts."""
-    base, left = divmod(rows, experts)
-    ends_P = left * np.arange(1, sources + 1)[:, None]
-    turn_PE = (np.arange(experts)[None] - (ends_P - left)) % experts
-    return base + (turn_PE < left).astype(np.int64)
 
 
 def lognormal_of_maximum(normal_E: NDArray, maximum: float) -> NDArray:

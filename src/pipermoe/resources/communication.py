@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 
 from pipermoe.exchange.regular import planned_seconds
 from pipermoe.resources.activations.sizes import Sizes
+from pipermoe.resources.dispatch import balanced_copies, expected_copies_per_token
 from pipermoe.resources.rates import collective_seconds, level_send_seconds
 from pipermoe.resources.stages import StageShapes
 from pipermoe.resources.states import StateElements
+from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.network import Collective
 from pipermoe.specs.platform import Platform
 from pipermoe.specs.strategy_table import EXCHANGE_NAMES, StrategyTable
@@ -25,6 +27,7 @@ from pipermoe.specs.train import TrainConfig
 
 StagesOf = Sequence[Sequence[int]]  # of every pipeline rank, the stages that it holds
 COUNT_BYTES = 8  # routing counts travel as int64
+SLOT_BYTES = 8  # of a choice under deduplicated dispatch: its copy and the bits of its weight, int32
 TOTALS_BYTES = 48  # squared gradient norm, four losses and the dropped share, float64, agreed on by all ranks
 
 
@@ -51,10 +54,13 @@ class Exchanges:
     backward: tuple[Call, ...]
 
 
-def exchanges(sizes: Sizes, shapes: StageShapes) -> Exchanges:
-    """All collectives of a stage's layers: arrays (rows, stages). Recomputation repeats none of them."""
+def exchanges(sizes: Sizes, shapes: StageShapes, ep_rank: int | None = None) -> Exchanges:
+    """All collectives of a stage's layers: arrays (rows, stages). Recomputation repeats none of them.
+
+    Deduplicated dispatch sends what balanced choices on `ep_rank` of the expert group lead to; None: a mean rank's.
+    """
     pairs = [
-        _all_to_all(sizes, shapes),
+        _all_to_all(sizes, shapes, ep_rank),
         _tensor_parallel(sizes, shapes),
         _context_parallel(sizes, shapes),
         _expert_tensor_parallel(sizes, shapes),
@@ -66,17 +72,43 @@ def _column(value: Any) -> Any:
     return np.asarray(value)[..., None]
 
 
-def _all_to_all(sizes: Sizes, shapes: StageShapes) -> tuple[list[Call], list[Call]]:
+def _all_to_all(sizes: Sizes, shapes: StageShapes, ep_rank: int | None) -> tuple[list[Call], list[Call]]:
     """Dispatch and combine, and the counts before; the backward exchanges as much, without counts.
 
-    Piper, arXiv 2605.05049, section 1.4 of its review: b*s*k/EP tokens to every other rank; dispatch and combine.
+    Plain (Piper, arXiv 2605.05049, section 1.4 of its review): b*s*k/EP tokens to every other rank, and back.
+    Deduplicated: a copy per token and rank, one sum back; with each choice its copy and weight (8 bytes) go forward,
+    the weight's gradient comes backward, and the counts of every rank have that of copies behind them.
     """
-    ep, model = _column(sizes.ep), sizes.model
-    leaving = _column(sizes.leaving) * (ep - 1) // ep * model.hidden_size * sizes.element
-    counts = (ep - 1) * (model.moe.num_experts // ep) * COUNT_BYTES
+    ep, model, element = _column(sizes.ep), sizes.model, sizes.element
+    experts = model.moe.num_experts
+    chosen = _column(sizes.leaving) * (ep - 1) // ep
+    deduplicated, copies = _column(sizes.deduplicated), _copies(sizes, ep_rank)[:, None]
+    rows = np.where(deduplicated, copies, 2 * chosen) * model.hidden_size * element
     layers = shapes.moe_layers * (ep > 1)
-    rows_travel = Call("all_to_all", "ep", 2 * layers, 2 * layers * leaving)
-    return [rows_travel, Call("all_to_all", "ep", layers, layers * counts, counts=True)], [rows_travel]
+    counts = (ep - 1) * (experts // ep + deduplicated) * COUNT_BYTES
+    calls = layers * (2 + deduplicated)
+    forward = Call("all_to_all", "ep", calls, layers * (rows + deduplicated * chosen * SLOT_BYTES))
+    backward = Call("all_to_all", "ep", calls, layers * (rows + deduplicated * chosen * element))
+    return [forward, Call("all_to_all", "ep", layers, layers * counts, counts=True)], [backward]
+
+
+def _copies(sizes: Sizes, ep_rank: int | None) -> NDArray:
+    """Copies of tokens that leave a rank, and those it sends sums back for: (rows,), 0 where dispatch is plain.
+
+    Exactly those of balanced choices on `ep_rank`; without one what independent choices lead to.
+    """
+    moe = sizes.model.moe
+    found = []
+    for deduplicated, rows, ep in np.broadcast(sizes.deduplicated, sizes.rows, sizes.ep):
+        if not deduplicated or ep == 1:
+            found.append(0)
+        elif ep_rank is None:
+            per_token = expected_copies_per_token(moe.num_experts, moe.top_k, int(ep))
+            found.append(2 * rows // moe.top_k * per_token * (ep - 1) / ep)
+        else:
+            copies_PP = balanced_copies(int(rows), moe.top_k, moe.num_experts, int(ep), sizes.capacity_factor)
+            found.append(copies_PP[ep_rank].sum() + copies_PP[:, ep_rank].sum() - 2 * copies_PP[ep_rank, ep_rank])
+    return np.array(found)
 
 
 def _tensor_parallel(sizes: Sizes, shapes: StageShapes) -> tuple[list[Call], list[Call]]:
@@ -190,8 +222,8 @@ def sync_calls(
 
     ZeRO-0: one all-reduce. ZeRO-1: one reduce-scatter, and one all-gather after the update. ZeRO-2: a reduce-scatter
     of every unit (layer, embedding, head) for every micro-batch. ZeRO-3: instead of the gather after the update one of
-    every unit before each of its forwards and backwards; where a unit is used twice in a row one less, which is not
-    counted here.
+    every unit before each of its forwards and backwards; what is used twice in a row is gathered once, which only the
+    schedule knows: `resources/gathers.py` counts those exactly.
     """
     state, microbatches = train.recipe.state, table.microbatches(train.global_batch_size)[:, None]
     ends = shapes.has_embedding + shapes.has_head
@@ -237,13 +269,19 @@ def sync_seconds(
 
 
 def traffic(
-    train: TrainConfig, sizes: Sizes, shapes: StageShapes, table: StrategyTable, states: StateElements, sends: Any
+    train: TrainConfig,
+    sizes: Sizes,
+    shapes: StageShapes,
+    table: StrategyTable,
+    states: StateElements,
+    sends: Any,
+    ep_rank: int = 0,
 ) -> dict[str, Call]:
     """All calls of one step on one rank of every pipeline rank; `shapes` and `sends` (messages per micro-batch that
-    leave the rank) are per rank.
+    leave the rank) are per rank, `ep_rank` its place among those that share the experts.
     """
     microbatches = table.microbatches(train.global_batch_size)[:, None]
-    inside = exchanges(sizes, shapes)
+    inside = exchanges(sizes, shapes, ep_rank)
     reducing, gathering = sync_calls(train, shapes, table, states)
     sent = microbatches * sends
     several = np.broadcast_to((table.world_size > 1)[:, None], sent.shape).astype(np.int64)
@@ -253,11 +291,20 @@ def traffic(
     for call in (
         *reducing,
         *gathering,
+        _load_counts(sizes.model, shapes, table),
         Call("all_reduce", "world", several, several * TOTALS_BYTES),
         Call("send", "pp", sent, sent * _column(message_bytes(sizes))),
     ):
         _add(total, call)
     return total
+
+
+def _load_counts(model: ModelSpec, shapes: StageShapes, table: StrategyTable) -> Call:
+    """Correction biases move by the load of the whole batch: one sum of all layers' int64 counts over a stage."""
+    several = (table.data_parallel * table.context_parallel > 1)[:, None]
+    counted = several & (shapes.moe_layers > 0) & (model.moe.router.correction_bias != "none")
+    size = shapes.moe_layers * model.moe.num_experts * COUNT_BYTES
+    return Call("all_reduce", "dp", counted.astype(np.int64), counted * size)
 
 
 def _add(total: dict[str, Call], call: Call) -> None:

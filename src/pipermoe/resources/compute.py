@@ -6,7 +6,7 @@ The operations are those that the runtime executes (`runtime/modules`, `runtime/
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from functools import singledispatch
 from typing import Any
@@ -14,12 +14,18 @@ from typing import Any
 import numpy as np
 
 from pipermoe.resources.activations.sizes import Recompute, Sizes
-from pipermoe.resources.flops import attention_core_flops, head_forward_flops, layer_forward_flops
+from pipermoe.resources.flops import (
+    attention_core_flops,
+    head_forward_flops,
+    layer_forward_flops,
+    rebuilt_forward_flops,
+)
 from pipermoe.resources.rates import attention_seconds, gemm_seconds, grouped_gemm_seconds, pass_seconds
 from pipermoe.resources.stages import StageShapes
 from pipermoe.specs.device import Device, Pass
 from pipermoe.specs.model import Attention, GroupedQueryAttention, LatentAttention, ModelSpec
 from pipermoe.specs.precision import Precision
+from pipermoe.specs.strategy import RecomputeModule
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,11 +313,26 @@ def stage_seconds(layers: LayerSeconds, shapes: StageShapes) -> Seconds:
     return Seconds(*(total(each.name) for each in fields(Seconds)))
 
 
-def stage_flops(model: ModelSpec, layers: Sequence[int], *, has_head: bool, tokens, seq_len, full) -> Any:
+def stage_flops(
+    model: ModelSpec,
+    layers: Sequence[int],
+    *,
+    has_head: bool,
+    tokens,
+    seq_len,
+    full,
+    modules: Collection[RecomputeModule] = (),
+    routed_rows=None,
+) -> Any:
     """FLOPs that one rank executes for one micro-batch on a stage: forward, backward and recompute, full attention.
 
-    Backward takes twice the forward; `full` recompute repeats the forward of the layers but not of the head.
+    Backward takes twice the forward; `full` recompute repeats the forward of the layers but not of the head, selective
+    the inner products of `modules`. `routed_rows` are those that the rank's experts compute.
     """
-    repeats = 3 + full
-    body = sum(layer_forward_flops(model, n, tokens=tokens, seq_len=seq_len, causal=False).total for n in layers)
-    return repeats * body + 3 * has_head * head_forward_flops(model, tokens)
+
+    def executed(layer: int) -> Any:
+        counts = {"tokens": tokens, "seq_len": seq_len, "causal": False, "routed_rows": routed_rows}
+        once = layer_forward_flops(model, layer, **counts).total
+        return (3 + full) * once + rebuilt_forward_flops(model, layer, modules, **counts)
+
+    return sum(map(executed, layers)) + 3 * has_head * head_forward_flops(model, tokens)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from math import comb
+from math import ceil, comb
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +48,31 @@ def planned_copies(
         goes_TP[token_A[kept], choices_A[kept] // (experts // ranks)] = True
         copies_PP[source] = goes_TP.sum(0)
     return copies_PP
+
+
+def balanced(rows: int, experts: int, sources: int) -> NDArray[np.int64]:
+    """Counts (P, E) as even as whole rows can be, by source and over all sources: the rest goes round the experts."""
+    base, left = divmod(rows, experts)
+    ends_P = left * np.arange(1, sources + 1)[:, None]
+    turn_PE = (np.arange(experts)[None] - (ends_P - left)) % experts
+    return base + (turn_PE < left).astype(np.int64)
+
+
+@lru_cache
+def balanced_copies(rows: int, top_k: int, experts: int, ranks: int, capacity_factor: float) -> NDArray[np.int64]:
+    """`planned_copies` of `rows` balanced choices on every rank."""
+    capacity = ceil(capacity_factor * rows / experts) if capacity_factor else None
+    return planned_copies(balanced(rows, experts, ranks).tolist(), rows // top_k, top_k, capacity)
+
+
+def kept_rows(rows: Any, experts: int, capacity_factor: float) -> Any:
+    """Of `rows` balanced choices of one micro-batch those that travel; nothing is padded.
+
+    An expert takes its even share times the factor, rounded up (GShard, arXiv 2006.16668, section 2.2); 0: all.
+    """
+    if not capacity_factor:
+        return rows
+    return np.minimum(rows, experts * np.ceil(capacity_factor * rows / experts).astype(np.int64))
 
 
 def expected_copies_per_token(num_experts: int, top_k: int, ranks: int) -> float:

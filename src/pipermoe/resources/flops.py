@@ -7,6 +7,7 @@ runtime's kernel executes), "causal" only those that it may see (what the model 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from functools import singledispatch
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 
 from pipermoe.resources.parameters import active_parameters, embedding_parameters
 from pipermoe.specs.model import Attention, GroupedQueryAttention, LatentAttention, ModelSpec
+from pipermoe.specs.strategy import RecomputeModule
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +153,24 @@ def _pairs_in_blocks(model: ModelSpec, seq_len) -> Any:
 def _pairs_in_chunks(seq_len, chunk: int) -> Any:
     whole, rest = seq_len // chunk, seq_len % chunk
     return whole * chunk**2 + rest**2
+
+
+def rebuilt_forward_flops(model: ModelSpec, layer: int, modules: Collection[RecomputeModule], **counts: Any) -> Any:
+    """Forward FLOPs of `layer` that selective recomputation repeats: each module up to the input of its last product.
+
+    `counts` are those of `layer_forward_flops`. Norms and "moe_act" contain no product.
+    """
+    moe, hidden, tokens = model.moe, model.hidden_size, counts["tokens"]
+    once = layer_forward_flops(model, layer, **counts)
+    output = 2 * tokens * model.attention.num_heads * model.attention.value_dim * hidden
+    inner, dense_inner = moe.expert_matrices - 1, model.dense_matrices - 1
+    shared = 2 * tokens * hidden * inner * moe.shared_width * model.is_moe(layer)
+    return (
+        ("attention" in modules) * (once.attention_projections - output + once.attention_core)
+        + ("experts" in modules) * (once.routed_experts * inner // moe.expert_matrices)
+        + ("shared_experts" in modules) * shared
+        + ("dense_mlp" in modules) * (once.dense_mlp * dense_inner // model.dense_matrices)
+    )
 
 
 def head_forward_flops(model: ModelSpec, tokens) -> Any:

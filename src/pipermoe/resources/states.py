@@ -2,7 +2,8 @@
 
 Dense parameters are divided over tp and shared by the dp * cp ranks of a group, routed experts are divided over ep and
 etp and shared by edp ranks; each lie in one flat buffer padded to a multiple of its group
-(`runtime/optimizer/flat_parameters.py`). ZeRO: Rajbhandari et al. 2020, section 5.
+(`runtime/optimizer/flat_parameters.py`), from ZeRO-2 in one per layer, embedding and head.
+ZeRO: Rajbhandari et al. 2020, section 5.
 """
 
 from __future__ import annotations
@@ -40,12 +41,45 @@ class StateElements:
         return self.dense + self.expert
 
 
+@dataclass(frozen=True, slots=True)
+class Units:
+    """Parameters of what ZeRO >= 2 shards as one, before sharding: (rows, 1). `experts` are one layer's on a rank."""
+
+    embedding: Any
+    head: Any
+    moe_layer: Any
+    dense_layer: Any
+    experts: Any
+
+    def padded(self, dense_copies: Any, expert_copies: Any) -> Units:
+        """Each as a flat buffer of its own, a multiple of the ranks that share it."""
+
+        def up(whole: Any, copies: Any) -> Any:
+            return -(-whole // copies) * copies
+
+        dense = (up(each, dense_copies) for each in (self.embedding, self.head, self.moe_layer, self.dense_layer))
+        return Units(*dense, up(self.experts, expert_copies))
+
+    def on(self, shapes: StageShapes, *, tied: bool) -> tuple[Any, Any]:
+        """Dense and expert elements of every column of `shapes`; a tied head without embedding holds a copy of it."""
+        embeddings = np.maximum(shapes.has_embedding, shapes.has_head) if tied else shapes.has_embedding
+        dense = embeddings * self.embedding + shapes.has_head * self.head
+        dense = dense + shapes.moe_layers * self.moe_layer + shapes.dense_layers * self.dense_layer
+        return dense, shapes.moe_layers * self.experts
+
+
 def state_elements(model: ModelSpec, shapes: StageShapes, table: StrategyTable) -> StateElements:
     """Elements on one rank for every row of a table and every column of `shapes`."""
     copies = (table.data_parallel * table.context_parallel)[:, None], table.expert_data_parallel[:, None]
-    shards = tuple(-(-whole // n) for whole, n in zip(held_parameters(model, shapes, table), copies, strict=True))
-    wholes = tuple(shard * n for shard, n in zip(shards, copies, strict=True))
     levels = table.zero_dense[:, None], table.zero_expert[:, None]
+    units = units_of(model, table)
+    together = units.on(shapes, tied=model.tie_word_embeddings)
+    apart = units.padded(*copies).on(shapes, tied=model.tie_word_embeddings)
+    shards = tuple(
+        np.where(level >= 2, by_unit // n, -(-whole // n))
+        for level, by_unit, whole, n in zip(levels, apart, together, copies, strict=True)
+    )
+    wholes = tuple(shard * n for shard, n in zip(shards, copies, strict=True))
 
     def kept(sharded_from: int) -> Any:
         parts = zip(levels, shards, wholes, strict=True)
@@ -61,23 +95,26 @@ def state_elements(model: ModelSpec, shapes: StageShapes, table: StrategyTable) 
     )
 
 
-def held_parameters(model: ModelSpec, shapes: StageShapes, table: StrategyTable) -> tuple[Any, Any]:
-    """Dense and routed-expert parameters of one rank before ZeRO; the vocabulary is padded to a multiple of tp."""
+def units_of(model: ModelSpec, table: StrategyTable) -> Units:
+    """The units of every row; the vocabulary is padded to a multiple of tp."""
     tp, ep, etp = (
         degree[:, None] for degree in (table.tensor_parallel, table.expert_parallel, table.expert_tensor_parallel)
     )
     vocabulary = -(-model.vocab_size // tp)
     head = vocabulary * ((not model.tie_word_embeddings) * model.hidden_size + model.head_bias)
-    if model.tie_word_embeddings:  # a rank with the head alone holds a copy of the embedding
-        head = head + vocabulary * model.hidden_size * (1 - shapes.has_embedding)
-    dense = shapes.has_embedding * vocabulary * model.hidden_size
-    dense = dense + shapes.has_head * (head + final_norm_parameters(model))
-    expert = np.zeros_like(dense)
-    for is_moe, layers in ((True, shapes.moe_layers), (False, shapes.dense_layers)):
-        spread = layer_spread(model, is_moe=is_moe)
-        dense = dense + layers * (spread.dense // tp + spread.dense_replicated)
-        expert = expert + layers * (spread.expert // (ep * etp) + spread.expert_replicated // ep)
-    return dense, expert
+    moe, dense = layer_spread(model, is_moe=True), layer_spread(model, is_moe=False)
+    return Units(
+        embedding=vocabulary * model.hidden_size,
+        head=head + final_norm_parameters(model),
+        moe_layer=moe.dense // tp + moe.dense_replicated,
+        dense_layer=dense.dense // tp + dense.dense_replicated,
+        experts=moe.expert // (ep * etp) + moe.expert_replicated // ep,
+    )
+
+
+def held_parameters(model: ModelSpec, shapes: StageShapes, table: StrategyTable) -> tuple[Any, Any]:
+    """Dense and routed-expert parameters of one rank before ZeRO and padding."""
+    return units_of(model, table).on(shapes, tied=model.tie_word_embeddings)
 
 
 def state_bytes(elements: StateElements, per_parameter: StateBytes) -> dict[MemoryCategory, Any]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from pipermoe.resources.activations.sizes import Recompute, sizes_of
 from pipermoe.resources.communication import (
+    Call,
     exchange_seconds,
     exchanges,
     message_bytes,
@@ -22,6 +23,8 @@ from pipermoe.resources.communication import (
     traffic,
 )
 from pipermoe.resources.compute import layer_seconds, stage_flops, stage_seconds
+from pipermoe.resources.dispatch import kept_rows
+from pipermoe.resources.gathers import weight_gathers
 from pipermoe.resources.memory import rank_memory
 from pipermoe.resources.rates import pass_seconds
 from pipermoe.resources.stages import StageShapes, stage_shapes
@@ -268,32 +271,33 @@ def report(
     states = state_elements(model, place.ranks, table)
     step, terms = step_seconds_by_term(platform, train, strategy, costs)
     memory = rank_memory(model, train, table, states, imbalance=imbalance)
-    calls = traffic(
-        train,
-        sizes_of(model, train, table, imbalance=imbalance),
-        place.ranks,
-        table,
-        states,
-        messages_sent(place.stages_of),
-    )
-    flops = step_flops(model, train, strategy)
-    stages = []
-    for pp, held in enumerate(place.stages_of):
-        sent = {key: Traffic(calls=int(c.calls[0, pp]), bytes=int(c.bytes[0, pp])) for key, c in calls.items()}
+    sizes, sends = sizes_of(model, train, table, imbalance=imbalance), messages_sent(place.stages_of)
+    gathers, flops = weight_gathers(model, train, strategy), step_flops(model, train, strategy)
+    stages = []  # by place in the expert group, where that matters, and pipeline rank
+    for ep_rank in range(strategy.expert_parallel if strategy.dispatcher == "deduplicated" else 1):
+        calls = traffic(train, sizes, place.ranks, table, states, sends, ep_rank) | gathers
         stages.append(
-            RankReport(
-                rank=pp,
-                peak_bytes=sum(memory[pp].values()),
-                memory_bytes=memory[pp],
-                flops=sum(flops[stage] for stage in held),
-                traffic={key: traffic for key, traffic in sent.items() if traffic.calls},
-                seconds=terms[pp],
-            )
+            [
+                RankReport(
+                    rank=pp,
+                    peak_bytes=sum(memory[pp].values()),
+                    memory_bytes=memory[pp],
+                    flops=sum(flops[stage] for stage in held),
+                    traffic=_of_rank(calls, pp),
+                    seconds=terms[pp],
+                )
+                for pp, held in enumerate(place.stages_of)
+            ]
         )
-    ranks = [
-        stages[coordinates(strategy, rank).pp].model_copy(update={"rank": rank}) for rank in range(strategy.world_size)
-    ]
+    where = [coordinates(strategy, rank) for rank in range(strategy.world_size)]
+    ranks = [stages[at.ep % len(stages)][at.pp].model_copy(update={"rank": rank}) for rank, at in enumerate(where)]
     return StepReport(step_seconds=step, ranks=tuple(ranks))
+
+
+def _of_rank(calls: dict[str, Call], pp: int) -> dict[str, Traffic]:
+    """What a pipeline rank calls at all."""
+    sent = {key: Traffic(calls=int(each.calls[0, pp]), bytes=int(each.bytes[0, pp])) for key, each in calls.items()}
+    return {key: each for key, each in sent.items() if each.calls}
 
 
 def messages_sent(stages_of: Sequence[Sequence[int]]) -> NDArray:
@@ -310,13 +314,21 @@ def messages_sent(stages_of: Sequence[Sequence[int]]) -> NDArray:
 def step_flops(model: ModelSpec, train: TrainConfig, strategy: Strategy) -> list[int]:
     """FLOPs that one rank executes for each stage in a step, exactly: full attention square, recompute included."""
     inner = strategy.context_parallel * strategy.tensor_parallel
-    tokens = train.seq_len * train.global_batch_size // (strategy.data_parallel * inner)
+    microbatches = train.global_batch_size // (strategy.data_parallel * strategy.micro_batch_size)
+    tokens = train.seq_len * strategy.micro_batch_size // inner
     ranges = split_layers(model.num_layers, strategy.num_stages, strategy.layer_split)
-    full = int(strategy.recompute == "full")
     return [
-        int(
+        microbatches
+        * int(
             stage_flops(
-                model, layers, has_head=stage == len(ranges) - 1, tokens=tokens, seq_len=train.seq_len, full=full
+                model,
+                layers,
+                has_head=stage == len(ranges) - 1,
+                tokens=tokens,
+                seq_len=train.seq_len,
+                full=int(strategy.recompute == "full"),
+                modules=strategy.recompute_modules,
+                routed_rows=kept_rows(tokens * model.moe.top_k, model.moe.num_experts, train.capacity_factor),
             )
         )
         for stage, layers in enumerate(ranges)

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from pipermoe.resources.dispatch import kept_rows
 from pipermoe.specs.model import ModelSpec
-from pipermoe.specs.strategy_table import RECOMPUTE_NAMES, StrategyTable
+from pipermoe.specs.strategy_table import DISPATCHER_NAMES, RECOMPUTE_NAMES, StrategyTable
 from pipermoe.specs.train import TrainConfig
 
 STATISTIC_BYTES = 4
@@ -58,6 +59,7 @@ class Sizes:
     imbalance: Any = 1.0
     capacity_factor: float = 0.0
     profile: MemoryProfile = RUNTIME
+    deduplicated: Any = False
 
     @property
     def stream(self) -> Any:
@@ -75,7 +77,7 @@ class Sizes:
     @property
     def leaving(self) -> Any:
         """Rows that this rank's tokens send once capacities have cut them, from a rank with balanced choices."""
-        return np.ceil(self.rows * self._within_capacity(1.0))
+        return kept_rows(self.rows, self.model.moe.num_experts, self.capacity_factor)
 
     @property
     def arriving(self) -> Any:
@@ -117,6 +119,7 @@ def sizes_of(
         imbalance,
         train.capacity_factor,
         profile,
+        table.dispatcher == DISPATCHER_NAMES.index("deduplicated"),
     )
 
 

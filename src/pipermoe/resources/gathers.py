@@ -1,0 +1,103 @@
+"""How often ZeRO-3 gathers the weights of each unit (embedding, a layer, head) in one step: read off the schedule.
+
+A forward or backward brings its units in turn, and with each the next one. Two units stay, so what is used again at
+once (the layers that a forward ends and its backward begins with) is not gathered twice. Weight gradients need none.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from pipermoe.resources.communication import Call
+from pipermoe.resources.states import units_of
+from pipermoe.schedule.action import Action, Kind, Schedule
+from pipermoe.schedule.builders import build
+from pipermoe.specs.mesh import split_layers
+from pipermoe.specs.model import ModelSpec
+from pipermoe.specs.strategy import Strategy
+from pipermoe.specs.strategy_table import StrategyTable
+from pipermoe.specs.train import TrainConfig
+
+RESIDENT = 2  # units whose gathered weights stay
+FORWARD, BACKWARD = (Kind.FORWARD,), (Kind.BACKWARD, Kind.INPUT_GRAD)
+
+
+def weight_gathers(model: ModelSpec, train: TrainConfig, strategy: Strategy) -> dict[str, Call]:
+    """The gathers of dense and of expert weights at ZeRO-3, calls and bytes (1, pipeline ranks) by `Call.key`."""
+    table = StrategyTable.of([strategy])
+    schedule = build(
+        strategy.schedule,
+        strategy.pipeline_parallel,
+        int(table.microbatches(train.global_batch_size)[0]),
+        strategy.virtual_stages,
+    )
+    dense_copies, expert_copies = strategy.data_parallel * strategy.context_parallel, strategy.expert_data_parallel
+    padded = units_of(model, table).padded(dense_copies, expert_copies)
+    moe_layers = {f"layers.{layer}": int(padded.experts.item()) for layer in model.moe_layers}
+    dense = {f"layers.{layer}": int(padded.dense_layer.item()) for layer in range(model.num_layers)}
+    dense |= dict.fromkeys(moe_layers, int(padded.moe_layer.item()))
+    dense |= {"embedding": int(padded.embedding.item()), "head": int(padded.head.item())}
+    sizes = {}
+    if strategy.zero_dense == 3 and dense_copies > 1:
+        sizes["dp"] = dense
+    if strategy.zero_expert == 3 and expert_copies > 1:
+        sizes["edp"] = moe_layers
+    stages, sharded = units_of_stages(model, strategy), {unit for each in sizes.values() for unit in each}
+    counts = [gathered(schedule, rank, stages, sharded) for rank in range(schedule.num_ranks)]
+    found = [
+        Call(
+            "all_gather",
+            axis,
+            np.array([[sum(n for unit, n in count.items() if unit in elements) for count in counts]]),
+            np.array([[sum(n * elements.get(unit, 0) for unit, n in count.items()) for count in counts]])
+            * train.recipe.state.weight,
+        )
+        for axis, elements in sizes.items()
+    ]
+    return {call.key: call for call in found}
+
+
+def gathered(schedule: Schedule, rank: int, units_of: Sequence[Sequence[str]], sharded: set[str]) -> Counter[str]:
+    """How often `rank` gathers each `sharded` unit; `units_of[stage]` in the order of a forward.
+
+    Pairs count as their forward and then their backward; a run takes both in turn and may gather more.
+    """
+    here: list[str] = []
+    count: Counter[str] = Counter()
+    for action in schedule.ranks[rank]:
+        for unit, using in _wanted(action, units_of):
+            if unit not in sharded:
+                continue
+            if unit in here:
+                here.remove(unit)
+            else:
+                count[unit] += 1
+                unused = [each for each in here if each != using]
+                for each in unused[: len(here) + 1 - RESIDENT]:
+                    here.remove(each)
+            here.append(unit)
+    return count
+
+
+def _wanted(action: Action, units_of: Sequence[Sequence[str]]) -> Iterator[tuple[str, str]]:
+    """(unit that is gathered, unit in use) in the order of an action."""
+    for part in action.parts:
+        if part.kind not in FORWARD + BACKWARD:
+            continue
+        units = units_of[part.stage] if part.kind in FORWARD else units_of[part.stage][::-1]
+        for unit, following in zip(units, (*units[1:], None), strict=True):
+            yield unit, unit
+            if following is not None:
+                yield following, unit
+
+
+def units_of_stages(model: ModelSpec, strategy: Strategy) -> list[list[str]]:
+    """The units of every stage in the order of a forward: "embedding", "layers.0" and so on, "head"."""
+    ranges = split_layers(model.num_layers, strategy.num_stages, strategy.layer_split)
+    units = [[f"layers.{layer}" for layer in layers] for layers in ranges]
+    units[0].insert(0, "embedding")
+    units[-1].append("head")
+    return units
