@@ -33,7 +33,7 @@ def ranks_of(case: Case) -> list[int]:
 
 
 def marks_of(position: int, case: Case) -> list[pytest.MarkDecorator]:
-    """All but one in `FAST_EVERY` are slow. Pairs take their parts in turn; how gathers of ZeRO-3 then mix only a run knows."""
+    """All but one in `FAST_EVERY` are slow. Pairs take turns; how gathers of ZeRO-3 then mix only a run knows."""
     marks = [] if position % FAST_EVERY == 0 else [pytest.mark.slow]
     pairs = any(each in case.strategy.schedule for each in ("overlap", "dualpipe"))
     if pairs and 3 in case.strategy.sharding_levels:
