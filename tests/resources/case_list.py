@@ -12,14 +12,26 @@ from tests.pairwise import covering
 from tests.runtime.tiny import GROUPED, LATENT, PLAIN, RICH, SINKS
 
 from pipermoe.schedule.builders import RECIPES, illegal
-from pipermoe.specs.model import ModelSpec
+from pipermoe.specs.model import LatentAttention, ModelSpec
 from pipermoe.specs.strategy import RECOMPUTE_MODULES, Recompute, Strategy
 from pipermoe.specs.train import TrainConfig
 
-LAYERS = 9  # eight stages, one of which holds two layers
-FAMILIES = {
-    model.name: model.model_copy(update={"num_layers": LAYERS}) for model in (PLAIN, RICH, LATENT, SINKS, GROUPED)
-}
+
+
+def _grown(model: ModelSpec) -> ModelSpec:
+    """Wide enough that what is small beside the rest in a real model is small here too.
+
+    Values as wide as queries: where they differ torch has no fused attention on CPUs, and the scores stay in memory.
+    """
+    update: dict[str, Any] = {"hidden_size": 64, "vocab_size": 256, "moe": model.moe.model_copy(update={"expert_width": 96})}
+    if model.local_attention is not None:
+        update["local_attention"] = model.local_attention.model_copy(update={"size": 48})
+    if isinstance(model.attention, LatentAttention):
+        update["attention"] = model.attention.model_copy(update={"v_head_dim": model.attention.query_key_dim})
+    return model.model_copy(update=update)
+
+
+FAMILIES = {model.name: _grown(model) for model in (PLAIN, RICH, LATENT, SINKS, GROUPED)}
 SCHEDULES = tuple(name for name in RECIPES if name != "dualpipe")  # it holds every stage twice, which is refused
 # (pipeline, data, expert parallel)
 ARRANGEMENTS = ((1, 4, 4), (1, 4, 2), (2, 2, 1), (2, 2, 2), (2, 4, 2), (4, 1, 1), (4, 2, 2))
@@ -56,19 +68,21 @@ def cases() -> tuple[Case, ...]:
     """One for every schedule and arrangement that can meet."""
     rows = [
         (schedule, arrangement)
-        for schedule, arrangement in itertools.product(SCHEDULES, ARRANGEMENTS)
-        if not illegal(schedule, arrangement[0], _microbatches(arrangement), RECIPES[schedule].virtual_stages[0])
+        for (i, schedule), (j, arrangement) in itertools.product(enumerate(SCHEDULES), enumerate(ARRANGEMENTS))
+        if (i + j) % 3
+        and not illegal(schedule, arrangement[0], _microbatches(arrangement), RECIPES[schedule].virtual_stages[0])
     ]
     return tuple(_case(schedule, arrangement, options) for (schedule, arrangement), options in covering(rows, OPTIONS))
 
 
 def _microbatches(arrangement: tuple[int, int, int]) -> int:
-    return 16 // arrangement[1]
+    return max(2 * arrangement[0], 4)
 
 
 def _case(schedule: Any, arrangement: Any, options: dict[str, Any]) -> Case:
     pp, dp, ep = arrangement
     stages = pp * RECIPES[schedule].virtual_stages[0]
+    layers = max(stages, 2) + 1  # the longest stage holds two
     modules = options["recompute"] if isinstance(options["recompute"], tuple) else ()
     recompute: Recompute = "full" if options["recompute"] == "full" else "selective" if modules else "none"
     strategy = Strategy(
@@ -78,15 +92,16 @@ def _case(schedule: Any, arrangement: Any, options: dict[str, Any]) -> Case:
         expert_parallel=ep,
         expert_data_parallel=dp // ep,
         schedule=schedule,
-        layer_split=(LAYERS - stages + 1, *[1] * (stages - 1)) if options["split"] == "uneven" else (),
+        layer_split=(*[1] * (stages - 1), layers - stages + 1) if options["split"] == "uneven" else (),
         recompute=recompute,
         recompute_modules=modules,
         **{key: options[key] for key in ("zero_dense", "zero_expert", "dispatcher")},
     )
     train = TrainConfig(
-        seq_len=8,
-        global_batch_size=16,
+        seq_len=128,
+        global_batch_size=dp * _microbatches(arrangement),
         precision=options["precision"],
         capacity_factor=options["capacity_factor"],
     )
-    return Case(FAMILIES[options["family"]], train, strategy)
+    model = FAMILIES[options["family"]].model_copy(update={"num_layers": layers})
+    return Case(model, train, strategy)
