@@ -99,9 +99,7 @@ def _chunks(schedule: str) -> int:
 
 
 def _case(schedule: Any, arrangement: Any, options: dict[str, Any]) -> Case:
-    job = Job(
-        _layers(schedule, arrangement), arrangement[1] * _microbatches(arrangement), options["capacity_factor"]
-    )
+    job = Job(_layers(schedule, arrangement), arrangement[1] * _microbatches(arrangement), options["capacity_factor"])
     return Case(_strategy(schedule, arrangement, options), job)
 
 

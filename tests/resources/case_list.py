@@ -17,13 +17,16 @@ from pipermoe.specs.strategy import RECOMPUTE_MODULES, Recompute, Strategy
 from pipermoe.specs.train import TrainConfig
 
 
-
 def _grown(model: ModelSpec) -> ModelSpec:
     """Wide enough that what is small beside the rest in a real model is small here too.
 
     Values as wide as queries: where they differ torch has no fused attention on CPUs, and the scores stay in memory.
     """
-    update: dict[str, Any] = {"hidden_size": 64, "vocab_size": 256, "moe": model.moe.model_copy(update={"expert_width": 96})}
+    update: dict[str, Any] = {
+        "hidden_size": 64,
+        "vocab_size": 256,
+        "moe": model.moe.model_copy(update={"expert_width": 96}),
+    }
     if model.local_attention is not None:
         update["local_attention"] = model.local_attention.model_copy(update={"size": 48})
     if isinstance(model.attention, LatentAttention):

@@ -57,8 +57,13 @@ class Units:
         def up(whole: Any, copies: Any) -> Any:
             return -(-whole // copies) * copies
 
-        dense = (up(each, dense_copies) for each in (self.embedding, self.head, self.moe_layer, self.dense_layer))
-        return Units(*dense, up(self.experts, expert_copies))
+        return Units(
+            up(self.embedding, dense_copies),
+            up(self.head, dense_copies),
+            up(self.moe_layer, dense_copies),
+            up(self.dense_layer, dense_copies),
+            up(self.experts, expert_copies),
+        )
 
     def on(self, shapes: StageShapes, *, tied: bool) -> tuple[Any, Any]:
         """Dense and expert elements of every column of `shapes`; a tied head without embedding holds a copy of it."""
