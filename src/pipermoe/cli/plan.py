@@ -115,6 +115,19 @@ def plan(
     if plot is not None:
         write_picture(front_picture(planning.pareto, planning.plan.name), plot)
         note(f"Wrote {plot}", as_json=json)
+    if not json:
+        note(_next_commands(output, planning.chosen.worst_rank), as_json=json)
+
+
+def _next_commands(plan: Path, worst_rank: int) -> str:
+    """What a plan is for."""
+    commands = {
+        f"train --plan {plan}": "run it",
+        f"dryrun --plan {plan} --rank {worst_rank}": "the worst rank's exact bytes and FLOPs",
+        f"export megatron --plan {plan}": "or torchtitan, deepspeed, slurm",
+    }
+    width = max(map(len, commands))
+    return "\n".join(f"  pipermoe {command:<{width}}  # {what}" for command, what in commands.items())
 
 
 def _goal(tokens: str | None, target: str | None, price: float | None, mtbf: str | None) -> Goal | None:

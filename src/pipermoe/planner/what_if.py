@@ -41,7 +41,7 @@ def what_ifs(job: Job, chosen: Candidate, roomier: Strategy | None = None) -> tu
         if roomier is not None:
             budget = int(job.memory_budget_bytes * MORE_MEMORY)
             more = replace(job, memory_budget_bytes=budget)
-            yield ask("a quarter more memory", more, roomier, f"--memory {budget / 2**30:.4g}GiB")
+            yield ask("a quarter more memory", more, roomier, f"--memory {budget >> 20}MiB")
         if chosen.strategy.schedule.endswith(OVERLAP):
             plain = chosen.strategy.schedule.removesuffix(OVERLAP)
             yield ask("no overlap", job, chosen.strategy.model_copy(update={"schedule": plain}))

@@ -75,7 +75,8 @@ def _sections(result: PlanningResult) -> Iterator[RenderableType]:
     yield Text("What would help", style="bold")
     yield _what_if(result)
     if result.pareto:
-        yield Text("\nFrom the fastest to the smallest", style="bold")
+        yield ""
+        yield Text("From the fastest to the smallest", style="bold")
         yield Padding(front_table(result.pareto), (0, 0, 0, 2))
 
 
@@ -204,12 +205,12 @@ def reason(other: Alternative, step_seconds: float) -> str:
 
 
 def _what_if(result: PlanningResult) -> Table:
-    grid = _grid("default", "default", "default", "default", right=(1,))
+    grid = _grid("default", "default", "default", right=(1,))
     for change in result.explanation.what_ifs:
         lack = f"does not fit: {format_bytes(change.peak_bytes)}" if not change.fits else ""
         other = f"with {_name(change.strategy)}" if change.strategy else ""
-        notes = "; ".join(filter(None, [lack, other]))
-        grid.add_row(f"  {change.name}", f"{change.gain:+.0%} tokens/s", change.way, notes)
+        notes = "; ".join(filter(None, [change.way, lack, other]))
+        grid.add_row(f"  {change.name}", f"{change.gain:+.0%} tokens/s", notes)
     return grid
 
 
