@@ -9,10 +9,14 @@ import pytest
 import torch
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_parity import arrangement, one_process, train
-from tests.runtime.tiny import MODELS, batch_for, engine_for
+from tests.runtime.tiny import MODELS, batch_for, engine_for, job_of
 
 from pipermoe.runtime.groups import ProcessGroups
+from pipermoe.runtime.pipeline.engine import Engine
 from pipermoe.runtime.weights import is_expert
+from pipermoe.schedule.builders import schedule_of
+from pipermoe.schedule.communication import with_communication
+from pipermoe.schedule.sharding import with_gathered_weights, with_reduction
 from pipermoe.specs.strategy import Strategy
 
 pytestmark = pytest.mark.distributed
@@ -74,3 +78,20 @@ def test_between_steps_a_rank_keeps_its_shards_alone():
     for gone, kept, whole in run_ranks(weights_between_steps, 2):
         assert gone
         assert whole <= 2 * kept < whole * 1.01  # shards are padded to equal lengths
+
+
+def with_sharding_actions(rank: int) -> tuple[list[bytes], list[bytes]]:
+    """The shards of a step's gradients by a plain schedule, and by one that says when to gather and to reduce."""
+    strategy = sharded(3, 3, "interleaved-1f1b", 2, pp=2, dp=2)
+    groups, train, found = ProcessGroups.create(strategy), job_of("rich"), []
+    plain = with_communication(schedule_of(strategy, train.global_batch_size))
+    for schedule in (plain, with_gathered_weights(with_reduction(plain))):
+        engine = Engine(MODELS["rich"], train, strategy, schedule, groups)
+        engine.step(batch_for(strategy, groups.coordinates.dp, 0))
+        found.append([flat.gradients.numpy().tobytes() for flat in engine.flats])
+    return found[0], found[1]
+
+
+def test_a_schedule_that_says_when_to_gather_and_reduce_gives_the_same_gradients():
+    for plain, told in run_ranks(with_sharding_actions, 4):
+        assert plain == told

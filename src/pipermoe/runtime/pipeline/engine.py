@@ -29,7 +29,7 @@ from pipermoe.runtime.pipeline.planned_exchange import PlannedExchange
 from pipermoe.runtime.pipeline.stage import Stage
 from pipermoe.runtime.support import check_model
 from pipermoe.runtime.weights import initialize, is_expert, layer_of, unit_of
-from pipermoe.schedule.action import SHARDING, Kind, Schedule
+from pipermoe.schedule.action import Kind, Schedule
 from pipermoe.specs.errors import UserError
 from pipermoe.specs.mesh import split_layers
 from pipermoe.specs.model import ModelSpec
@@ -50,7 +50,8 @@ class Engine:
     dp (dense parameters) and edp (expert parameters), nothing else: an expert's gradient already holds the tokens of
     all ep ranks, which came through the all-to-all.
 
-    Any schedule of F, B, I, W, their pairs, sends and receives runs, with any number of stages on a rank.
+    Any schedule of F, B, I, W, their pairs, sends and receives runs, with any number of stages on a rank. When weights
+    are gathered and gradients reduced follows from the strategy's ZeRO levels, whether the schedule says it or not.
 
     `schedule` is lowered by schedule.communication.with_communication. `planned_counts[source][expert]`, if given, are
     the rows that each rank of the expert-parallel group sends to each expert, instead of what the router would choose.
@@ -233,5 +234,3 @@ def _check_schedule(schedule: Schedule, strategy: Strategy) -> None:
         )
     if schedule.mirror_rank:
         raise UserError(f"schedule {schedule.name} holds every stage twice, which this runtime does not execute")
-    if any(part.kind in SHARDING for rank in range(schedule.num_ranks) for part in schedule.parts(rank)):
-        raise UserError(f"schedule {schedule.name} shards weights, which this runtime does not execute")

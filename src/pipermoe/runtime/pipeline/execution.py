@@ -16,7 +16,7 @@ from pipermoe.runtime.pipeline.gradients import Accumulate
 from pipermoe.runtime.pipeline.interleave import Running, alone, beside
 from pipermoe.runtime.pipeline.stage import Tape
 from pipermoe.runtime.pipeline.transfers import Transfers
-from pipermoe.schedule.action import COMPUTE, RECEIVES, Action, Kind, Schedule
+from pipermoe.schedule.action import COMPUTE, RECEIVES, SHARDING, Action, Kind, Schedule
 from pipermoe.schedule.arrivals import acknowledgements
 from pipermoe.specs.errors import MachineError, UserError
 
@@ -59,7 +59,8 @@ class Program:
 
     @classmethod
     def of(cls, schedule: Schedule, rank: int) -> Program:
-        actions = schedule.ranks[rank]
+        """Without sharding actions: weights are gathered and gradients reduced by layer, not by stage (ZeRO)."""
+        actions = tuple(action for action in schedule.ranks[rank] if action.kind not in SHARDING)
         ahead: dict[int, list[Action]] = {}
         latest: list[Action] = []
         for i, action in enumerate(actions):
