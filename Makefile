@@ -26,7 +26,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
 	  || { echo "Python has no venv module; on Debian: apt-get install python3-venv"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,tokenizers,plots]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,tokenizers,plots,exact]'
 	$(BIN)/pip install --quiet --constraint constraints.txt hypothesis pyright pytest pytest-timeout pytest-xdist ruff
 	@touch $(READY)
 

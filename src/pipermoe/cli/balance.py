@@ -39,7 +39,7 @@ def balance(
     slots
         Copies of experts that a rank holds in each layer. Default: one more than the experts need.
     policy
-        Only this policy; may be repeated. Default: all.
+        Only this policy; may be repeated. Default: all but two-stage, which takes minutes and scipy.
     every
         Steps between two plans.
     window
@@ -91,7 +91,7 @@ def _positive(**values: int) -> None:
 
 
 def _chosen(names: list[str] | None, trace: Trace) -> dict[str, Policy]:
-    from pipermoe.layout.policies import policies_for
+    from pipermoe.layout.policies import OFFLINE, policies_for
     from pipermoe.specs.errors import UserError
 
     policies = policies_for(trace)
@@ -99,4 +99,4 @@ def _chosen(names: list[str] | None, trace: Trace) -> dict[str, Policy]:
         if name not in policies:
             needs = "; co-activation needs a trace with routes" if name == "co-activation" else ""
             raise UserError(f"--policy = {name!r}: must be one of {', '.join(policies)}{needs}")
-    return {name: policies[name] for name in names or policies}
+    return {name: policies[name] for name in names or (name for name in policies if name not in OFFLINE)}

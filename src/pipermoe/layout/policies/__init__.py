@@ -1,4 +1,4 @@
-"""Every policy: one small file each, one line each in the table below; `co-activation` needs the routes of a trace."""
+"""Every policy: one small file each, one line each in the table below. `policies_for` adds those that read a trace."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pipermoe.layout.policies.proportional import Proportional
 from pipermoe.layout.policies.sharding import HeterogeneousSharding
 from pipermoe.layout.policies.sparse import SparseMaterialisation
 from pipermoe.layout.policies.static import Static
+from pipermoe.layout.policies.two_stage import TwoStage
 from pipermoe.layout.policy import Policy
 from pipermoe.layout.trace import Trace
 
@@ -30,10 +31,10 @@ POLICIES: dict[str, Policy] = {
     "heap": HeapReplicas(),
     "eplb": Eplb(),
 }
+OFFLINE = ("two-stage",)  # minutes of integer programming: only where asked for by name
 
 
 def policies_for(trace: Trace) -> dict[str, Policy]:
-    """All policies; with the routes of a trace also the one that reads them."""
-    if trace.routes_TLK is None:
-        return POLICIES
-    return {**POLICIES, "co-activation": NodeFirst(trace.planning_routes)}
+    """All policies for a trace, with those that are made for its routes."""
+    made: dict[str, Policy] = {} if trace.routes_TLK is None else {"co-activation": NodeFirst(trace.planning_routes)}
+    return {**POLICIES, **made, "two-stage": TwoStage(trace.planning_routes)}
