@@ -19,7 +19,7 @@ from pipermoe.exchange.executor.gather_json import all_gather_json
 from pipermoe.processes.progress import Display
 from pipermoe.resources.flops import model_forward_flops
 from pipermoe.runtime.agreement import check_same_job
-from pipermoe.runtime.checkpoint.store import load_checkpoint
+from pipermoe.runtime.checkpoint.store import load_checkpoint, saved_layout
 from pipermoe.runtime.checkpoint.writer import CheckpointWriter
 from pipermoe.runtime.counting import counted
 from pipermoe.runtime.groups import ProcessGroups
@@ -103,6 +103,8 @@ class Trainer:
         if self.run.resume is None:
             return 0
         with self._phase(f"loading {self.run.resume}"):
+            if self.balancer is not None:
+                self.balancer.resume(saved_layout(self.run.resume))
             biases = self.engine.correction_biases()
             first = load_checkpoint(self.run.resume, self.plan, self.optimizer, biases)
         if first >= self.steps:
@@ -148,7 +150,9 @@ class Trainer:
                     self._write_trace()
                 if job.checkpoint_every and (_due(done, job.checkpoint_every) or done == self.steps):
                     with self._phase(f"saving the checkpoint of step {done}"):
-                        self.checkpoints.save(done, self.optimizer, self.engine.correction_biases())
+                        placement = self.engine.placement
+                        layout = placement.layout if placement else None
+                        self.checkpoints.save(done, self.optimizer, self.engine.correction_biases(), layout)
             with self._phase("finishing the last checkpoint"):
                 self.checkpoints.finish()
         return results, validation

@@ -14,9 +14,11 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 from pydantic import Field
 from torch import Tensor
 
+from pipermoe.layout.expert_layout import ExpertLayout
 from pipermoe.runtime.checkpoint.format import Piece, Pieces, read_pieces
 from pipermoe.runtime.optimizer.adamw import Optimizer, Part
 from pipermoe.specs.base import Frozen
@@ -34,7 +36,8 @@ _FOLDER = re.compile(r"step-(\d{6,})")
 class CheckpointRecord(Frozen):
     """What a checkpoint holds; `files` maps the name of every other file in the folder to its size in bytes.
 
-    `text` is the fingerprint of what the run reads (data/batches.py).
+    `text` is the fingerprint of what the run reads (data/batches.py); `layout` says for every MoE layer, rank and slot
+    which expert lay there, if experts move. Whoever resumes with as many ranks and slots goes on from it.
     """
 
     step: int = Field(ge=1)
@@ -42,6 +45,7 @@ class CheckpointRecord(Frozen):
     train: TrainConfig
     strategy: Strategy
     text: str
+    layout: tuple[tuple[tuple[int, ...], ...], ...] | None = None
     files: dict[str, int]
     software: dict[str, str] = {}
 
@@ -75,6 +79,12 @@ def check_same_text(folder: Path, text: str, source: str) -> None:
             f"{folder / RECORD}: the run has read another text than {source} holds now: the steps would see other "
             "data; resume with the text as it was, or train into another --output"
         )
+
+
+def saved_layout(folder: Path) -> ExpertLayout | None:
+    """Where the experts lay when the checkpoint was saved, if they moved."""
+    record = load(folder / RECORD, CheckpointRecord)
+    return None if record.layout is None else ExpertLayout(np.array(record.layout), record.model.moe.num_experts)
 
 
 def load_checkpoint(folder: Path, plan: Plan, optimizer: Optimizer, biases: Iterable[tuple[str, Tensor]]) -> int:

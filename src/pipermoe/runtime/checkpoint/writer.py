@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipermoe.exchange.executor.gather_json import all_gather_json
+from pipermoe.layout.expert_layout import ExpertLayout
 from pipermoe.runtime.checkpoint.format import Pieces, write_pieces
 from pipermoe.runtime.checkpoint.store import (
     RECORD,
@@ -51,7 +52,13 @@ class CheckpointWriter:
         self._thread: Thread | None = None
         self._error = ""
 
-    def save(self, step: int, optimizer: Optimizer, biases: Iterable[tuple[str, Tensor]]) -> None:
+    def save(
+        self,
+        step: int,
+        optimizer: Optimizer,
+        biases: Iterable[tuple[str, Tensor]],
+        layout: ExpertLayout | None = None,
+    ) -> None:
         """Save the state after `step` steps; weights and moments may change as soon as this returns.
 
         Waits for the checkpoint before, if that is still being written. Older ones than the newest 3 go.
@@ -61,7 +68,7 @@ class CheckpointWriter:
         if self._groups.coordinates.dp == 0:
             pieces |= pieces_of_biases(biases)
         copies = {name: replace(piece, values=piece.values.to("cpu", copy=True)) for name, piece in pieces.items()}
-        self._thread = Thread(target=self._write, args=(step, copies), name=f"checkpoint {step}", daemon=True)
+        self._thread = Thread(target=self._write, args=(step, copies, layout), name=f"checkpoint {step}", daemon=True)
         self._thread.start()
 
     def finish(self) -> None:
@@ -72,11 +79,11 @@ class CheckpointWriter:
         if self._error:
             raise MachineError(self._error)
 
-    def _write(self, step: int, pieces: Pieces) -> None:
+    def _write(self, step: int, pieces: Pieces, layout: ExpertLayout | None) -> None:
         partial, rank = partial_folder(self._output), self._groups.rank
         try:
             self._together(step, lambda: write_pieces(partial, pieces, rank))
-            self._together(step, lambda: self._complete(step, partial) if rank == 0 else None)
+            self._together(step, lambda: self._complete(step, layout, partial) if rank == 0 else None)
         except Exception as error:  # of any rank, or one of them is gone
             self._error = str(error)
             if rank == 0:
@@ -93,7 +100,7 @@ class CheckpointWriter:
         if failures:
             raise MachineError(failures[0])
 
-    def _complete(self, step: int, partial: Path) -> None:
+    def _complete(self, step: int, layout: ExpertLayout | None, partial: Path) -> None:
         plan, folder = self._plan, self._output / "checkpoints" / f"step-{step:06d}"
         record = CheckpointRecord(
             step=step,
@@ -101,6 +108,7 @@ class CheckpointWriter:
             train=plan.train,
             strategy=plan.strategy,
             text=self._text,
+            layout=None if layout is None else layout.slots_LNS.tolist(),
             files={path.name: path.stat().st_size for path in sorted(partial.iterdir())},
             software={"torch": torch.__version__},
         )

@@ -47,6 +47,11 @@ class Balancer:
         self._planning_seconds: float | None = None
         self._kept = self._abandoned = 0
 
+    def resume(self, saved: ExpertLayout | None) -> None:
+        """Begin with the layout of a checkpoint that is loaded next, if it has as many ranks and slots. Collective."""
+        if saved is not None and saved.shape == self._placement.layout.shape:
+            self._optimizer.adopt(self._placement.adopt(saved))
+
     def observe(self, step: int, load_LE: NDArray[np.int64], compute_seconds: float) -> BalanceLine:
         """Take in the load of all ranks in `step`, which counts from 1, and look for a layout if it is time to."""
         self._loads_W.append(load_LE)

@@ -52,6 +52,14 @@ class DecoupledExperts(FlatParameters):
         self.owned = self.updated = slice(0, len(self.weights))
         self._collect(self._slot_weights, self.weights, placement.homes, edp=(0,))
 
+    @property
+    def resident_weights(self) -> tuple[Tensor, ...]:
+        return self.weights, self._slot_weights
+
+    @property
+    def resident_gradients(self) -> tuple[Tensor, ...]:
+        return self.gradients, self._slot_gradients
+
     def stretches(self, held: slice) -> Iterator[Stretch]:
         start = 0
         for span, elements, columns in zip(self.spans, self._elements, self._columns, strict=True):

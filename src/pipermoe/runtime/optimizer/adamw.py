@@ -135,8 +135,8 @@ class Optimizer:
     def tensors(self) -> dict[MemoryCategory, list[Tensor]]:
         """What a rank holds between steps, by the memory categories "weights", "gradients" and "optimizer"."""
         return {
-            "weights": [flat.weights for flat in self.flats],
-            "gradients": [flat.gradients for flat in self.flats],
+            "weights": [tensor for flat in self.flats for tensor in flat.resident_weights],
+            "gradients": [tensor for flat in self.flats for tensor in flat.resident_gradients],
             "optimizer": [
                 values for state in self.states for key, values in state.items() if key != "weights" or state.has_master
             ],

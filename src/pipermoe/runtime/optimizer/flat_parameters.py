@@ -132,6 +132,15 @@ class FlatParameters:
         return self.zero >= 2
 
     @property
+    def resident_weights(self) -> tuple[Tensor, ...]:
+        """Weights that a rank holds between steps."""
+        return (self.weights,)
+
+    @property
+    def resident_gradients(self) -> tuple[Tensor, ...]:
+        return (self.gradients,)
+
+    @property
     def whole_buffers(self) -> tuple[Tensor, ...]:
         """The buffers of all N elements that exist now, laid out as `spans` says."""
         return tuple(each for each in (self._whole_weights, self._whole_gradients) if each is not None)
