@@ -58,7 +58,7 @@ def run_plan(plan: Plan, steps: int, weights: Path | None) -> dict:
 
 def run_transformers(python: Path, folder: Path, steps: int) -> dict:
     """The same of transformers, from the same steps."""
-    text = subprocess.run([python, SCRIPT, "train", folder], check=True, capture_output=True, text=True).stdout
+    text = subprocess.run([python, SCRIPT, "train", folder], check=True, stdout=subprocess.PIPE, text=True).stdout
     found = json.loads(text.splitlines()[-1])
     measured = measured_steps(0, steps)
     return {"seconds": found["seconds"][measured.start : measured.stop], "losses": found["losses"]}
@@ -131,7 +131,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="pipermoe-runtime-") as name:
         folder, weights = Path(name), None
         if compares := options.transformers.is_file():
-            subprocess.run([options.transformers, SCRIPT, "make", folder], check=True, capture_output=True)
+            subprocess.run([options.transformers, SCRIPT, "make", folder], check=True)
             weights = folder / "model"
         model = ModelSpec.from_hf_config(weights) if weights else demo_model()
         job = files("pipermoe.catalogue").joinpath("jobs/demo.toml")

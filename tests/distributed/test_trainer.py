@@ -76,7 +76,7 @@ def test_a_hybrid_run_learns_what_one_process_learns_and_reports_it(tmp_path, te
             assert sum(rank.memory_bytes.values()) == rank.peak_bytes
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_run_that_stopped_and_resumed_equals_one_that_did_not(tmp_path, text, precision):
     plan = tiny_plan(HYBRID, data=text, checkpoint_every=2, precision=precision, **FASTER)
     whole = launch(plan, Run(tmp_path / "whole", quiet=True))
