@@ -11,17 +11,21 @@ from pipermoe.cli.output import note, show
 if TYPE_CHECKING:
     from pipermoe.layout.policy import Policy
     from pipermoe.layout.trace import Trace
+    from pipermoe.specs.plan import Plan
+    from pipermoe.specs.platform import Platform
 
 
 def balance(
     trace: str,
     *,
-    ranks: int = 64,
+    ranks: int | None = None,
     nodes: int = 8,
     slots: int | None = None,
     policy: list[str] | None = None,
     every: int = 10,
     window: int = 5,
+    plan: Path | None = None,
+    platform: str | None = None,
     plot: Path | None = None,
     json: Switch = False,
 ) -> None:
@@ -33,7 +37,7 @@ def balance(
         Counts of rows per step, layer and expert (.npz or .csv, docs/balance.md), or a trace that comes with the
         package: tiny-none, tiny-aux, tiny-bias.
     ranks
-        Ranks of the expert-parallel group.
+        Ranks of the expert-parallel group. Default: those of the plan, or 64.
     nodes
         Nodes that they are on.
     slots
@@ -44,6 +48,10 @@ def balance(
         Steps between two plans.
     window
         Steps whose mean load a plan is made for.
+    plan
+        Price every policy on this plan (TOML): its step, its moves, its memory.
+    platform
+        The machine of the plan: a name of the catalogue or a platform file.
     plot
         Draw the imbalance of every step into this file (SVG or PNG).
     json
@@ -51,9 +59,12 @@ def balance(
     """
     from pipermoe.layout.replay import compare_policies
     from pipermoe.layout.trace import read_trace
-    from pipermoe.report.balance import draw_comparison, render_comparison
+    from pipermoe.report.balance import draw_comparison, render_comparison, render_prices
+    from pipermoe.resources.relayout import price_policies
 
     read = read_trace(trace)
+    priced_on = _plan_and_machine(plan, platform, ranks, read)
+    ranks = ranks if ranks is not None else (priced_on[0].strategy.expert_parallel if priced_on else 64)
     fitting = _slots(slots, ranks, nodes, experts=read.shape[2])
     _positive(every=every, window=window)
     found = compare_policies(
@@ -61,9 +72,35 @@ def balance(
     )
     if plot is not None:
         draw_comparison(found, plot)
-    show(found, lambda console: render_comparison(found, console), as_json=json)
+    if priced_on is None:
+        show(found, lambda console: render_comparison(found, console), as_json=json)
+    else:
+        priced = price_policies(found, *priced_on)
+        show(priced, lambda console: render_prices(priced, console), as_json=json)
     if plot is not None:
         note(f"Wrote {plot}", as_json=json)
+
+
+def _plan_and_machine(
+    path: Path | None, platform: str | None, ranks: int | None, trace: Trace
+) -> tuple[Plan, Platform] | None:
+    """Where policies are priced, if they are."""
+    from pipermoe.specs.documents import load
+    from pipermoe.specs.errors import UserError
+    from pipermoe.specs.plan import Plan
+    from pipermoe.specs.platform_file import load_platform
+
+    if path is None and platform is None:
+        return None
+    if path is None or platform is None:
+        raise UserError("--plan and --platform go together: policies are priced for a plan on its machine")
+    plan = load(path, Plan)
+    shared, experts = plan.strategy.expert_parallel, plan.model.moe.num_experts
+    if ranks not in (None, shared):
+        raise UserError(f"--ranks = {ranks}: {path} divides experts over {shared} ranks; leave --ranks out")
+    if experts != trace.shape[2]:
+        raise UserError(f"{trace.name}: a load of {trace.shape[2]} experts; {plan.model.name} of {path} has {experts}")
+    return plan, load_platform(platform)
 
 
 def _slots(slots: int | None, ranks: int, nodes: int, *, experts: int) -> int:

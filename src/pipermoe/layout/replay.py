@@ -16,7 +16,7 @@ from pipermoe.layout.load import cross_node_share, imbalance, least_imbalance, n
 from pipermoe.layout.policy import Nodes, Policy
 from pipermoe.layout.popularity import fit_popularity
 from pipermoe.layout.trace import Trace
-from pipermoe.layout.transfer import moved_copies
+from pipermoe.layout.transfer import busiest_arrivals, moved_copies
 from pipermoe.specs.base import Frozen
 
 
@@ -27,7 +27,8 @@ class Replay(Frozen):
     in twenty of these is above; `worst_layer`: the highest mean over steps of a layer; `imbalance`: the mean over
     layers of every step that was met. `cross_node` is the share of rows that leave their node; `nodes_per_token` is of
     routes that no policy has seen. `moves` are copies a layer and re-plan after the first, `first_moves` those of the
-    first; `plan_ms` is CPU time of planning all layers once.
+    first; `arrivals` are the moves to the rank that receives the most; `held` are the copies of the rank that holds the
+    most at the end, mean over layers; `plan_ms` is CPU time of planning all layers.
     """
 
     policy: str
@@ -39,6 +40,8 @@ class Replay(Frozen):
     nodes_per_token: float | None
     first_moves: float
     moves: float
+    arrivals: float
+    held: float
     plan_ms: float
     imbalance: tuple[float, ...]
 
@@ -97,12 +100,13 @@ def replay(
 
     A trace of one step is planned for and met by the same load.
     """
-    met, planned, crossing, moves, seconds = [], [], [], [], []
+    met, planned, crossing, moves, arrivals, seconds = [], [], [], [], [], []
     for forecast_LE, following_WLE in stretches(trace.load_WLE, every, window):
         began = time.process_time()
         after = policy.plan(layout, forecast_LE, nodes)
         seconds.append(time.process_time() - began)
         moves.append(moved_copies(layout, after).mean())
+        arrivals.append(busiest_arrivals(layout, after))
         layout = after
         planned.append(imbalance(rank_load(layout, forecast_LE)).mean())
         met += [imbalance(rank_load(layout, load_LE)) for load_LE in following_WLE]
@@ -120,6 +124,8 @@ def replay(
         nodes_per_token=visited,
         first_moves=float(moves[0]),
         moves=float(np.mean(moves[1:] or [0.0])),
+        arrivals=float(np.mean(arrivals[1:] or [0.0])),
+        held=float(layout.copies_LNE.sum((0, 2)).max() / len(layout.slots_LNS)),
         plan_ms=1e3 * float(np.mean(seconds)),
         imbalance=tuple(met_WL.mean(1).tolist()),
     )

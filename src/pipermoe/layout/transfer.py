@@ -71,6 +71,12 @@ def moved_copies(before: ExpertLayout, after: ExpertLayout) -> NDArray[np.int64]
     return ((after.copies_LNE > 0) & (before.copies_LNE == 0)).sum((1, 2))
 
 
+def busiest_arrivals(before: ExpertLayout, after: ExpertLayout) -> float:
+    """Copies that the rank with the most of all layers receives, per layer."""
+    arrives_LNE = (after.copies_LNE > 0) & (before.copies_LNE == 0)
+    return float(arrives_LNE.sum((0, 2)).max() / len(arrives_LNE))
+
+
 def expert_bytes(expert_parameters: int, *, bytes_per_parameter: float = 16.0) -> int:
     """Bytes of one expert that moves with weights, gradients and optimizer state: 16 per parameter, 48*d*d_ffn."""
     return round(expert_parameters * bytes_per_parameter)

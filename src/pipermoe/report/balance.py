@@ -11,6 +11,8 @@ from rich.table import Table
 
 from pipermoe.layout.replay import Comparison, Replay
 from pipermoe.report.picture import Box, Label, Picture, write_picture
+from pipermoe.resources.relayout import PricedComparison
+from pipermoe.specs.units import format_bytes, format_seconds
 
 LEFT, TOP, ROW, GAP, CHART, RIGHT, BOTTOM = 110.0, 64.0, 44.0, 10.0, 720.0, 70.0, 24.0
 INK, FAINT, GROUND, BAR, HIGH = "#222222", "#666666", "#f2f2f2", "#2f6db3", "#c77c02"
@@ -55,6 +57,29 @@ def _cells(each: Replay, routed: bool) -> Iterator[str]:
     if routed:
         yield f"{each.nodes_per_token:.2f}"
     yield from (f"{value:.1f}" for value in (each.first_moves, each.moves, each.plan_ms))
+
+
+def render_prices(priced: PricedComparison, console: Console) -> None:
+    """Print the comparison, and what each policy makes of the plan's step and memory."""
+    render_comparison(priced.comparison, console)
+    console.print(
+        f"\n{priced.plan}: step {format_seconds(priced.balanced_seconds)} with even routing\n", highlight=False
+    )
+    table = Table(box=None, pad_edge=False)
+    table.add_column("policy", no_wrap=True)
+    for name in ("step", "moves of state, a step", "both over even", "peak memory at P95"):
+        table.add_column(name, justify="right", no_wrap=True)
+    best = min(price.total_seconds for price in priced.prices)
+    for price in priced.prices:
+        table.add_row(
+            price.policy,
+            format_seconds(price.step_seconds),
+            format_seconds(price.move_seconds_per_step),
+            f"{price.total_seconds / priced.balanced_seconds - 1:+.1%}",
+            format_bytes(price.peak_bytes),
+            style="bold" if price.total_seconds == best else None,
+        )
+    console.print(table)
 
 
 def draw_comparison(found: Comparison, path: Path) -> None:
