@@ -38,6 +38,7 @@ from pipermoe.specs.model import MixtureOfExperts, ModelSpec
 from pipermoe.specs.plan import Plan
 from pipermoe.specs.platform import Platform
 from pipermoe.specs.strategy import Strategy
+from pipermoe.specs.strategy_text import strategy_text
 from pipermoe.specs.train import TrainConfig
 from pipermoe.specs.units import GIB
 
@@ -150,7 +151,7 @@ def main() -> None:
             if compares:
                 runs[DDP].append(run_transformers(options.transformers, folder, options.steps))
     rows = summary_of(runs, train)
-    strategies = {way: f"{plan.strategy.compact()} {plan.strategy.schedule}" for way, plan in plans.items()}
+    strategies = {way: strategy_text(plan.strategy) for way, plan in plans.items()}
     console.print(table_of(rows, strategies))
     hidden = [overlap.row_of(text, each) for text in overlap.STRATEGIES for each in overlap.BANDWIDTHS]
     console.print(overlap.table_of(hidden))
