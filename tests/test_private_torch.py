@@ -13,6 +13,7 @@ import pipermoe
 
 ROOT = Path(pipermoe.__file__).parent
 PRIVATE = {  # name: why nothing public will do
+    "torch.Tensor._make_subclass": "a fake tensor like another, faster than its constructor",
     "torch._dynamo": "imported once before ranks are forked: autograd would import it in every rank",
     "torch._foreach_norm": "the norms of many blocks in one kernel",
     "torch._subclasses.fake_tensor": "tensors without memory, for dry runs",

@@ -63,11 +63,11 @@ def dry_run(
         seed=seed,
     )
     schedule = with_communication(schedule_of(strategy, train.global_batch_size))
-    with fake_world(rank, strategy.world_size), ShapeMode():
+    with fake_world(rank, strategy.world_size), ShapeMode() as shapes:
         groups = ProcessGroups.create(strategy)
         engine = Engine(model, train, strategy, schedule, groups, planned_counts=counts_PE.tolist())
         optimizer = Optimizer(engine.flats, train.optimizer)
-        report, memory, flops, traffic = _counted_step(rank, engine, optimizer)
+        report, memory, flops, traffic = _counted_step(rank, engine, optimizer, shapes)
     actions = tuple(
         _footprint_of(action, memory, flops, traffic) for action in (*engine.training.parts, *AFTER_PIPELINE)
     )
@@ -106,7 +106,7 @@ def _check(model: ModelSpec, train: TrainConfig, strategy: Strategy, rank: int, 
 
 
 def _counted_step(
-    rank: int, engine: Engine, optimizer: Optimizer
+    rank: int, engine: Engine, optimizer: Optimizer, shapes: ShapeMode
 ) -> tuple[RankReport, MemoryCounter, AttributedFlops, AttributedTraffic]:
     """One step under the counters. The first step is like all others: gradients and moments exist from the start."""
     batch = torch.zeros(
@@ -118,7 +118,7 @@ def _counted_step(
     def agree(totals: Tensor) -> float:
         return 0.0  # fake tensors hold no numbers; clipping works in place and costs nothing that is counted
 
-    with Counters(memory, flops, traffic):
+    with shapes.counted(Counters(memory, flops, traffic)):
         training_step(engine, optimizer, batch, agree, engine.train.optimizer.learning_rate)
     report = RankReport(
         rank=rank,

@@ -10,6 +10,7 @@ import math
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,6 +43,15 @@ class Counter(TorchDispatchMode):
     def stop(self) -> None:
         """Called as the block ends."""
 
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Count what `see` is told in the block."""
+        self.start()
+        try:
+            yield
+        finally:
+            self.stop()
+
     def __enter__(self) -> Any:
         self.start()
         return super().__enter__()
@@ -53,9 +63,13 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func.namespace != "prim":  # a question about a tensor, of which fake tensors get many
-            self.observe(func, args, kwargs, result)
+        self.see(func, args, kwargs, result)
         return result
+
+    def see(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Observe an operation, unless it is only a question about a tensor."""
+        if func.namespace != "prim":
+            self.observe(func, args, kwargs, result)
 
 
 class Counters(Counter):

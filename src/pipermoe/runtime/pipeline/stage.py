@@ -355,5 +355,5 @@ class Stage:
 
 def shifted(tokens_BS: Tensor, by: int, fill: int) -> Tensor:
     """The token `by` places after each of the first S positions of every sequence (T,), `fill` where it has ended."""
-    length = tokens_BS.shape[1] - 1
-    return F.pad(tokens_BS[:, by : by + length], (0, max(0, by - 1)), value=fill).flatten()
+    present_BS = tokens_BS[:, by : by + tokens_BS.shape[1] - 1]
+    return (F.pad(present_BS, (0, by - 1), value=fill) if by > 1 else present_BS).flatten()
