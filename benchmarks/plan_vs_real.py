@@ -117,6 +117,7 @@ def main() -> None:
     train = load(str(job), TrainConfig).model_copy(update={"validation_batches": 1})
     model = load_model(MODEL)
     platform = load(options.platform, Platform) if options.platform else measure_platform(nproc=RANKS, model=model)
+    assert platform is not None, "this process starts the ranks, so it has the result"
     plans = feasible(platform, train, memory_bytes(options.memory) or platform.memory_budget_bytes, options.most)
     rows = rows_of(plans, measured_seconds(plans, options.steps, options.passes))
     summary = summary_of(rows)

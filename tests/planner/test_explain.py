@@ -7,6 +7,7 @@ from pipermoe.planner import find_plan
 from pipermoe.planner.candidate import candidate
 from pipermoe.planner.explain import explain
 from pipermoe.planner.given import explain_given, plan_given
+from pipermoe.planner.other_machines import with_flat_network, with_network
 from pipermoe.planner.search import Job
 from pipermoe.resources.step import predict
 from pipermoe.specs.catalogue import load_model
@@ -86,3 +87,21 @@ def test_latent_attention_is_planned():
     plan = plan_given(Configuration(model=model, train=train, strategy=strategy), platform)
     assert plan.prediction.step_seconds > 0
     assert plan.inputs["state_bytes.master"].value == 4
+
+
+def test_bottlenecks_are_measured_by_taking_them_away():
+    result = given("pp2 dp2 ep2 mbs1 1f1b z1")
+    found = {finding.name: finding for finding in result.explanation.findings}
+    quiet = with_network(machine(), latency=0.0)
+    assert {cost.latency_seconds for level in quiet.levels for cost in level.cost.values()} == {0.0}
+    without = predict(MODEL, quiet, TRAIN, result.chosen.strategy).step_seconds
+    assert found["all-to-all latency"].seconds == pytest.approx(result.chosen.step_seconds - without)
+    overlapped = result.chosen.strategy.model_copy(update={"schedule": "1f1b-overlap"})
+    gain = result.chosen.step_seconds - predict(MODEL, machine(), TRAIN, overlapped).step_seconds
+    assert found["insufficient overlap"].seconds == pytest.approx(gain)
+
+
+def test_a_flat_network_is_the_innermost_level_for_all():
+    flat = with_flat_network(machine(ranks=8))
+    assert [level.ranks for level in flat.levels] == [8]
+    assert flat.levels[0].cost == machine(ranks=8).levels[0].cost
