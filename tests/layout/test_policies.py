@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from tests.layout.cases import problems
 
 from pipermoe.layout.expert_layout import ExpertLayout
-from pipermoe.layout.load import drift, imbalance, least_imbalance, rank_load
+from pipermoe.layout.load import cross_node_share, drift, imbalance, least_imbalance, rank_load
 from pipermoe.layout.policies import POLICIES
 from pipermoe.layout.policies.eplb import Eplb
 from pipermoe.layout.policies.expand_shrink import ExpandShrink
+from pipermoe.layout.policies.heap import HeapReplicas
 from pipermoe.layout.policies.incremental import Incremental
 from pipermoe.layout.policies.sharding import HeterogeneousSharding
 from pipermoe.layout.policies.sparse import SparseMaterialisation
@@ -108,6 +109,14 @@ def test_expanding_takes_an_empty_slot_or_that_of_an_idle_copy():
     planned = ExpandShrink().plan(layout, np.array([[20, 2, 2]]), nodes)
     assert planned.slots_LNS[0].tolist() == [[0, 1], [2, 0]]
     assert ExpandShrink(threshold=3.0).plan(layout, np.array([[20, 2, 2]]), nodes).same_as(layout)
+
+
+def test_where_transport_is_dear_equally_many_copies_near_every_source_win():
+    nodes, layout = Nodes(4, 2), ExpertLayout.static(1, 4, 4, slots=2)
+    load = np.array([[30, 2, 2, 2]])
+    by_load, by_place = (HeapReplicas(transport).plan(layout, load, nodes) for transport in (0.0, 9.0))
+    assert by_place.copies_LE.tolist() == [[2, 2, 2, 2]]
+    assert cross_node_share(by_place, load, nodes) == 0 < cross_node_share(by_load, load, nodes)
 
 
 def test_a_home_owns_as_many_experts_of_all_layers_as_any_other():

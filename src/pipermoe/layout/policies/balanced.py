@@ -11,10 +11,10 @@ from pipermoe.layout.packing import Search, items_of, longest_first, swap_down
 from pipermoe.layout.policy import Nodes
 from pipermoe.layout.replicas import greedy_copies
 
-# Many exchanges at once bring a layer near, then the busiest rank alone tries the coldest, and last all others.
+# Many exchanges at once bring a layer near, then the two busiest ranks try more partners, and last one tries all.
 SEARCHES = (
-    Search(rounds=12, hottest=8, partners=7),
-    Search(rounds=200, partners=16),
+    Search(rounds=16, hottest=8, partners=3),
+    Search(rounds=200, hottest=2, partners=8),
     Search(rounds=200, partners=1 << 30),
 )
 

@@ -10,18 +10,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipermoe.layout.expert_layout import EMPTY, ExpertLayout
-from pipermoe.layout.load import rank_load
+from pipermoe.layout.load import cross_node_share, rank_load
 from pipermoe.layout.policy import Nodes
 from pipermoe.layout.replicas import greedy_copies
 
 
 @dataclass(frozen=True, slots=True)
 class HeapReplicas:
-    """Copies one by one to the expert whose copies are the largest, or equally many of each: whichever peaks lower.
+    """Copies one by one to the expert whose copies are the largest, or equally many of each: whichever is cheaper.
 
-    A copy goes to the least loaded rank with room among those of the nodes that have the fewest copies of its expert,
-    so that most sources find one near.
+    The cost of a layer is the rows of the busiest rank, and `transport` times a rank's mean of the rows that leave
+    their node; 0 counts computing alone. A copy goes to the least loaded rank with room among those of the nodes that
+    have the fewest copies of its expert, so that most sources find one near.
     """
+
+    transport: float = 0.0
 
     def plan(self, layout: ExpertLayout, load_LE: NDArray, nodes: Nodes) -> ExpertLayout:
         layers, ranks, slots = layout.shape
@@ -30,8 +33,12 @@ class HeapReplicas:
             layout.successor(_spread(copies_LE, load_LE, nodes, slots))
             for copies_LE in (greedy_copies(load_LE, ranks * slots), np.repeat(equal_E, layers, axis=0))
         )
-        heap_is_better = rank_load(heap, load_LE).max(1) <= rank_load(equal, load_LE).max(1)
+        heap_is_better = self._cost(heap, load_LE, nodes) <= self._cost(equal, load_LE, nodes)
         return layout.successor(np.where(heap_is_better[:, None, None], heap.slots_LNS, equal.slots_LNS))
+
+    def _cost(self, layout: ExpertLayout, load_LE: NDArray, nodes: Nodes) -> NDArray[np.float64]:
+        leaving = cross_node_share(layout, load_LE, nodes) * load_LE.sum(1) / nodes.ranks
+        return rank_load(layout, load_LE).max(1) + self.transport * leaving
 
 
 def _spread(copies_LE: NDArray[np.int64], load_LE: NDArray, nodes: Nodes, slots: int) -> NDArray[np.int64]:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipermoe.layout.expert_layout import EMPTY, ExpertLayout
+from pipermoe.layout.homes import homes_alone
 from pipermoe.layout.policy import Nodes
 
 
@@ -28,7 +29,7 @@ class SparseMaterialisation:
     hidden_copies: int | None = None
 
     def plan(self, layout: ExpertLayout, load_LE: NDArray, nodes: Nodes) -> ExpertLayout:
-        homes_LNS = _homes_only(layout)
+        homes_LNS = homes_alone(layout).slots_LNS
         slots_LNS = np.stack(
             [self._materialise(homes_NS, load_E, nodes) for homes_NS, load_E in zip(homes_LNS, load_LE, strict=True)]
         )
@@ -48,14 +49,6 @@ class SparseMaterialisation:
             copies = round(total * load_E[expert] / max(load_E.sum(), 1))
             _give(slots_NS, expert, _spread_ranks(slots_NS, expert, copies, nodes))
         return slots_NS
-
-
-def _homes_only(layout: ExpertLayout) -> NDArray[np.int64]:
-    """The slots of the copy at every expert's home; the others are free."""
-    layers, ranks, _ = layout.shape
-    home_LE = np.concatenate([layout.home_LE, np.full((layers, 1), EMPTY)], axis=1)  # an empty slot is nobody's home
-    home_LNS = home_LE[np.arange(layers)[:, None, None], layout.slots_LNS]
-    return np.where(home_LNS == np.arange(ranks)[:, None], layout.slots_LNS, EMPTY)
 
 
 def _spread_ranks(slots_NS: NDArray[np.int64], expert: int, copies: int, nodes: Nodes) -> NDArray[np.int64]:
