@@ -5,7 +5,9 @@ from tests.resources.cases import MODEL, TRAIN, machine
 
 from pipermoe.planner import PlanningResult, find_plan
 from pipermoe.report.bars import bar
-from pipermoe.report.plan import render_planning
+from pipermoe.report.plan import recompute, render_planning, schedule
+from pipermoe.specs.strategy import Strategy
+from pipermoe.specs.strategy_text import unusual
 
 
 def test_a_plan_is_printed_in_a_hundred_columns_without_colour_where_none_is_wanted():
@@ -21,6 +23,15 @@ def test_a_plan_is_printed_in_a_hundred_columns_without_colour_where_none_is_wan
         assert row.strategy.compact() in text
     for title in ("Where the step goes", "Bound by", "Memory", "Why not", "What would help"):
         assert title in text
+
+
+def test_a_row_says_all_that_is_unusual_about_its_strategy():
+    plain = Strategy.parse("pp1 dp4 ep4 mbs1")
+    assert schedule(plain) == ""
+    assert schedule(plain.model_copy(update={"schedule": "1f1b-overlap"})) == "1f1b-overlap"
+    assert unusual(plain) == []
+    assert unusual(Strategy.parse("pp1 dp4 ep4 mbs1 deduplicated planned")) == ["deduplicated", "planned"]
+    assert recompute(Strategy.parse("pp1 dp4 ep4 selective:norm,moe_act")) == "norm,moe_act"
 
 
 def test_the_result_survives_json():

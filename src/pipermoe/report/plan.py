@@ -14,6 +14,7 @@ from pipermoe.report.bars import bar
 from pipermoe.report.campaign import campaign_text, front_table
 from pipermoe.specs.report import MEMORY_CATEGORIES, Term
 from pipermoe.specs.strategy import Strategy
+from pipermoe.specs.strategy_text import unusual
 from pipermoe.specs.units import GIB, MIB, format_bytes, format_count, format_seconds
 
 WIDTH = 100
@@ -120,8 +121,8 @@ def _ranking(result: PlanningResult) -> RenderableType:
         chosen = ("CHOSEN" if result.counts else "GIVEN") if place == 1 else f"{slower:+.1%}"
         table.add_row(
             str(place),
-            row.strategy.compact(),
-            row.strategy.schedule if row.strategy.pipeline_parallel > 1 else "-",
+            " ".join([row.strategy.compact(), *unusual(row.strategy)]),
+            schedule(row.strategy) or "-",
             recompute(row.strategy),
             str(row.strategy.micro_batch_size),
             f"{row.peak_bytes / unit:,.1f}",
@@ -133,6 +134,12 @@ def _ranking(result: PlanningResult) -> RenderableType:
             style="bold green" if place == 1 else "",
         )
     return Padding(table, (1, 0, 0, 0))
+
+
+def schedule(strategy: Strategy) -> str:
+    """Its name; nothing where one rank has all stages and nothing overlaps."""
+    matters = strategy.pipeline_parallel > 1 or strategy.schedule.endswith("-overlap")
+    return strategy.schedule if matters else ""
 
 
 def recompute(strategy: Strategy) -> str:
@@ -215,9 +222,9 @@ def _what_if(result: PlanningResult) -> Table:
 
 
 def _name(strategy: Strategy) -> str:
-    schedule = f" {strategy.schedule}" if strategy.pipeline_parallel > 1 else ""
-    again = f" recompute {recompute(strategy)}" if strategy.recompute != "none" else ""
-    return f"{strategy.compact()} mbs{strategy.micro_batch_size}{schedule}{again}"
+    again = f"recompute {recompute(strategy)}" if strategy.recompute != "none" else ""
+    words = (strategy.compact(), f"mbs{strategy.micro_batch_size}", schedule(strategy), *unusual(strategy), again)
+    return " ".join(filter(None, words))
 
 
 def _grid(*styles: str, right: tuple[int, ...] = ()) -> Table:

@@ -35,11 +35,14 @@ _DEGREE, _ZERO = re.compile(r"([a-z]+)(\d+)"), re.compile(r"z([0-3])(?:/([0-3]))
 
 def strategy_text(strategy: Strategy) -> str:
     """All of `strategy` in one line that `parse_strategy` reads back; what has its default value is left out."""
-    plain = Strategy()
     words = [*_degrees(strategy), word(strategy, "micro_batch_size"), strategy.schedule, word(strategy, "zero_dense")]
-    optional = ("dispatcher", "exchange", "recompute", "layer_split")
-    words += [word(strategy, key) for key in optional if getattr(strategy, key) != getattr(plain, key)]
-    return " ".join(words)
+    return " ".join([*words, *unusual(strategy, ("dispatcher", "exchange", "recompute", "layer_split"))])
+
+
+def unusual(strategy: Strategy, keys: tuple[str, ...] = ("dispatcher", "exchange", "layer_split")) -> list[str]:
+    """The words of those fields that do not have their default value."""
+    plain = Strategy()
+    return [word(strategy, key) for key in keys if getattr(strategy, key) != getattr(plain, key)]
 
 
 def layout_text(strategy: Strategy) -> str:
