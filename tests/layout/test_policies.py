@@ -9,6 +9,7 @@ from tests.layout.cases import problems
 
 from pipermoe.layout.expert_layout import ExpertLayout
 from pipermoe.layout.load import cross_node_share, drift, imbalance, least_imbalance, rank_load
+from pipermoe.layout.packing import longest_first
 from pipermoe.layout.policies import POLICIES
 from pipermoe.layout.policies.eplb import Eplb
 from pipermoe.layout.policies.expand_shrink import ExpandShrink
@@ -134,3 +135,8 @@ def test_copies_come_and_go_but_homes_stay():
     assert first.copies_LE.tolist() == [[1, 1, 1, 1, 1, 1, 1, 4]]
     assert again.copies_LE.tolist() == [[4, 1, 1, 1, 1, 1, 1, 1]]
     assert (again.home_LE == layout.home_LE).all()
+
+
+def test_more_copies_than_slots_are_refused():
+    with pytest.raises(ValueError, match="7 copies need more than 2 ranks of 3 slots"):
+        longest_first(np.array([[0, 1, 2, 3, 4, 4, 4]]), np.ones((1, 5)), ranks=2, slots=3)
