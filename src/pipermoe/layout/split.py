@@ -32,14 +32,16 @@ class TokenSplit(Protocol):
 def even_split(slots_NS: NDArray[np.int64], load_E: NDArray[np.int64]) -> NDArray[np.int64]:
     """The same for every copy; what is left over goes to the copies on the lowest ranks."""
     rows_NS = np.zeros_like(slots_NS)
-    for expert, places in copies_of(slots_NS, len(load_E)):
-        share, rest = divmod(int(load_E[expert]), len(places[0]))
-        rows_NS[places] = share + (np.arange(len(places[0])) < rest)
+    places, expert_C = _by_expert(slots_NS)
+    copies_E = np.bincount(expert_C, minlength=len(load_E))
+    share_E, rest_E = np.divmod(load_E, np.maximum(copies_E, 1))
+    place_C = np.arange(len(expert_C)) - (np.cumsum(copies_E) - copies_E)[expert_C]  # of a copy among its expert's
+    rows_NS[places] = share_E[expert_C] + (place_C < rest_E[expert_C])
     return rows_NS
 
 
 def water_filling(slots_NS: NDArray[np.int64], load_E: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The split with the least rows on the busiest rank, to within a row for each copy.
+    """The split with the least rows on the busiest rank, to within a row for each copy or a thousandth of all.
 
     Expert by expert its rows are poured over the ranks that hold it, on top of what the others have put there, until
     nothing changes. This descends to the split with the least sum of squares, which has the lowest peak as well
@@ -50,7 +52,13 @@ def water_filling(slots_NS: NDArray[np.int64], load_E: NDArray[np.int64]) -> NDA
     shared = [
         (int(load_E[expert]), places) for expert, places in copies_of(slots_NS, len(load_E)) if len(places[0]) > 1
     ]
+    alone_N = level_N.copy()
+    for _, (ranks, slots) in shared:
+        np.subtract.at(alone_N, ranks, rows_NS[ranks, slots])
+    least = max(alone_N.max(initial=0), level_N.mean())  # no split has a lower peak
     for _ in range(SWEEPS):
+        if level_N.max(initial=0) <= 1.001 * least:
+            break
         changed = 0
         for load, places in shared:
             ranks = places[0]
@@ -90,18 +98,24 @@ def dispatch_rows(
 
     A source fills its own copies first, then those of its node, then the others, in the order of ranks.
     """
-    sent_PNS = np.zeros((len(counts_PE), *slots_NS.shape), dtype=np.int64)
+    sent_PNS = np.where(slots_NS == EMPTY, 0, counts_PE[:, slots_NS])  # right where there is one copy
     for expert, (ranks, slots) in copies_of(slots_NS, counts_PE.shape[1]):
-        left_P, room_C = counts_PE[:, expert].copy(), rows_NS[ranks, slots].copy()
-        flow_PC = np.zeros((len(left_P), len(room_C)), dtype=np.int64)
-        for near_P, near_C in ((np.arange(nodes.ranks), ranks), (nodes.node_N, nodes.node_N[ranks])):
-            for place in np.unique(near_C):
-                sources, copies = near_P == place, near_C == place
-                flow_PC[np.ix_(sources, copies)] += _in_order(left_P[sources], room_C[copies])
-            left_P, room_C = counts_PE[:, expert] - flow_PC.sum(1), rows_NS[ranks, slots] - flow_PC.sum(0)
-        flow_PC += _in_order(left_P, room_C)
-        sent_PNS[:, ranks, slots] = flow_PC
+        if len(ranks) > 1:
+            flow_PC = _flow(counts_PE[:, expert], rows_NS[ranks, slots], ranks, nodes)
+            sent_PNS[:, ranks, slots] = flow_PC
     return sent_PNS
+
+
+def _flow(give_P: NDArray[np.int64], take_C: NDArray[np.int64], ranks: NDArray[np.int64], nodes: Nodes) -> NDArray:
+    """Rows of one expert from each source to each of its copies on these ranks, (P, C)."""
+    flow_PC = np.zeros((len(give_P), len(take_C)), dtype=np.int64)
+    left_P, room_C = give_P, take_C
+    for near_P, near_C in ((np.arange(nodes.ranks), ranks), (nodes.node_N, nodes.node_N[ranks])):
+        for place in np.unique(near_C):
+            sources, copies = near_P == place, near_C == place
+            flow_PC[np.ix_(sources, copies)] += _in_order(left_P[sources], room_C[copies])
+        left_P, room_C = give_P - flow_PC.sum(1), take_C - flow_PC.sum(0)
+    return flow_PC + _in_order(left_P, room_C)
 
 
 def _in_order(give_P: NDArray[np.int64], take_C: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -114,11 +128,17 @@ def _in_order(give_P: NDArray[np.int64], take_C: NDArray[np.int64]) -> NDArray[n
 
 def copies_of(slots_NS: NDArray[np.int64], experts: int) -> Sequence[tuple[int, tuple[NDArray, NDArray]]]:
     """(expert, (ranks, slots) of its copies in the order of ranks) for every expert."""
-    ranks, slots = np.nonzero(slots_NS != EMPTY)
-    held = slots_NS[ranks, slots]
-    order = np.argsort(held, kind="stable")
-    bounds = np.searchsorted(held[order], np.arange(experts + 1))
+    (ranks, slots), expert_C = _by_expert(slots_NS)
+    bounds = np.searchsorted(expert_C, np.arange(experts + 1))
     return [
-        (expert, (ranks[order[first:last]], slots[order[first:last]]))
-        for expert, (first, last) in enumerate(itertools.pairwise(bounds))
+        (expert, (ranks[first:last], slots[first:last]))
+        for expert, (first, last) in enumerate(itertools.pairwise(bounds.tolist()))
     ]
+
+
+def _by_expert(slots_NS: NDArray[np.int64]) -> tuple[tuple[NDArray, NDArray], NDArray[np.int64]]:
+    """(ranks, slots) of all copies in the order of experts, then of ranks; and the experts."""
+    ranks, slots = np.nonzero(slots_NS != EMPTY)
+    order = np.argsort(slots_NS[ranks, slots], kind="stable")
+    places = ranks[order], slots[order]
+    return places, slots_NS[places]
