@@ -107,6 +107,21 @@ def attention(system: str):
     return curve(best.isl[keep].astype(float), (flops / (best.latency * 1e-3))[keep], octaves=1)
 
 
+def head_sizes(system: str):
+    """Rates of heads of other sizes over those of 128, at 2,048 to 8,192 tokens; 192 is left out: inference kernels
+    for Blackwell lack it, training's reach what heads of 128 do (arXiv 2603.07685, table 9).
+    """
+    table = tables(system, "attention/*/*/context_attention_perf")
+    full = (table.window_size.fillna(0) == 0) if "window_size" in table else True
+    bf16 = (table.attn_dtype == "bfloat16") & (table.kv_cache_dtype == "bfloat16")
+    table = table[full & bf16 & (table.num_heads >= 16) & table.isl.between(2048, 8192)]
+    best = table.groupby(["head_dim", "batch_size", "isl", "num_heads"]).latency.min().reset_index()
+    work = best.batch_size * best.isl.astype(float) ** 2 * best.num_heads * best.head_dim
+    rates = (work / best.latency).groupby([best.head_dim, best.isl]).median().unstack()
+    shares = (rates / rates.loc[128]).median(axis=1)
+    return [(size, float(shares[size])) for size in (64, 128, 256) if size in shares.index]
+
+
 def collective(table: pd.DataFrame, name: str, bandwidth: float):
     """Start-up seconds of 2 ranks and of each further one, and the share of the link against the bytes sent."""
     table = table[(table.op_name == COLLECTIVES[name]) & (table.nccl_dtype == "half")]
@@ -153,12 +168,15 @@ def device_file(name: str, system: str, backward: tuple[float, float]) -> str:
         table(f"attention.{precision}", size, rate)
         table(f"attention_backward.{precision}", size, np.array(rate) * slowdown)
     evidence["attention"] = "context attention tables, bf16, heads of 128, full-square credit", residual
+    shares = head_sizes(system)
+    table("attention_head_sizes", [head_size for head_size, _ in shares], [share for _, share in shares])
+    evidence["attention_head_sizes"] = "context attention tables, heads of other sizes over heads of 128", None
     for key, (what, residual) in evidence.items():
         lines += [
             f'[evidence."{key}"]',
             'kind = "fitted"',
             f'source = "{SOURCE}: {what}"',
-            f"residual = {residual:.2f}",
+            *([f"residual = {residual:.2f}"] if residual is not None else []),
             "",
         ]
     ratio = (

@@ -5,6 +5,7 @@ from tests.resources.cases import MODEL, machine
 from pipermoe.resources.activations.sizes import Recompute, Sizes
 from pipermoe.resources.compute import (
     AttentionCore,
+    Cast,
     Gemm,
     GroupedGemm,
     Stream,
@@ -41,7 +42,7 @@ def pair(work) -> tuple[float, float]:
 
 
 def flops_of(works) -> float:
-    return sum(work.flops * getattr(work, "count", 1) for work in works if not isinstance(work, Stream))
+    return sum(work.flops * getattr(work, "count", 1) for work in works if not isinstance(work, Stream | Cast))
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -63,7 +64,7 @@ def test_a_rate_is_linear_in_the_logarithm_of_the_size_and_constant_beyond_the_e
 def test_each_kind_of_work_is_priced_by_its_own_curve():
     assert pair(Gemm(4e6, count=2)) == pytest.approx((2e-4, 4e-4))  # above 1 MFLOP: 40 GFLOP/s
     assert pair(GroupedGemm(4e6, 128, 64)) == pytest.approx((2e-4, 4e-4))  # many rows: 20 GFLOP/s
-    assert pair(AttentionCore(1e6, 32)) == pytest.approx((1e-4, 2.5e-4))  # 10 and 8 GFLOP/s
+    assert pair(AttentionCore(1e6, 32, 128)) == pytest.approx((1e-4, 2.5e-4))  # 10 and 8 GFLOP/s
     assert pair(Stream("norm", 1e6)) == pytest.approx((1e-3, 2e-3))  # measured elements/s
 
 
@@ -71,6 +72,21 @@ def test_a_pass_without_a_measured_rate_streams_its_bytes_and_pays_one_launch():
     forward, backward = pair(Stream("residual", 1e6))
     assert forward == pytest.approx(3 * 4e6 / 5e9 + 1e-6)
     assert backward == pytest.approx(1 * 4e6 / 5e9 + 1e-6)
+
+
+def test_heads_of_another_size_run_at_their_share_of_the_rate():
+    shares = RateCurve(size=(64, 128), rate=(0.5, 1.0))
+    device = DEVICE.model_copy(update={"attention_head_sizes": shares})
+    small, usual = (seconds(AttentionCore(1e6, 32, size), device, "fp32") for size in (64, 128))
+    assert (small.forward, small.input_grad) == pytest.approx((2 * usual.forward, 2 * usual.input_grad))
+    assert usual.forward == pytest.approx(1e-4)
+
+
+def test_only_products_in_fp8_cast_what_they_read():
+    cast = Cast(inputs=1e6, gradients=2e6)
+    assert pair(cast) == (0.0, 0.0)
+    found = seconds(cast, DEVICE, "fp8")  # 2 bytes read, one written for each direction, at 5 GB/s, and a launch
+    assert (found.forward, found.input_grad) == pytest.approx((4e6 / 5e9 + 1e-6, 8e6 / 5e9 + 1e-6))
 
 
 def test_rows_are_sorted_by_expert_only_where_several_experts_receive_from_several_ranks():

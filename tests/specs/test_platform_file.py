@@ -14,7 +14,7 @@ def test_every_number_of_the_catalogue_has_its_source(name):
     platform = load_platform(name)
     curves = [f"{key}.{next(iter(platform.device.gemm))}" for key in ("gemm", "grouped_gemm", "attention")]
     keys = [f"device.{key}" for key in (*curves, "memory_bound", "kernel_seconds", "peak_flops_per_s", "memory_bytes")]
-    keys += [f"levels.{level.name}.{'link' if level.link else 'cost'}" for level in platform.levels]
+    keys += [f"levels.{level.name}.{'link' if level.link else 'cost.all_to_all'}" for level in platform.levels]
     assert [key for key in keys if platform.evidence_for(key) is None] == []
     assert {"bf16"} <= platform.device.peak_flops_per_s.keys() or "fp32" in platform.device.gemm
 
@@ -83,7 +83,7 @@ latency_seconds = "2us"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"device": "h10"}, "device.base 'h10': not in the catalogue; did you mean h100"),
+        ({"device": "h10"}, "device.base = 'h10': must be an entry of catalogue/devices; did you mean h100"),
         ({"bandwidth": "300GB"}, "levels.0.link.bandwidth_bytes_per_s = '300GB': has the unknown unit 'GB'"),
         (
             {"bandwidth": "-3GB/s"},
@@ -94,7 +94,10 @@ latency_seconds = "2us"
         ({"host": 8}, "a level is missing: host.ranks = 8, and levels reach 4 ranks"),
         ({"more": "taper = 1.5"}, "levels.0.link.taper = 1.5"),
         ({"more": "tapper = 0.5"}, "levels.0.link.tapper = 0.5: unknown key; did you mean 'taper'?"),
-        ({"more": 'collectives = "nccl"'}, "levels.node.link.collectives 'nccl': not in the catalogue"),
+        (
+            {"more": 'collectives = "nccl"'},
+            "levels.node.link.collectives = 'nccl': must be an entry of catalogue/collectives",
+        ),
         ({"topology": "torus"}, "levels.0.link.topology = 'torus'"),
         ({"topology": "direct_links", "more": "links = [[0, 1, 1], [2, 3, 1]]"}, "does not connect ranks [2, 3]"),
         ({"topology": "direct_links", "more": "links = [[0, 9, 1]]"}, "names ranks [9]"),

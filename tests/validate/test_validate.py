@@ -1,13 +1,18 @@
 """Published rows become recipes or say why not; errors are counted on rows that calibrated nothing."""
 
+import numpy as np
 import pytest
 
+from pipermoe.resources.rates import collective_seconds, gemm_seconds, rate_at
+from pipermoe.specs.catalogue import load_model
 from pipermoe.specs.errors import UserError
 from pipermoe.specs.network import INSIDE_A_NODE
 from pipermoe.specs.platform_file import load_platform
-from pipermoe.specs.software import SoftwareProfile, load_software, under
+from pipermoe.specs.software import SoftwareProfile, load_software, product_per_expert, under
+from pipermoe.specs.strategy import Strategy
 from pipermoe.validate.accuracy import spearman, validate_rows
-from pipermoe.validate.dispatcher import copies_per_row, distinct
+from pipermoe.validate.dispatcher import copies_per_row, dispatch_rates
+from pipermoe.validate.paper import paper_rows
 from pipermoe.validate.recipe import NotCovered, model_flops, recipe_of
 from pipermoe.validate.rows import published_rows
 
@@ -46,12 +51,12 @@ def test_a_row_that_cannot_be_predicted_says_why(change, reason):
 
 
 def test_a_mapping_is_taken_whole():
-    strategy = recipe_of(ROWS["r0060"]).strategy  # layout Et*4|(t*4|)*14tmL, its prediction layer counted as a layer
+    strategy = recipe_of(ROWS["r0060"]).strategy  # its recipe's layout, Et*4|(t*4|)*14tmL; m counts as a layer
     assert strategy.layer_split == (4,) * 15 + (2,)
     assert recipe_of(ROWS["r0225"]).strategy.tensor_parallel == 2
     assert recipe_of(ROWS["r0062"]).strategy.recompute_modules == ("norm", "moe_act")
-    cut = recipe_of(ROWS["r0409"]).model
-    assert (cut.num_layers, cut.moe.num_experts, cut.moe.top_k, cut.moe.expert_width) == (14, 16, 4, 8192)
+    cut = next(row for row in published_rows() if row.model.startswith("DeepSeek-V2 truncated"))
+    assert recipe_of(cut).model.num_layers == 4
 
 
 def test_a_csv_of_others_is_read_and_a_mistake_names_line_and_column(tmp_path):
@@ -73,12 +78,48 @@ def test_a_plain_profile_changes_nothing_and_factors_change_what_they_name():
 
 def test_a_dispatcher_sends_a_token_once_to_every_node():
     platform, moe = load_platform("dgx-h100"), recipe_of(ROWS["r0145"]).model.moe
-    copies = copies_per_row(platform, moe, 16, "hybridep")  # 8 experts on 2 nodes: nearly always both
-    assert copies["cluster"] == pytest.approx(2 * (1 - 0.5**8) / 8)
+    copies = copies_per_row(platform, moe, 16)  # 8 of 256 experts on 2 nodes: nearly always both
+    assert copies["cluster"] == pytest.approx(2 * (1 - 0.5**8) / 8, rel=1e-3)
     assert platform.levels[0].link is not None
     assert platform.levels[0].link.topology in INSIDE_A_NODE
-    assert copies_per_row(platform, moe, 16, "alltoall") == {}
-    assert distinct(1, 64) == pytest.approx(1)
+    assert dispatch_rates(platform, moe, 16, "alltoall") == {}
+
+
+@pytest.mark.parametrize(
+    ("machine", "expert_parallel", "published"),  # seconds of dispatch and combine, arXiv 2603.07685, table 7
+    [
+        ("gb200-nvl72", 8, (391e-6, 353e-6)),
+        ("gb200-nvl72", 64, (675e-6, 744e-6)),
+        ("dgx-h100", 8, (661e-6, 624e-6)),
+        ("dgx-h100", 16, (1485e-6, 1688e-6)),
+        ("dgx-h100", 64, (4626e-6, 4398e-6)),
+    ],
+)
+def test_hybridep_takes_as_long_as_was_published(machine, expert_parallel, published):
+    moe, platform = load_model("deepseek-v3").moe, load_platform(machine)
+    platform = under(platform, PLAIN, dispatch_rates(platform, moe, expert_parallel, "hybridep"))
+    leaving = 4096 * 8 * 7168 * 2 * (expert_parallel - 1) / expert_parallel
+    seconds = collective_seconds(
+        platform, "all_to_all", np.array([expert_parallel]), np.array([expert_parallel]), leaving
+    )
+    assert float(seconds[0]) == pytest.approx(sum(published) / 2, rel=0.18)
+
+
+def test_experts_that_are_multiplied_one_by_one_run_at_the_rate_of_dense_products():
+    platform = load_platform("gb200-nvl72")
+    device = product_per_expert(platform, hidden_size=4096, width=2048).device
+    (curve,) = device.grouped_gemm["bf16"]
+    flops = 2 * 1024 * 4096 * 2048
+    expected = gemm_seconds(device, "bf16", flops)
+    assert flops / rate_at(curve, 1024) == pytest.approx(expected)
+
+
+def test_the_rows_of_the_paper_are_planned_anew_at_the_same_number_of_gcds():
+    (row,) = paper_rows([ROWS["r0380"]])  # Piper, X-MoE's small model on 8 GCDs: 90.44 TFLOP/s each
+    assert (row.model, row.gcds, row.framework, row.published) == ("xmoe-small", 8, "Piper", 90.44e12)
+    assert row.predicted is not None
+    assert 20e12 < row.predicted < 191.5e12
+    assert Strategy.parse(row.strategy).world_size == 8
 
 
 def test_rank_correlation_shares_the_ranks_of_equals():
@@ -93,6 +134,6 @@ def test_what_is_reported_on_fitted_nothing_and_holds_what_was_reached():
     assert {row.id for row in validation.rows if row.role == "fit"} == calibrating
     unseen = validation.overall[-1]
     assert unseen.rows >= 50
-    assert unseen.mean < 0.2  # docs/accuracy.md: 18.8 %; the aim is 8 %
-    assert unseen.median < 0.16
+    assert unseen.mean < 0.17  # docs/accuracy.md: 16.2 %; the aim is 8 %
+    assert unseen.median < 0.12
     assert len(validation.rows) + len(validation.not_covered) == len(ROWS)

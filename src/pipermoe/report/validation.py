@@ -5,8 +5,9 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from pipermoe.specs.units import format_seconds
+from pipermoe.specs.units import format_count, format_seconds
 from pipermoe.validate.accuracy import Summary, Validation
+from pipermoe.validate.paper import PaperRow
 
 
 def render_validation(validation: Validation, console: Console) -> None:
@@ -20,6 +21,8 @@ def render_validation(validation: Validation, console: Console) -> None:
             f"{group.software}",
             highlight=False,
         )
+    if validation.paper:
+        console.print(_paper_table(validation.paper))
     for name, ids in validation.fitted_on.items():
         console.print(f"profile {name} was fitted on {', '.join(ids) or 'nothing'}", highlight=False)
     reasons: dict[str, int] = {}
@@ -52,4 +55,20 @@ def _summary_table(title: str, summaries: tuple[Summary, ...]) -> Table:
     for line in summaries:
         shares = (f"{share:.1%}" for share in (line.mean, line.median, line.p90))
         table.add_row(line.name, str(line.rows), *shares, f"{line.bias:+.1%}")
+    return table
+
+
+def _paper_table(rows: tuple[PaperRow, ...]) -> Table:
+    title = "The paper and X-MoE on MI250X: published beside the best strategy at the same number of GCDs"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for name in ("row", "model", "published by"):
+        table.add_column(name, no_wrap=True)
+    for name in ("GCDs", "published", "predicted", "ratio"):
+        table.add_column(name, justify="right")
+    table.add_column("best strategy")
+    for row in rows:
+        cells = (row.id, row.model, row.framework, str(row.gcds), format_count(row.published, "FLOP/s"))
+        predicted = "" if row.predicted is None else format_count(row.predicted, "FLOP/s")
+        ratio = "" if row.predicted is None else f"{row.predicted / row.published:.2f}"
+        table.add_row(*cells, predicted, ratio, row.strategy)
     return table

@@ -20,7 +20,7 @@ from pipermoe.resources.flops import (
     layer_forward_flops,
     rebuilt_forward_flops,
 )
-from pipermoe.resources.rates import attention_seconds, gemm_seconds, grouped_gemm_seconds, pass_seconds
+from pipermoe.resources.rates import attention_seconds, cast_seconds, gemm_seconds, grouped_gemm_seconds, pass_seconds
 from pipermoe.resources.stages import StageShapes
 from pipermoe.specs.device import Device, Pass
 from pipermoe.specs.model import Attention, GroupedQueryAttention, LatentAttention, ModelSpec
@@ -51,6 +51,15 @@ class AttentionCore:
 
     flops: Any
     seq_len: Any
+    head_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """Elements that products read, and elements of the gradients of their results, in the precision of products."""
+
+    inputs: Any
+    gradients: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +71,7 @@ class Stream:
     count: Any = 1
 
 
-Work = Gemm | GroupedGemm | AttentionCore | Stream
+Work = Gemm | GroupedGemm | AttentionCore | Cast | Stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +100,11 @@ def seconds(work: Work, device: Device, precision: Precision) -> Seconds:
         case GroupedGemm(flops, rows, width):
             forward = grouped_gemm_seconds(device, precision, flops, rows, width)
             return Seconds(forward, forward, forward)
-        case AttentionCore(flops, seq_len):
-            forward, backward = attention_seconds(device, precision, flops, seq_len)
+        case AttentionCore(flops, seq_len, head_size):
+            forward, backward = attention_seconds(device, precision, flops, seq_len, head_size)
+            return Seconds(forward, backward, 0.0 * backward)
+        case Cast(inputs, gradients):
+            forward, backward = (cast_seconds(device, precision, elements) for elements in (inputs, gradients))
             return Seconds(forward, backward, 0.0 * backward)
         case Stream(name, elements, count):
             forward, backward = pass_seconds(device, precision, name, elements)
@@ -116,6 +128,7 @@ def _(attention: GroupedQueryAttention, sizes: Sizes) -> list[Work]:
     work: list[Work] = [
         Gemm(2 * tokens * hidden * query),
         Gemm(2 * tokens * hidden * key_value, count=2),
+        Cast(tokens * (hidden + query), tokens * (query + 2 * key_value + hidden)),
         Stream("rope", tokens * query),
         Stream("rope", tokens * key_value),
         _core(sizes),
@@ -133,7 +146,12 @@ def _(attention: LatentAttention, sizes: Sizes) -> list[Work]:
     heads, q_rank, kv_rank = attention.num_heads / sizes.tp, attention.q_lora_rank, attention.kv_lora_rank
     query, rotated = heads * attention.query_key_dim, heads * attention.qk_rope_head_dim
     expanded = heads * (attention.qk_nope_head_dim + attention.v_head_dim)
+    compressed = (q_rank or 0) + kv_rank
     work: list[Work] = [
+        Cast(
+            stream * hidden + tokens * (compressed + heads * attention.v_head_dim),
+            stream * (compressed + attention.qk_rope_head_dim) + tokens * (query + expanded + hidden),
+        ),
         Gemm(2 * tokens * (q_rank or hidden) * query),
         Gemm(2 * stream * hidden * (kv_rank + attention.qk_rope_head_dim)),
         Stream("norm", stream * kv_rank),
@@ -154,7 +172,7 @@ def _core(sizes: Sizes) -> AttentionCore:
         attention_core_flops(model, layer, tokens=sizes.tokens, seq_len=sizes.seq_len, causal=False)
         for layer in range(model.num_layers)
     )
-    return AttentionCore(whole / (model.num_layers * sizes.tp), sizes.seq_len)
+    return AttentionCore(whole / (model.num_layers * sizes.tp), sizes.seq_len, model.attention.query_key_dim)
 
 
 def attention_work(sizes: Sizes) -> list[Work]:
@@ -176,6 +194,7 @@ def moe_work(sizes: Sizes) -> list[Work]:
         Stream("permute", rows * hidden, count=2),
         Stream("permute", arriving * hidden, count=2 * sorted_here),
         *expert_work(sizes),
+        Cast(arriving * (hidden + width), arriving * ((moe.expert_matrices - 1) * width + hidden)),
         Stream("swiglu", arriving * width),
         Stream("combine", rows * hidden),
         Stream("residual", stream * hidden),
@@ -218,6 +237,7 @@ def _mlp(sizes: Sizes, width: int, matrices: int) -> list[Work]:
     tokens, hidden, width = sizes.tokens, sizes.model.hidden_size, width / sizes.tp
     return [
         Gemm(2 * tokens * hidden * (matrices - 1) * width),  # gate and up are one product
+        Cast(tokens * (hidden + width), tokens * ((matrices - 1) * width + hidden)),
         Stream("swiglu", tokens * width),
         Gemm(2 * tokens * width * hidden),
     ]

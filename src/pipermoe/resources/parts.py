@@ -29,7 +29,7 @@ Part = Literal["attention", "experts", "routing", "dense_mlp", "head", "recomput
 PARTS: tuple[Part, ...] = (
     "attention",  # norm, projections, rotation, core and residual
     "experts",  # the grouped products of the routed experts
-    "routing",  # router, permutations, activations and residuals of the MoE block
+    "routing",  # router, permutations, casts, activations and residuals of the MoE block
     "dense_mlp",  # dense layers' and shared experts' MLPs
     "head",  # embedding, final norm, logits and loss
     "recompute",  # what is computed once more for the backward

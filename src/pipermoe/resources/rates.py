@@ -33,6 +33,9 @@ PASS_ACCESSES: dict[Pass, tuple[float, float]] = {
 }
 
 
+FP8_CAST_BYTES = 2 + 1 + 1
+
+
 def rate_at(curve: RateCurve, size):
     """The achieved rate at `size`: linear in log(size), constant beyond the ends of the curve. Broadcasts."""
     return np.interp(np.log(np.maximum(size, 1e-300)), np.log(curve.size), curve.rate)
@@ -72,10 +75,22 @@ def known(
     return listed[precision]
 
 
-def attention_seconds(device: Device, precision: Precision, flops, seq_len):
+def attention_seconds(device: Device, precision: Precision, flops, seq_len, head_size):
     """Forward and backward seconds of the attention core; `flops` is the full square of the forward direction."""
-    forward = flops / rate_at(known(device, "attention", precision), seq_len)
-    return forward, 2 * flops / rate_at(known(device, "attention_backward", precision), seq_len)
+    share = rate_at(device.attention_head_sizes, head_size) if device.attention_head_sizes else 1.0
+    forward = flops / (share * rate_at(known(device, "attention", precision), seq_len))
+    return forward, 2 * flops / (share * rate_at(known(device, "attention_backward", precision), seq_len))
+
+
+def cast_seconds(device: Device, precision: Precision, elements):
+    """Seconds of writing `elements` in the precision of products, where that is not the one of activations.
+
+    fp8 with scales by blocks: 2 bytes are read, and one written for each of the two directions in which products read
+    the tensor (Transformer Engine's MXFP8 recipe; arXiv 2603.07685, section 6).
+    """
+    if precision != "fp8":
+        return 0.0 * elements
+    return _streamed_seconds(device, FP8_CAST_BYTES * elements)
 
 
 def pass_seconds(device: Device, precision: Precision, name: Pass, elements):

@@ -83,6 +83,8 @@ class Device(Frozen):
     - `attention`, `attention_backward`: FLOP/s of the causal attention core against the sequence length. The FLOPs are
       the full square, 4 x tokens x seq_len x heads x head_dim forward and twice that backward
       (`resources.flops.LayerFlops.attention_core` with causal=False), whatever the kernel skips or recomputes.
+    - `attention_head_sizes`: the rate at heads of other sizes as a share of those curves' rates, against the size of a
+      query's head; all sizes alike where it is not known.
     - `memory_bound`: bytes/s of element-wise operations against the bytes that one operation reads and writes
       (caches make it a curve). For work that `passes` does not name, and for a datasheet the only figure: one point.
     - `passes`: elements/s of named memory-bound work (`Pass`). Empty on a datasheet: then use bytes and `memory_bound`.
@@ -103,6 +105,7 @@ class Device(Frozen):
     grouped_gemm: dict[Precision, Annotated[tuple[GroupedCurve, ...], Field(min_length=1)]]
     attention: dict[Precision, RateCurve]
     attention_backward: dict[Precision, RateCurve]
+    attention_head_sizes: RateCurve | None = None
     memory_bound: RateCurve
     passes: dict[Precision, dict[Pass, PassRate]] = {}
     kernel_seconds: Seconds = Field(ge=0)

@@ -8,6 +8,7 @@ An entry brings its own `evidence`, which moves to the platform under the entry'
 
 from __future__ import annotations
 
+import difflib
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,12 @@ def load_platform(reference: str) -> Platform:
         return validate(_resolved(_entry("platforms", reference, "")), Platform, where=f"{reference.lower()}.toml")
     if not looks_like_a_path(reference) and not Path(reference).exists():
         raise UserError(unknown_name(reference, platform_names(), "platform"))
-    return validate(_resolved(load_mapping(reference)), Platform, where=reference)
+    try:
+        table = _resolved(load_mapping(reference))
+    except UserError as error:
+        where = "" if str(error).startswith(f"{reference}:") else f"{reference}: "
+        raise UserError(f"{where}{error}") from None
+    return validate(table, Platform, where=reference)
 
 
 def platform_names() -> list[str]:
@@ -100,7 +106,9 @@ def _times(value: Any, factor: float) -> Any:
 def _entry(kind: str, name: Any, key: str) -> Table:
     names = names_in(kind)
     if not isinstance(name, str) or name.lower() not in names:
-        raise UserError(unknown_name(str(name), names, key or kind))
+        close = difflib.get_close_matches(str(name).lower(), names, n=3, cutoff=0.5)
+        rule = f"must be an entry of catalogue/{kind}; did you mean {' or '.join(close or names)}?"
+        raise UserError(describe_value("", key, name, rule))
     with resources.as_file(resources.files("pipermoe") / "catalogue" / kind / f"{name.lower()}.toml") as path:
         return load_mapping(path)
 

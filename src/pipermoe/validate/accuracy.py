@@ -10,6 +10,7 @@ import numpy as np
 from pipermoe.specs.base import Frozen
 from pipermoe.specs.report import Term
 from pipermoe.specs.software import load_software
+from pipermoe.validate.paper import PaperRow, paper_rows
 from pipermoe.validate.predict import Prediction, predict_step
 from pipermoe.validate.recipe import NotCovered, Recipe, recipe_of
 from pipermoe.validate.rows import PublishedRow
@@ -64,7 +65,10 @@ class RankGroup(Frozen):
 
 
 class Validation(Frozen):
-    """All of it; `not_covered` maps the id of each row that was not predicted to the reason."""
+    """All of it; `not_covered` maps the id of each row that was not predicted to the reason.
+
+    `paper` has the rows of the paper and of X-MoE with the best strategy on as many GCDs, where that was asked for.
+    """
 
     rows: tuple[RowResult, ...]
     not_covered: dict[str, str]
@@ -72,10 +76,11 @@ class Validation(Frozen):
     by_source: tuple[Summary, ...]
     overall: tuple[Summary, ...]
     ranks: tuple[RankGroup, ...]
+    paper: tuple[PaperRow, ...] = ()
 
 
-def validate_rows(rows: Sequence[PublishedRow]) -> Validation:
-    """Predict every row that can be predicted."""
+def validate_rows(rows: Sequence[PublishedRow], *, paper: bool = False) -> Validation:
+    """Predict every row that can be predicted; with `paper` plan those of the paper anew, which takes longer."""
     recipes: list[tuple[PublishedRow, Recipe]] = []
     not_covered = {}
     for row in rows:
@@ -105,6 +110,7 @@ def validate_rows(rows: Sequence[PublishedRow]) -> Validation:
         by_source=tuple(summary(name, [r for r in judged if r.source == name]) for name in sources),
         overall=tuple(summary(name, chosen) for name, chosen in overall.items() if chosen),
         ranks=tuple(_rank_groups(judged)),
+        paper=tuple(paper_rows(rows)) if paper else (),
     )
 
 

@@ -17,10 +17,10 @@ from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.platform import Platform
 from pipermoe.specs.platform_file import load_platform, platform_names
 from pipermoe.specs.precision import Precision
-from pipermoe.specs.software import SoftwareProfile, load_software, under
+from pipermoe.specs.software import SoftwareProfile, load_software, product_per_expert, under
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.train import TrainConfig
-from pipermoe.validate.dispatcher import copies_per_row
+from pipermoe.validate.dispatcher import dispatch_rates
 from pipermoe.validate.rows import PublishedRow
 
 
@@ -53,8 +53,10 @@ def recipe_of(row: PublishedRow, software: SoftwareProfile | None = None) -> Rec
         raise NotCovered(broken[0])
     software = software or load_software(_software(row))
     machine = _platform(row.gpu)
-    copies = copies_per_row(machine, model.moe, strategy.expert_parallel, row.dispatcher)
-    platform = under(machine, software, copies)
+    dispatch = dispatch_rates(machine, model.moe, strategy.expert_parallel, row.dispatcher)
+    platform = under(machine, software, dispatch)
+    if software.product_per_expert:
+        platform = product_per_expert(platform, model.hidden_size, model.moe.expert_width)
     return Recipe(model, platform, train, strategy, software.name, _step_seconds(row, model, train))
 
 
@@ -64,7 +66,7 @@ def _known(value: int | None) -> int:
 
 
 def _model(row: PublishedRow) -> ModelSpec:
-    alias = _aliases()["models"].get(row.model, row.model.lower())
+    alias = aliases()["models"].get(row.model, row.model.lower())
     name, changes = (alias, {}) if isinstance(alias, str) else (alias["base"], alias)
     if name not in model_names():
         raise NotCovered(f"model {row.model!r} is not in the catalogue")
@@ -72,22 +74,22 @@ def _model(row: PublishedRow) -> ModelSpec:
     moe = model.moe.model_copy(update={key: value for key, value in changes.items() if hasattr(model.moe, key)})
     own = {key: value for key, value in changes.items() if hasattr(model, key)}
     model = model.model_copy(update=own | {"moe": moe})
-    if model.mtp_layers and "no MTP" not in row.remark and "w/o MTP" not in row.model:
-        # A multi-token prediction module is priced as one more layer; its head and loss are left out.
-        model = model.model_copy(update={"num_layers": model.num_layers + model.mtp_layers})
-    return model
+    predicts = "no MTP" not in row.remark and "w/o MTP" not in row.model
+    # A multi-token prediction module is priced as one more layer; its head and loss are left out.
+    layers = model.num_layers + (model.mtp_layers if predicts else 0)
+    return model.model_copy(update={"num_layers": layers, "mtp_layers": 0})
 
 
 @cache
 def _platform(gpu: str) -> Platform:
-    name = _aliases()["machines"].get(gpu, gpu.lower())
+    name = aliases()["machines"].get(gpu, gpu.lower())
     if name not in platform_names():
         raise NotCovered(f"machine {gpu!r} is not in the catalogue")
     return load_platform(name)
 
 
 def _software(row: PublishedRow) -> str:
-    for words, profile in _aliases()["software"].items():
+    for words, profile in aliases()["software"].items():
         if words in row.source:
             return profile
     raise NotCovered(f"no software profile for {row.source!r}")
@@ -124,28 +126,27 @@ def _strategy(row: PublishedRow, model: ModelSpec) -> Strategy:
         expert_data_parallel=experts,
         micro_batch_size=_known(row.mbs),
         schedule=name,
-        layer_split=_layer_split(row, model),
+        layer_split=_layer_split(model, pp * virtual),
         **_recompute(row),
         zero_dense=1,
         zero_expert=1,
     )
 
 
-def _layer_split(row: PublishedRow, model: ModelSpec) -> tuple[int, ...]:
-    """The layers of every stage where the remark gives Megatron's layout; a prediction layer counts as a layer."""
-    word, _, layout = row.remark.partition(" ")
-    if word != "layout":
+def _layer_split(model: ModelSpec, stages: int) -> tuple[int, ...]:
+    """The layers of every stage of the recipe's layout, if it has one; a prediction layer is one more on the last."""
+    layout = aliases()["layouts"].get(model.name, {}).get(str(stages))
+    if layout is None:
         return ()
-    stages = read_layout(layout)
-    split = tuple(decoder + mtp for decoder, mtp in zip(stages.decoder, stages.mtp, strict=True))
-    return split if sum(split) == model.num_layers and min(split) else ()
+    *split, last = read_layout(layout).decoder
+    return (*split, model.num_layers - sum(split)) if last else ()
 
 
 def _recompute(row: PublishedRow) -> dict[str, Any]:
     """Megatron's names of recomputed modules as ours; those that only it has are left out (docs/accuracy.md)."""
     if row.recompute.startswith("full"):
         return {"recompute": "full"}
-    names = (_aliases()["recompute"].get(name.strip()) for name in row.recompute.split("+"))
+    names = (aliases()["recompute"].get(name.strip()) for name in row.recompute.split("+"))
     modules = tuple(name for name in names if name)
     return {"recompute": "selective", "recompute_modules": modules} if modules else {}
 
@@ -163,7 +164,7 @@ def _step_seconds(row: PublishedRow, model: ModelSpec, train: TrainConfig) -> fl
         case "model TFLOPS/GPU" | "TFLOPS/GPU":
             return model_flops(model, train) / (value * 1e12 * gpus)
         case "MFU %":
-            peak = load_platform(_aliases()["machines"][row.gpu]).device.peak_flops_per_s["bf16"]
+            peak = load_platform(aliases()["machines"][row.gpu]).device.peak_flops_per_s["bf16"]
             return model_flops(model, train) / (value / 100 * peak * gpus)
     raise NotCovered(f"metric {row.metric!r} is no step time")
 
@@ -176,6 +177,7 @@ def model_flops(model: ModelSpec, train: TrainConfig) -> float:
 
 
 @cache
-def _aliases() -> dict[str, dict[str, Any]]:
+def aliases() -> dict[str, dict[str, Any]]:
+    """What published names are in the catalogue (catalogue/validation/aliases.toml)."""
     with resources.as_file(resources.files("pipermoe") / "catalogue" / "validation" / "aliases.toml") as path:
         return read_mapping(path)
