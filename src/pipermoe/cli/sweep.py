@@ -103,7 +103,7 @@ def compare_platforms(
     job
         The training job (TOML). Options override it.
     precision
-        fp32, bf16, fp16 or fp8. Default: on every machine bf16 where it is faster in it than in fp32.
+        fp32, bf16, fp16 or fp8. Default: the job's, or on every machine bf16 where it is faster than fp32.
     imbalance
         Rows of the busiest rank over the mean; 1 is balanced routing.
     plot
@@ -120,9 +120,10 @@ def compare_platforms(
     names = platform_names() if platforms == "all" else [name for name in platforms.split(",") if name]
     machines = [load_platform(name) for name in names]
     task = training_job(job, seq_len, global_batch, precision)
-    result = plan_all(
-        load_model(model), machines, task, numbers("--gpus", gpus), precision=precision, imbalance=imbalance
-    )
+    if job is not None:
+        precision = task.precision
+    sizes = numbers("--gpus", gpus)
+    result = plan_all(load_model(model), machines, task, sizes, precision=precision, imbalance=imbalance)
     show(result, lambda console: render_sweep(result, console), as_json=json)
     if plot is not None:
         write_picture(sweep_picture(result), plot)
