@@ -16,6 +16,7 @@ from pipermoe.specs.units import format_bytes, format_seconds
 
 LEFT, TOP, ROW, GAP, CHART, RIGHT, BOTTOM = 110.0, 64.0, 44.0, 10.0, 720.0, 70.0, 24.0
 INK, FAINT, GROUND, BAR, HIGH = "#222222", "#666666", "#f2f2f2", "#2f6db3", "#c77c02"
+HOT = 1.5
 WIDEST = 240  # bars of a row; more steps are averaged
 
 
@@ -85,25 +86,27 @@ def render_prices(priced: PricedComparison, console: Console) -> None:
 def draw_comparison(found: Comparison, path: Path) -> None:
     """One row of bars per policy: the imbalance of every step above 1, on one scale. SVG or PNG by suffix."""
     highest = max(max(each.imbalance) for each in found.policies)
+    joined = math.ceil(len(found.policies[0].imbalance) / WIDEST)
+    steps = "a step" if joined == 1 else f"{joined} steps"
+    legend = f"each bar the mean of {steps}, from 1 (bottom) to {highest:.2f} (top), orange above {HOT:g}"
     shapes: list[Box | Label] = [
         Label(LEFT, 22, f"{found.trace}: rows of the busiest rank over the mean", 13, INK, "start", bold=True),
-        Label(LEFT, 42, f"a bar per step from 1 (bottom) to {highest:.2f} (top)", 10, FAINT, "start"),
+        Label(LEFT, 42, legend, 10, FAINT, "start"),
     ]
     for row, each in enumerate(found.policies):
-        shapes += _bars(each, TOP + row * (ROW + GAP), highest)
+        shapes += _bars(each, TOP + row * (ROW + GAP), highest, joined)
     height = TOP + len(found.policies) * (ROW + GAP) + BOTTOM
     write_picture(Picture(LEFT + CHART + RIGHT, height, shapes), path)
 
 
-def _bars(each: Replay, top: float, highest: float) -> Iterator[Box | Label]:
+def _bars(each: Replay, top: float, highest: float, step: int) -> Iterator[Box | Label]:
     yield Label(LEFT - 8, top + ROW / 2, each.policy, 10, INK, "end")
     yield Box(LEFT, top, CHART, ROW, GROUND)
-    step = math.ceil(len(each.imbalance) / WIDEST)
     groups = [each.imbalance[first : first + step] for first in range(0, len(each.imbalance), step)]
     for index, group in enumerate(groups):
         value = sum(group) / len(group)
         tall = ROW * (value - 1) / max(highest - 1, 1e-9)
         width = CHART / len(groups)
         tip = f"{each.policy}, from step {index * step + 1} after the first plan: {value:.3f}"
-        yield Box(LEFT + index * width, top + ROW - tall, width, tall, HIGH if value > 1.5 else BAR, tip=tip)
+        yield Box(LEFT + index * width, top + ROW - tall, width, tall, HIGH if value > HOT else BAR, tip=tip)
     yield Label(LEFT + CHART + 8, top + ROW / 2, f"{each.met:.3f}", 10, INK, "start")
