@@ -30,6 +30,19 @@ CASES = [
     pytest.param("plain", "pp2 vpp2 dp2 ep2 zb-v z1", "lognormal:max=1.5", marks=slow),
     pytest.param("rich", "pp1 dp4 ep2 z1", "lognormal:sigma=0.5", marks=slow),
     pytest.param("plain", "pp4 vpp1 dp1 ep1 zb-h2", "balanced", marks=slow),
+    pytest.param("latent", "pp2 dp2 ep2 1f1b deduplicated", "lognormal:sigma=1", marks=slow),
+    pytest.param("grouped", "pp2 dp2 ep2 1f1b-overlap", "lognormal:max=1.5", marks=slow),
+    pytest.param("older", "pp1 dp4 ep2 edp2 z2", "balanced", marks=slow),
+    pytest.param("sinks", "pp2 dp2 ep1 edp2 z3 1f1b", "balanced", marks=slow),
+    pytest.param("rich", "pp2 vpp2 dp2 ep2 dualpipe-v z1", "lognormal:sigma=0.5", marks=slow),
+    pytest.param("latent", "pp1 dp4 ep4 z3 deduplicated full", "lognormal:max=2", marks=slow),
+    pytest.param("tied", "pp2 vpp2 dp2 ep2 v-half z1", "balanced", marks=slow),
+    pytest.param("rich", "pp2 dp2 ep2 zb-h1 selective:norm", "lognormal:sigma=1", marks=slow),
+    pytest.param("grouped", "pp1 dp4 ep2 edp2 z2/3 selective:experts", "lognormal:sigma=0.5", marks=slow),
+    pytest.param("sinks", "pp4 dp1 ep1 1f1b-overlap full", "balanced", marks=slow),
+    pytest.param("plain", "pp2 vpp2 dp2 ep1 edp2 zb-v-overlap z2", "balanced", marks=slow),
+    pytest.param("older", "pp2 vpp2 dp2 ep2 breadth-first deduplicated", "lognormal:max=1.8", marks=slow),
+    pytest.param("sigmoid", "pp4 dp1 ep1 gpipe selective:attention", "balanced", marks=slow),
 ]
 
 

@@ -120,12 +120,12 @@ def _holds(pipeline: Pipeline, stages: list[range], chunks: tuple[int, ...]) -> 
 
 
 def _backward(kinds_of: list[list[bool]], base: NDArray, stage: int, *, defers: bool) -> list[NDArray]:
-    """The instants of a backward alone: the loss, and every layer that the one before it in this order is unlike."""
+    """The instants of a backward alone: the loss, and the first and last of all layers in a row that are alike."""
     found, here = [], kinds_of[stage]
     base = _enter(kinds_of, base, stage, found, defers=defers)
     for position in range(len(here) - 1, -1, -1):
         is_moe = here[position]
-        if position in (0, len(here) - 1) or here[position + 1] != is_moe:
+        if position in (0, len(here) - 1) or not here[position - 1] == is_moe == here[position + 1]:
             found.append(_with(base, {_work(is_moe, defers): 1}))
         base = _with(base, {_kept(is_moe): -1, _deferred(is_moe): int(defers)})
     return found

@@ -4,7 +4,7 @@ A unit's gradients are whole while a backward fills them, and those of the unit 
 shards; level 3 also gathers the weights of the unit in work and of the next one (`runtime/optimizer/sharding.py`). A
 rank holds most when a backward reaches its last layer. So the units are taken to be: of weights two layers, or one and
 the head; of gradients that layer (with experts, if the rank has any) and what was reduced before it: the head, or where
-there is none the embedding, or a layer.
+there is none the embedding, or a layer. With experts alone sharded it is always a layer.
 """
 
 from __future__ import annotations
@@ -37,7 +37,12 @@ def whole_unit_bytes(
     in_use = np.stack((moe, dense, embedding * (moe + dense + head == 1), head))
     layers = 2 - np.maximum(embedding, head)
     reduced = np.stack((layers * (moe > 0), layers * (moe == 0), np.maximum(embedding - head, 0), head))
-    return _largest(gathered, in_use, RESIDENT) + _largest(filled, reduced, RESIDENT - defers)
+    # Where only experts are sharded, neither end is reduced between two layers.
+    ends_reduce = ((table.zero_dense >= 2) & (table.data_parallel * table.context_parallel > 1))[:, None]
+    only_layers = np.stack((moe, dense, 0 * moe, 0 * moe))
+    most = RESIDENT - defers
+    open_gradients = np.where(ends_reduce, _largest(filled, reduced, most), _largest(filled, only_layers, most))
+    return _largest(gathered, in_use, RESIDENT) + open_gradients
 
 
 def _units(model: ModelSpec, table: StrategyTable, from_level: int) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from pipermoe.resources.activations.attention import attention_memory
+from pipermoe.resources.activations.carried import carried
 from pipermoe.resources.activations.sizes import (
     INDEX_BYTES,
     STATISTIC_BYTES,
@@ -32,8 +33,7 @@ def moe_layer(sizes: Sizes, recompute: Recompute) -> BlockMemory:
     weights = sizes.rows * sizes.element
     travels = sizes.ep > 1
     sorts = travels & (sizes.local_experts > 1)  # rows that arrive from several ranks are sorted by expert
-    route = 2 * choices + 2 * sorts * sizes.arriving * INDEX_BYTES
-    merge = rows + weights
+    way = carried(sizes)
     has_shared = moe.shared_width > 0
     shared, to_shared = _shared(sizes), hidden * has_shared  # the gradient that waits for that of the routed experts
     keeps_gate_up, keeps_gated = 1 - recompute.experts, 1 - (recompute.experts | recompute.moe_act)
@@ -41,32 +41,46 @@ def moe_layer(sizes: Sizes, recompute: Recompute) -> BlockMemory:
     shared_input = to_shared * (recompute.norm | recompute.full)
     shared_kept = shared * (1 - recompute.shared_experts) + to_shared * recompute.norm
     inside = gate_up * keeps_gate_up + gated * keeps_gated
-    kept = attend.kept + router + choices + route + arrived + inside + merge + shared_kept
-    kept_full = hidden + route + arrived + merge + to_shared
+    in_graph = way.inputs + way.expanded + inside
+    kept = attend.kept + router + choices + way.places + in_graph + way.results + way.returned + shared_kept
+    kept_full = hidden + way.places + way.inputs + way.returned + to_shared
     # Inputs and output gradients: of both products of experts and shared experts; then those of router and attention.
     behind_experts = 2 * arrived + gate_up + gated + shared + to_shared
     behind_router = hidden + stream * moe.num_experts * sizes.element
     deferred = behind_experts + shared_input + attend.deferred + behind_router
-    exchanged = Moment(merge, (rows + arrived) * travels, hidden + weights + arrived * sorts)
     rebuilt = gate_up * (1 - keeps_gate_up) + gated * (1 - keeps_gated)
-    # The gated product's backward: its gradient, the result, silu(gate).
-    product = hidden + to_shared + weights + arrived + gate_up + 2 * gated
-    first = Moment(0, 0, hidden + 2 * rows)  # the merge multiplies its gradient by weights and by rows
+    # The gated product's backward: its gradient, the result, silu(gate); clamped, both factors before and after.
+    product = hidden + to_shared + weights + arrived + gate_up + (6 if moe.swiglu_limit else 2) * gated
+    at_attend = 4 * hidden + weights  # the gradients of h, of its norm and of its sum, and one in the making
+    # The merge multiplies its gradient by weights and by rows; then it travels. Or copies of it do, and experts begin
+    # with the products of their weighted sums.
+    merging = (
+        Moment(0, 0, hidden + 2 * rows),
+        Moment(way.returned, (rows + arrived) * travels, hidden + weights + arrived * sorts),
+    )
+    summing = (
+        Moment(0, 2 * way.landed, hidden),
+        Moment(shared_kept, way.landed, hidden + to_shared + 3 * arrived + rebuilt),
+    )
     moments = (
-        first,
-        exchanged,
-        Moment(merge + (gated * keeps_gated) + shared_kept, 0, product + rebuilt),  # what is rebuilt stays to the end
+        *_choose(way.once, summing, merging),
+        # What is rebuilt stays to the end.
+        Moment(way.returned + way.results + gated * keeps_gated + shared_kept, way.landed, product + rebuilt),
+        Moment(in_graph + way.results + way.returned + shared_kept, 0, at_attend + attend.whole - attend.kept),
+    )
+    rebuilding = (
+        Moment(0, 2 * way.landed, hidden),
+        Moment(to_shared, way.landed, hidden + to_shared + 5 * arrived + gate_up + gated),
     )
     of_full = (
-        Moment(0, 0, hidden + 3 * rows),
-        exchanged,
-        Moment(merge + to_shared, 0, product + gate_up),
-        Moment(merge + arrived + to_shared, 0, 4 * hidden + to_shared + weights + attend.whole + router + choices),
+        *_choose(way.once, rebuilding, (Moment(0, 0, hidden + 3 * rows), merging[1])),
+        Moment(way.returned + to_shared, way.landed, product + gate_up + way.expanded),
+        Moment(way.returned + way.inputs + to_shared, 0, at_attend + to_shared + attend.whole + router + choices),
     )
     return BlockMemory(
         kept=_either(full, kept_full, kept),
         deferred=deferred,
-        forward=rows,
+        forward=way.forward,
         moments=_choose(full, of_full, moments),
         deferring=_choose(
             full,
@@ -75,7 +89,11 @@ def moe_layer(sizes: Sizes, recompute: Recompute) -> BlockMemory:
                 _plus(of_full[2], gated + shared + to_shared),
                 _plus(of_full[3], behind_experts + shared_input + behind_router),
             ),
-            (*moments[:2], _plus(moments[2], gated * keeps_gated + shared)),
+            (
+                *moments[:2],
+                _plus(moments[2], gated * keeps_gated + shared),
+                _plus(moments[3], behind_experts + shared_input + behind_router),
+            ),
         ),
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipermoe.resources.dispatch import kept_rows
+from pipermoe.resources.dispatch import balanced_copies, kept_rows
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.strategy_table import DISPATCHER_NAMES, RECOMPUTE_NAMES, StrategyTable
 from pipermoe.specs.train import TrainConfig
@@ -26,15 +26,13 @@ class MemoryProfile:
 
     `materialised_attention` keeps the scores and probabilities of the attention core instead of its log-sum-exp.
     The head works on `loss_chunks` slices of the tokens in turn; `logits_bytes` is the element in which logits are kept
-    (0: that of activations). `allocator_slack` is the fraction by which an allocator's reservation exceeds the live
-    tensors, `communicator_bytes` what communication libraries hold per rank: both 0 unless measured.
+    (0: that of activations). What allocators and communication libraries
+    hold beside tensors is the machine's: `Platform.reserved_bytes`.
     """
 
     materialised_attention: bool = False
     loss_chunks: int = 1
     logits_bytes: int = 0
-    allocator_slack: float = 0.0
-    communicator_bytes: int = 0
 
 
 RUNTIME = MemoryProfile()
@@ -87,6 +85,19 @@ class Sizes:
     def _within_capacity(self, share: Any) -> Any:
         """At most `capacity_factor` times the even share: what the busiest rank has when all its experts are full."""
         return np.minimum(share, self.capacity_factor) if self.capacity_factor else share
+
+    @property
+    def copies(self) -> Any:
+        """Copies of tokens that a deduplicated dispatch sends, those to the rank itself included; as many arrive."""
+        moe = self.model.moe
+        each = np.broadcast(self.deduplicated, self.rows, self.ep)
+        found = [
+            balanced_copies(int(rows), moe.top_k, moe.num_experts, int(ep), self.capacity_factor).sum(1).max()
+            if deduplicated and ep > 1
+            else 0
+            for deduplicated, rows, ep in each
+        ]
+        return np.array(found).reshape(each.shape)
 
     @property
     def local_experts(self) -> Any:
