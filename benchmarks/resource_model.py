@@ -68,7 +68,7 @@ def summary_of(rows: list[Row]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="cases whose name contains this word")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

@@ -18,8 +18,8 @@ from pipermoe.resources.activations.sizes import INDEX_BYTES, Sizes
 @dataclass(frozen=True, slots=True)
 class Carried:
     """`places` are indices, `inputs` what the experts' piece starts from, `expanded` its rows if they are not `inputs`
-    themselves, `results` the rows that its sums are made of; `returned` is what the merge keeps. All from forward to
-    backward; full recomputation keeps places, inputs and what is returned.
+    themselves, `results` what they make of them, as it is and weighted; `returned` is what the merge keeps. All from
+    forward to backward; full recomputation keeps places, inputs and what is returned.
 
     `once`: deduplicated. `landed` is the gradient that has arrived at the experts, `forward` what a forward holds on
     top when it merges.
@@ -52,7 +52,7 @@ def carried(sizes: Sizes) -> Carried:
         places=(either(sizes.leaving + copies + 2 * sizes.arriving, 2 * sizes.leaving) + sorted_rows) * INDEX_BYTES,
         inputs=either(of_copies + sizes.arriving * sizes.element, arrived),
         expanded=either(arrived, 0),
-        results=either(arrived, 0),
+        results=either(2 * arrived, 0),
         returned=either(0, rows + sizes.rows * sizes.element),
         landed=either(of_copies, 0),
         # The weighted rows, zeros and the sums of them, before the layer's output is there.

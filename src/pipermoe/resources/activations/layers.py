@@ -60,7 +60,7 @@ def moe_layer(sizes: Sizes, recompute: Recompute) -> BlockMemory:
     )
     summing = (
         Moment(0, 2 * way.landed, hidden),
-        Moment(shared_kept, way.landed, hidden + to_shared + 3 * arrived + rebuilt),
+        Moment(shared_kept + way.results / 2, way.landed, hidden + to_shared + 3 * arrived + rebuilt),
     )
     moments = (
         *_choose(way.once, summing, merging),
