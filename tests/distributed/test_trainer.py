@@ -211,3 +211,21 @@ def test_what_does_not_move_is_refused_with_its_key(tmp_path, text):
     for message, (strategy, balance) in refusals.items():
         with pytest.raises(UserError, match=message):
             launch(tiny_plan(strategy, data=text, balance=balance), Run(tmp_path / "run"))
+
+
+@pytest.mark.slow
+def test_a_run_whose_experts_have_moved_resumes_where_they_lay(tmp_path, text):
+    balance = {"policy": "balanced", "spare_slots": 1, "every_steps": 1, "threshold": 1.0}
+    strategy = Strategy(data_parallel=2, expert_parallel=2)
+    plan = tiny_plan(strategy, data=text, balance=balance, checkpoint_every=2, **FASTER)
+    whole = launch(plan, Run(tmp_path / "whole", quiet=True))
+    launch(plan, Run(tmp_path / "parts", steps=4, quiet=True))
+    rest = launch(plan, Run(tmp_path / "parts", quiet=True), resume=True)
+    assert whole is not None
+    assert rest is not None
+    assert rest.losses == pytest.approx(whole.losses[4:], rel=1e-5)
+    lines = [json.loads(line) for line in (tmp_path / "parts" / "steps.jsonl").read_text().splitlines()]
+    before = lines[3]["expert_layout"]
+    record = json.loads((tmp_path / "parts" / "checkpoints" / "step-000004" / "checkpoint.json").read_text())
+    assert 0 < before["version"] <= record["layout"]["version"] <= lines[4]["expert_layout"]["version"]
+    assert len(record["layout"]["slots"]) == 2

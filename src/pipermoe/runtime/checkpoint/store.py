@@ -33,11 +33,18 @@ RECORD = "checkpoint.json"
 _FOLDER = re.compile(r"step-(\d{6,})")
 
 
+class SavedLayout(Frozen):
+    """Which expert lay in every MoE layer, rank and slot; -1 where none did."""
+
+    version: int
+    slots: tuple[tuple[tuple[int, ...], ...], ...]
+
+
 class CheckpointRecord(Frozen):
     """What a checkpoint holds; `files` maps the name of every other file in the folder to its size in bytes.
 
-    `text` is the fingerprint of what the run reads (data/batches.py); `layout` says for every MoE layer, rank and slot
-    which expert lay there, if experts move. Whoever resumes with as many ranks and slots goes on from it.
+    `text` is the fingerprint of what the run reads (data/batches.py). `layout` is that of experts that move: whoever
+    resumes with as many ranks and slots goes on from it.
     """
 
     step: int = Field(ge=1)
@@ -45,7 +52,7 @@ class CheckpointRecord(Frozen):
     train: TrainConfig
     strategy: Strategy
     text: str
-    layout: tuple[tuple[tuple[int, ...], ...], ...] | None = None
+    layout: SavedLayout | None = None
     files: dict[str, int]
     software: dict[str, str] = {}
 
@@ -84,7 +91,9 @@ def check_same_text(folder: Path, text: str, source: str) -> None:
 def saved_layout(folder: Path) -> ExpertLayout | None:
     """Where the experts lay when the checkpoint was saved, if they moved."""
     record = load(folder / RECORD, CheckpointRecord)
-    return None if record.layout is None else ExpertLayout(np.array(record.layout), record.model.moe.num_experts)
+    if record.layout is None:
+        return None
+    return ExpertLayout(np.array(record.layout.slots), record.model.moe.num_experts, record.layout.version)
 
 
 def load_checkpoint(folder: Path, plan: Plan, optimizer: Optimizer, biases: Iterable[tuple[str, Tensor]]) -> int:

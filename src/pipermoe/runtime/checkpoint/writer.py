@@ -21,6 +21,7 @@ from pipermoe.runtime.checkpoint.format import Pieces, write_pieces
 from pipermoe.runtime.checkpoint.store import (
     RECORD,
     CheckpointRecord,
+    SavedLayout,
     checkpoints,
     partial_folder,
     pieces_of,
@@ -108,7 +109,7 @@ class CheckpointWriter:
             train=plan.train,
             strategy=plan.strategy,
             text=self._text,
-            layout=None if layout is None else layout.slots_LNS.tolist(),
+            layout=None if layout is None else SavedLayout(version=layout.version, slots=layout.slots_LNS.tolist()),
             files={path.name: path.stat().st_size for path in sorted(partial.iterdir())},
             software={"torch": torch.__version__},
         )
