@@ -16,11 +16,10 @@ def render_validation(validation: Validation, console: Console) -> None:
     console.print(_summary_table("By source, rows not used for fitting", validation.by_source))
     console.print(_summary_table("Overall", validation.overall))
     for group in validation.ranks:
-        console.print(
-            f"rank correlation {group.correlation:+.2f} over {group.mappings} mappings: {group.model} on {group.gpu}, "
-            f"{group.software}",
-            highlight=False,
-        )
+        where = f"{group.model} on {group.n_gpus} {group.gpu}, {group.software}"
+        assumed = "; micro-batches of one sequence are assumed" if group.assumed else ""
+        correlation = f"rank correlation {group.correlation:+.2f} over {group.mappings} mappings"
+        console.print(f"{correlation}: {where}{assumed}", highlight=False)
     if validation.paper:
         console.print(_paper_table(validation.paper))
     for name, ids in validation.fitted_on.items():

@@ -18,8 +18,9 @@ from pipermoe.validate.rows import PublishedRow
 FEWEST_MAPPINGS = 5  # for a rank correlation
 ONE_NODE = 8  # GPUs
 
-# fit: the row calibrated its software profile; twin: another row of the same recipe did; unseen: neither.
-Role = Literal["fit", "twin", "unseen"]
+# fit: the row calibrated its software profile; twin: another row of the same recipe did; unseen: neither. assumed: the
+# micro-batch is not published; such rows rank mappings, but their errors are not counted.
+Role = Literal["fit", "twin", "unseen", "assumed"]
 
 
 class RowResult(Frozen):
@@ -33,6 +34,7 @@ class RowResult(Frozen):
     strategy: str
     precision: str
     software: str
+    tokens: int
     role: Role
     measured_seconds: float
     predicted_seconds: float
@@ -55,11 +57,16 @@ class Summary(Frozen):
 
 
 class RankGroup(Frozen):
-    """Mappings of one model on one machine under one software: Spearman's correlation of predicted and measured."""
+    """Mappings of one job on one machine under one software: Spearman's correlation of predicted and measured.
+
+    `assumed`: the micro-batch of some is not published.
+    """
 
     model: str
     gpu: str
+    n_gpus: int
     software: str
+    assumed: bool
     mappings: int
     correlation: float
 
@@ -94,8 +101,8 @@ def validate_rows(rows: Sequence[PublishedRow], *, paper: bool = False) -> Valid
     results = []
     for row, recipe in recipes:
         role: Role = "fit" if row.id in calibrating else "twin" if _mapping(recipe) in seen else "unseen"
-        results.append(_result(row, recipe, role, predict_step(recipe)))
-    judged = [result for result in results if result.role != "fit"]
+        results.append(_result(row, recipe, "assumed" if recipe.assumed else role, predict_step(recipe)))
+    judged = [result for result in results if result.role in ("twin", "unseen")]
     sources = dict.fromkeys(result.source for result in judged)
     several = [result for result in judged if result.n_gpus > ONE_NODE]
     overall = {
@@ -109,7 +116,7 @@ def validate_rows(rows: Sequence[PublishedRow], *, paper: bool = False) -> Valid
         fitted_on=fitted_on,
         by_source=tuple(summary(name, [r for r in judged if r.source == name]) for name in sources),
         overall=tuple(summary(name, chosen) for name, chosen in overall.items() if chosen),
-        ranks=tuple(_rank_groups(judged)),
+        ranks=tuple(_rank_groups([result for result in results if result.role != "fit"])),
         paper=tuple(paper_rows(rows)) if paper else (),
     )
 
@@ -129,6 +136,7 @@ def _result(row: PublishedRow, recipe: Recipe, role: Role, prediction: Predictio
         strategy=recipe.strategy.compact(),
         precision=recipe.train.precision,
         software=recipe.software,
+        tokens=recipe.train.tokens_per_step,
         role=role,
         measured_seconds=recipe.measured_seconds,
         predicted_seconds=prediction.step_seconds,
@@ -151,18 +159,20 @@ def summary(name: str, results: Sequence[RowResult]) -> Summary:
 
 
 def _rank_groups(results: Iterable[RowResult]) -> Iterable[RankGroup]:
-    groups: dict[tuple[str, str, str], dict[str, list[RowResult]]] = {}
+    groups: dict[tuple[str, str, int, str, int], dict[str, list[RowResult]]] = {}
     for result in results:
-        mappings = groups.setdefault((result.model, result.gpu, result.software), {})
-        mappings.setdefault(f"{result.n_gpus} {result.strategy} {result.precision}", []).append(result)
-    for (model, gpu, software), mappings in groups.items():
+        job = result.model, result.gpu, result.n_gpus, result.software, result.tokens
+        groups.setdefault(job, {}).setdefault(f"{result.strategy} {result.precision}", []).append(result)
+    for (model, gpu, n_gpus, software, _), mappings in groups.items():
         if len(mappings) >= FEWEST_MAPPINGS:
             measured = [_mean(result.measured_seconds for result in same) for same in mappings.values()]
             predicted = [_mean(result.predicted_seconds for result in same) for same in mappings.values()]
             yield RankGroup(
                 model=model,
                 gpu=gpu,
+                n_gpus=n_gpus,
                 software=software,
+                assumed=any(result.role == "assumed" for same in mappings.values() for result in same),
                 mappings=len(mappings),
                 correlation=spearman(measured, predicted),
             )

@@ -30,7 +30,10 @@ class NotCovered(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A row as a prediction needs it, and the step time that it reports."""
+    """A row as a prediction needs it, and the step time that it reports.
+
+    `assumed`: the source does not give the micro-batch; one sequence is taken, as Megatron's recipes for MoE do.
+    """
 
     model: ModelSpec
     platform: Platform
@@ -38,13 +41,16 @@ class Recipe:
     strategy: Strategy
     software: str
     measured_seconds: float
+    assumed: bool = False
 
 
 def recipe_of(row: PublishedRow, software: SoftwareProfile | None = None) -> Recipe:
     """The recipe of a row under the profile of its software, or another. Raises `NotCovered`."""
-    missing = [name for name in ("n_gpus", "ep", "pp", "mbs", "gbs", "seq") if getattr(row, name) is None]
+    missing = [name for name in ("n_gpus", "ep", "pp", "gbs", "seq") if getattr(row, name) is None]
     if missing:
         raise NotCovered(f"the source does not give {', '.join(missing)}")
+    assumed = row.mbs is None
+    row = row.model_copy(update={"mbs": 1}) if assumed else row
     model = _model(row)
     train = TrainConfig(seq_len=_known(row.seq), global_batch_size=_known(row.gbs), precision=_precision(row))
     strategy = _strategy(row, model)
@@ -57,7 +63,7 @@ def recipe_of(row: PublishedRow, software: SoftwareProfile | None = None) -> Rec
     platform = under(machine, software, dispatch)
     if software.product_per_expert:
         platform = product_per_expert(platform, model.hidden_size, model.moe.expert_width)
-    return Recipe(model, platform, train, strategy, software.name, _step_seconds(row, model, train))
+    return Recipe(model, platform, train, strategy, software.name, _step_seconds(row, model, train), assumed)
 
 
 def _known(value: int | None) -> int:
