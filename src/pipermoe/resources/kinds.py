@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 HASH_FACTOR = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: Knuth, TAOCP volume 3, section 6.4
 HASH_BITS = 16
+FEW = 1 << 12  # rows that are sorted faster
 BLOCK = 1 << 15  # rows; a block and the slots stay in the cache
 
 
@@ -36,10 +37,13 @@ def distinct(columns: Sequence[NDArray]) -> Kinds:
 
 
 def _kinds(code: NDArray[np.int64]) -> Kinds:
-    """One row of each kind of `code`, and the kind of every row: a hash table instead of a sort.
+    """One row of each kind of `code`, and the kind of every row: of many rows by a hash table instead of a sort.
 
     A slot belongs to one of the codes that reach it first; rows with another code in its slot try again elsewhere.
     """
+    if len(code) < FEW:
+        _, rows, of = np.unique(code, return_index=True, return_inverse=True)
+        return Kinds(rows, of)
     kind = np.empty(len(code), dtype=np.int64)
     chosen: list[NDArray] = []
     pending, known, factor = np.arange(len(code)), 0, HASH_FACTOR
