@@ -84,7 +84,7 @@ def _all_to_all(sizes: Sizes, shapes: StageShapes, ep_rank: int | None) -> tuple
     chosen = _column(sizes.leaving) * (ep - 1) // ep
     deduplicated, copies = _column(sizes.deduplicated), _copies(sizes, ep_rank)[:, None]
     rows = np.where(deduplicated, copies, 2 * chosen) * model.hidden_size * element
-    layers = shapes.moe_layers * (ep > 1)
+    layers = shapes.routed_layers * (ep > 1)
     counts = (ep - 1) * (experts // ep + deduplicated) * COUNT_BYTES
     calls = layers * (2 + deduplicated)
     forward = Call("all_to_all", "ep", calls, layers * (rows + deduplicated * chosen * SLOT_BYTES))
@@ -118,8 +118,10 @@ def _tensor_parallel(sizes: Sizes, shapes: StageShapes) -> tuple[list[Call], lis
     block; backward mirrors them and gathers the input once more for the weight gradient.
     """
     tp, shared = _column(sizes.tp), sizes.model.moe.shared_width > 0
-    blocks = (2 * shapes.dense_layers + (1 + shared) * shapes.moe_layers + shapes.has_head) * (tp > 1)
-    scattered = blocks - shapes.has_head * (tp > 1)  # the head's output stays divided over the vocabulary
+    heads = shapes.has_head + shapes.predictions
+    blocks = 2 * shapes.dense_layers + (1 + shared) * shapes.routed_layers + heads + shapes.predictions  # and its join
+    blocks = blocks * (tp > 1)
+    scattered = blocks - heads * (tp > 1)  # the head's output stays divided over the vocabulary
     moved = _column(sizes.tokens) * sizes.model.hidden_size * sizes.element
     forward = [
         Call("all_gather", "tp", blocks, blocks * moved),
@@ -139,7 +141,7 @@ def _context_parallel(sizes: Sizes, shapes: StageShapes) -> tuple[list[Call], li
     """
     cp, attention = _column(sizes.cp), sizes.model.attention
     width = attention.num_kv_heads * (attention.query_key_dim + attention.value_dim) / _column(sizes.tp)
-    layers = (shapes.moe_layers + shapes.dense_layers) * (cp > 1)
+    layers = (shapes.routed_layers + shapes.dense_layers) * (cp > 1)
     moved = _column(sizes.tokens) * cp * width * sizes.element
     gather = Call("all_gather", "cp", layers, layers * moved)
     return [gather], [gather, Call("reduce_scatter", "cp", layers, layers * moved)]
@@ -148,7 +150,7 @@ def _context_parallel(sizes: Sizes, shapes: StageShapes) -> tuple[list[Call], li
 def _expert_tensor_parallel(sizes: Sizes, shapes: StageShapes) -> tuple[list[Call], list[Call]]:
     """Rows that arrived on one rank are gathered over etp before the experts, partial sums scattered after them."""
     etp = _column(sizes.etp)
-    layers = shapes.moe_layers * (etp > 1)
+    layers = shapes.routed_layers * (etp > 1)
     moved = _column(sizes.arriving) * sizes.model.hidden_size * sizes.element
     both = [
         Call("all_gather", "etp", layers, layers * moved),
@@ -224,29 +226,32 @@ def sync_calls(
     of every unit (layer, embedding, head) for every micro-batch. ZeRO-3: instead of the gather after the update one of
     every unit before each of its forwards and backwards; what is used twice in a row is gathered once, which only the
     schedule knows: `resources/gathers.py` counts those exactly.
+    Multi-token prediction uses embedding and head again. An embedding at both ends of the pipeline has a buffer of its
+    own, whose gradients are summed over the two ends as well.
     """
     state, microbatches = train.recipe.state, table.microbatches(train.global_batch_size)[:, None]
-    ends = shapes.has_embedding + shapes.has_head
-    reducing, gathering = [], []
-    for axis, elements, units, group, level in (
-        (
-            "dp",
-            states.dense,
-            shapes.moe_layers + shapes.dense_layers + ends,
-            table.data_parallel * table.context_parallel,
-            table.zero_dense[:, None],
-        ),
-        ("edp", states.expert, shapes.moe_layers, table.expert_data_parallel, table.zero_expert[:, None]),
-    ):
+    apart = (states.copied > 0).astype(np.int64)
+    copies = apart * shapes.has_head
+    units = shapes.routed_layers + shapes.dense_layers + shapes.has_embedding + shapes.has_head + copies
+    # Multi-token prediction comes back to the head and to the embedding, which the copy is counted for once.
+    again = 2 * shapes.predictions - copies * (shapes.predictions > 0)
+    size, zero = table.data_parallel * table.context_parallel, table.zero_dense[:, None]
+    over_ends = states.copied // np.where(zero >= 1, size[:, None], 1)
+    reducing, gathering = [Call("all_reduce", "ends", apart, over_ends * state.gradient)], []
+    routed = shapes.routed_layers
+    dense = ("dp", states.dense, states.again, units, units + again, 1 + apart, size, zero)
+    expert = ("edp", states.expert, 0, routed, routed, 1, table.expert_data_parallel, table.zero_expert[:, None])
+    for axis, elements, more, held, uses, buffers, group, level in (dense, expert):
         shared = ((group > 1)[:, None] & (elements > 0)).astype(np.int64)
         replicated = shared * (level == 0)
-        scatters = shared * np.where(level >= 2, microbatches * units, level == 1)
-        passes = shared * np.where(level >= 2, microbatches, level == 1)
-        reducing.append(Call("all_reduce", axis, replicated, replicated * elements * state.gradient))
-        reducing.append(Call("reduce_scatter", axis, scatters, passes * elements * state.gradient))
-        gathers = shared * np.select([level == 3, level == 2], [2 * microbatches * units, units], level == 1)
-        passes = shared * np.where(level == 3, 2 * microbatches, level >= 1)
-        gathering.append(Call("all_gather", axis, gathers, passes * elements * state.weight))
+        scatters = shared * np.where(level >= 2, microbatches * uses, (level == 1) * buffers)
+        whole = shared * elements
+        summed = np.where(level >= 2, microbatches * (whole + shared * more), (level == 1) * whole)
+        reducing.append(Call("all_reduce", axis, replicated * buffers, replicated * elements * state.gradient))
+        reducing.append(Call("reduce_scatter", axis, scatters, summed * state.gradient))
+        gathers = shared * np.select([level == 3, level == 2], [2 * microbatches * uses, held], (level == 1) * buffers)
+        gathered = np.where(level == 3, 2 * microbatches * (whole + shared * more), (level >= 1) * whole)
+        gathering.append(Call("all_gather", axis, gathers, gathered * state.weight))
     return reducing, gathering
 
 
@@ -258,13 +263,16 @@ def sync_seconds(
     sizes = {
         "dp": (table.data_parallel * table.context_parallel)[:, None],
         "edp": table.expert_data_parallel[:, None],
+        "ends": np.full((len(table), 1), 2),
     }
+    world, stage = table.world_size[:, None], table.ranks_per_stage[:, None]
 
     def total(calls: list[Call]) -> Any:
-        span = table.ranks_per_stage[:, None]
-        return sum(collective_seconds(platform, c.collective, sizes[c.axis], span, c.bytes, c.calls) for c in calls)
+        spans = {"dp": stage, "edp": stage, "ends": world}
+        return sum(
+            collective_seconds(platform, c.collective, sizes[c.axis], spans[c.axis], c.bytes, c.calls) for c in calls
+        )
 
-    world = table.world_size[:, None]
     return total(reducing), collective_seconds(platform, "all_reduce", world, world, TOTALS_BYTES), total(gathering)
 
 
@@ -302,8 +310,8 @@ def traffic(
 def _load_counts(model: ModelSpec, shapes: StageShapes, table: StrategyTable) -> Call:
     """Correction biases move by the load of the whole batch: one sum of all layers' int64 counts over a stage."""
     several = (table.data_parallel * table.context_parallel > 1)[:, None]
-    counted = several & (shapes.moe_layers > 0) & (model.moe.router.correction_bias != "none")
-    size = shapes.moe_layers * model.moe.num_experts * COUNT_BYTES
+    counted = several & (shapes.routed_layers > 0) & (model.moe.router.correction_bias != "none")
+    size = shapes.routed_layers * model.moe.num_experts * COUNT_BYTES
     return Call("all_reduce", "dp", counted.astype(np.int64), counted * size)
 
 

@@ -17,6 +17,7 @@ from pipermoe.resources.activations.sizes import Recompute, Sizes
 from pipermoe.resources.flops import (
     attention_core_flops,
     head_forward_flops,
+    join_forward_flops,
     layer_forward_flops,
     rebuilt_forward_flops,
 )
@@ -257,6 +258,17 @@ def head_work(sizes: Sizes) -> list[Work]:
     ]
 
 
+def join_work(sizes: Sizes) -> list[Work]:
+    """Before a layer of multi-token prediction: tokens embedded and beside the state, two norms, one projection."""
+    stream = sizes.stream * sizes.model.hidden_size
+    return [
+        *embedding_work(sizes),
+        Stream("norm", stream, count=2),
+        Stream("permute", 2 * stream),
+        Gemm(join_forward_flops(sizes.model, sizes.stream)),
+    ]
+
+
 def rebuilt_work(sizes: Sizes, recompute: Recompute) -> list[tuple[Any, list[Work], list[Work]]]:
     """(mask, work of a MoE layer, work of a dense layer) that selective recomputation repeats, module by module."""
     model, moe = sizes.model, sizes.model.moe
@@ -283,12 +295,13 @@ def total_seconds(works: Sequence[Work], device: Device, precision: Precision) -
 
 @dataclass(frozen=True, slots=True)
 class LayerSeconds:
-    """Seconds of one micro-batch in a MoE layer, a dense layer, the embedding and the head, as `StageShapes` counts."""
+    """Seconds of one micro-batch in every part of a stage, as `StageShapes` counts them."""
 
     moe_layers: Seconds
     dense_layers: Seconds
     has_embedding: Seconds
     has_head: Seconds
+    predictions: Seconds
 
 
 def layer_seconds(device: Device, precision: Precision, sizes: Sizes, recompute: Recompute) -> LayerSeconds:
@@ -306,11 +319,13 @@ def layer_seconds(device: Device, precision: Precision, sizes: Sizes, recompute:
         again = once.forward * recompute.full + sum(each[0] * each[kind].forward for each in rebuilt)
         return Seconds(once.forward, once.input_grad + again, once.weight_grad)
 
+    head = total_seconds(head_work(sizes), device, precision)
     return LayerSeconds(
         moe_layers=layer(moe_work(sizes), 1),
         dense_layers=layer(dense_work(sizes), 2),
         has_embedding=total_seconds(embedding_work(sizes), device, precision),
-        has_head=total_seconds(head_work(sizes), device, precision),
+        has_head=head,
+        predictions=layer([*join_work(sizes), *moe_work(sizes)], 1) + head,
     )
 
 
@@ -337,7 +352,7 @@ def stage_flops(
     model: ModelSpec,
     layers: Sequence[int],
     *,
-    has_head: bool,
+    is_last: bool,
     tokens,
     seq_len,
     full,
@@ -355,4 +370,10 @@ def stage_flops(
         once = layer_forward_flops(model, layer, **counts).total
         return (3 + full) * once + rebuilt_forward_flops(model, layer, modules, **counts)
 
-    return sum(map(executed, layers)) + 3 * has_head * head_forward_flops(model, tokens)
+    body = sum(map(executed, layers))
+    if not is_last:
+        return body
+    # A layer of multi-token prediction is like the last one with experts.
+    prediction = (3 + full) * join_forward_flops(model, tokens) + executed(model.moe_layers[-1])
+    heads = (1 + model.mtp_layers) * head_forward_flops(model, tokens)
+    return body + model.mtp_layers * prediction + 3 * heads

@@ -181,8 +181,12 @@ def head_forward_flops(model: ModelSpec, tokens) -> Any:
 def mtp_forward_flops(model: ModelSpec, *, tokens, seq_len, causal: bool) -> Any:
     """All multi-token prediction modules: an MoE layer behind a 2d -> d projection, and the head once more."""
     layer = layer_forward_flops(model, model.moe_layers[-1], tokens=tokens, seq_len=seq_len, causal=causal).total
-    projection = 4 * tokens * model.hidden_size**2
-    return model.mtp_layers * (layer + projection + head_forward_flops(model, tokens))
+    return model.mtp_layers * (layer + join_forward_flops(model, tokens) + head_forward_flops(model, tokens))
+
+
+def join_forward_flops(model: ModelSpec, tokens) -> Any:
+    """The projection of the state and a later token's vector to the input of a multi-token prediction layer."""
+    return 4 * tokens * model.hidden_size**2
 
 
 def model_forward_flops(model: ModelSpec, *, tokens, seq_len, causal: bool) -> Any:

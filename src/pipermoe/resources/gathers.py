@@ -36,15 +36,16 @@ def weight_gathers(model: ModelSpec, train: TrainConfig, strategy: Strategy) -> 
     )
     dense_copies, expert_copies = strategy.data_parallel * strategy.context_parallel, strategy.expert_data_parallel
     padded = units_of(model, table).padded(dense_copies, expert_copies)
-    moe_layers = {f"layers.{layer}": int(padded.experts.item()) for layer in model.moe_layers}
+    routed = {f"layers.{layer}": int(padded.experts.item()) for layer in model.routers}
     dense = {f"layers.{layer}": int(padded.dense_layer.item()) for layer in range(model.num_layers)}
-    dense |= dict.fromkeys(moe_layers, int(padded.moe_layer.item()))
+    dense |= {f"layers.{layer}": int(padded.moe_layer.item()) for layer in model.moe_layers}
+    dense |= {f"layers.{layer}": int(padded.prediction.item()) for layer in model.prediction_layers}
     dense |= {"embedding": int(padded.embedding.item()), "head": int(padded.head.item())}
     sizes = {}
     if strategy.zero_dense == 3 and dense_copies > 1:
         sizes["dp"] = dense
     if strategy.zero_expert == 3 and expert_copies > 1:
-        sizes["edp"] = moe_layers
+        sizes["edp"] = routed
     stages, sharded = units_of_stages(model, strategy), {unit for each in sizes.values() for unit in each}
     counts = [gathered(schedule, rank, stages, sharded) for rank in range(schedule.num_ranks)]
     found = [
@@ -95,9 +96,14 @@ def _wanted(action: Action, units_of: Sequence[Sequence[str]]) -> Iterator[tuple
 
 
 def units_of_stages(model: ModelSpec, strategy: Strategy) -> list[list[str]]:
-    """The units of every stage in the order of a forward: "embedding", "layers.0" and so on, "head"."""
+    """The units of every stage in the order of a forward: "embedding", "layers.0" and so on, "head".
+
+    Multi-token prediction uses embedding and head again.
+    """
     ranges = split_layers(model.num_layers, strategy.num_stages, strategy.layer_split)
     units = [[f"layers.{layer}" for layer in layers] for layers in ranges]
     units[0].insert(0, "embedding")
     units[-1].append("head")
+    for layer in model.prediction_layers:
+        units[-1] += ["embedding", f"layers.{layer}", "head"]
     return units

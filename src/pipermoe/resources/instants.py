@@ -22,7 +22,8 @@ from pipermoe.specs.mesh import split_layers
 class Feature(IntEnum):
     """What is counted: micro-batches times layers (or ends), messages, and the work in progress, which is one of six.
 
-    KEPT from forward to backward; DEFERRED from I to W; a MESSAGE is the hidden state of a micro-batch.
+    KEPT from forward to backward; DEFERRED from I to W; a MESSAGE is the hidden state of a micro-batch. A layer of
+    multi-token prediction counts as one with experts, a head and what joins the state with tokens before it.
     """
 
     KEPT_MOE = 0
@@ -44,15 +45,21 @@ class Feature(IntEnum):
     MOE_I = 16
     DENSE_I = 17
     RECEIVED = 18  # kept inputs that came from another rank: their category, not their bytes
+    KEPT_JOIN = 19
+    DEFERRED_JOIN = 20
 
 
+DENSE, MOE, PREDICTION = 0, 1, 2  # kinds of layers; the last two have experts
 _WORK = slice(Feature.FORWARD_MOE, Feature.DENSE_I + 1)
 _SUMMED = (Feature.OUTPUT, Feature.GRADIENT, Feature.INCOMING, Feature.KEPT_MOE, Feature.KEPT_DENSE)
 
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """One way to cut a model and to work through it; `layers[i]` says whether layer i has experts."""
+    """One way to cut a model and to work through it; `layers[i]` says whether layer i has experts.
+
+    `predictions` layers of multi-token prediction are behind the last head.
+    """
 
     schedule: str
     pipeline_parallel: int
@@ -60,19 +67,20 @@ class Pipeline:
     microbatches: int
     layers: tuple[bool, ...]
     layer_split: tuple[int, ...] = ()
+    predictions: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Instants:
     """`features[i]` of instant i, which belongs to class `owner[i]`; instants are sorted by class.
 
-    `holds[c]` are the MoE layers, dense layers, embeddings and heads of class c, `class_of[rank]` its ranks. `defers`:
-    backwards leave their weight gradients to W actions.
+    `holds[c]` are the parts of class c in the order of StageShapes, `class_of[rank]` its ranks. `defers`: backwards
+    leave their weight gradients to W actions.
     """
 
     features: NDArray[np.float64]  # (instants, len(Feature))
     owner: NDArray[np.int64]
-    holds: NDArray[np.int64]  # (classes, 4)
+    holds: NDArray[np.int64]  # (classes, parts)
     class_of: tuple[int, ...]
     defers: bool
 
@@ -95,7 +103,8 @@ def instants(pipeline: Pipeline, *, by_rank: bool = False) -> Instants:
     kinds = holds if by_rank else sorted(set(holds))
     class_of = tuple(range(len(holds))) if by_rank else tuple(map(kinds.index, holds))
     rows: list[list[NDArray]] = [[] for _ in kinds]
-    kinds_of = [[pipeline.layers[layer] for layer in layers] for layers in stages]
+    kinds_of = [[MOE if pipeline.layers[layer] else DENSE for layer in layers] for layers in stages]
+    kinds_of[-1] += [PREDICTION] * pipeline.predictions
     for (rank, kind, stage, beside), count in zip(work, counts, strict=True):
         base = _held(kinds_of, chunks[rank], count)
         if kind is Kind.FORWARD:
@@ -114,45 +123,56 @@ def instants(pipeline: Pipeline, *, by_rank: bool = False) -> Instants:
     )
 
 
-def _holds(pipeline: Pipeline, stages: list[range], chunks: tuple[int, ...]) -> tuple[int, int, int, int]:
+def _holds(pipeline: Pipeline, stages: list[range], chunks: tuple[int, ...]) -> tuple[int, ...]:
     layers = [pipeline.layers[layer] for stage in chunks for layer in stages[stage]]
-    return sum(layers), len(layers) - sum(layers), int(0 in chunks), int(len(stages) - 1 in chunks)
+    last = int(len(stages) - 1 in chunks)
+    return sum(layers), len(layers) - sum(layers), int(0 in chunks), last, last * pipeline.predictions
 
 
-def _backward(kinds_of: list[list[bool]], base: NDArray, stage: int, *, defers: bool) -> list[NDArray]:
+def _backward(kinds_of: list[list[int]], base: NDArray, stage: int, *, defers: bool) -> list[NDArray]:
     """The instants of a backward alone: the loss, and the first and last of all layers in a row that are alike."""
     found, here = [], kinds_of[stage]
     base = _enter(kinds_of, base, stage, found, defers=defers)
     for position in range(len(here) - 1, -1, -1):
-        is_moe = here[position]
-        if position in (0, len(here) - 1) or not here[position - 1] == is_moe == here[position + 1]:
-            found.append(_with(base, {_work(is_moe, defers): 1}))
-        base = _with(base, {_kept(is_moe): -1, _deferred(is_moe): int(defers)})
+        kind = here[position]
+        if position in (0, len(here) - 1) or not here[position - 1] == kind == here[position + 1]:
+            found.append(_with(base, {_work(kind, defers): 1}))
+        base = _with(base, {_kept(kind): -1, _deferred(kind): int(defers)})
+        if kind == PREDICTION:
+            base = _with(base, {Feature.KEPT_JOIN: -1, Feature.DEFERRED_JOIN: int(defers)})
+            base = _enter(kinds_of, base, stage, found, defers=defers)
     return found
 
 
-def _in_turn(kinds_of: list[list[bool]], base: NDArray, stage: int, beside: int) -> list[NDArray]:
+def _in_turn(kinds_of: list[list[int]], base: NDArray, stage: int, beside: int) -> list[NDArray]:
     """The instants of a backward whose layers alternate with those of a forward.
 
     Weight gradients run in between: those of one layer at a time wait.
     """
     found, last = [], len(kinds_of) - 1
     back, forward = kinds_of[stage][::-1], kinds_of[beside]
-    not_yet = {_kept(True): -sum(forward), _kept(False): sum(forward) - len(forward)}
-    base = _with(base, not_yet | {Feature.KEPT_HEAD: -(beside == last)})
+    dense, predictions = forward.count(DENSE), forward.count(PREDICTION)
+    not_yet = {Feature.KEPT_MOE: dense - len(forward), Feature.KEPT_DENSE: -dense}
+    heads = {Feature.KEPT_HEAD: -(beside == last) - predictions, Feature.KEPT_JOIN: -predictions}
+    base = _with(base, not_yet | heads)
     base = _enter(kinds_of, base, stage, found, defers=True)
     for turn in range(max(len(back), len(forward))):
         if turn < len(forward):
-            base = _with(base, {_kept(forward[turn]): 1})
+            base = _with(base, {_kept(forward[turn]): 1} | _ends(forward[turn], 1))
         if turn < len(back):
             waiting = {_deferred(back[turn - 1]): 1} if turn else {}
             found.append(_with(base, waiting | {_work(back[turn], defers=True): 1}))
-            base = _with(base, {_kept(back[turn]): -1})
+            base = _with(base, {_kept(back[turn]): -1} | _ends(back[turn], -1))
     base = _with(base, {Feature.KEPT_HEAD: beside == last})
     return [*found, _with(base, {_deferred(back[-1]): 1, _forward(forward[-1]): 1})]
 
 
-def _enter(kinds_of: list[list[bool]], base: NDArray, stage: int, found: list[NDArray], *, defers: bool) -> NDArray:
+def _ends(kind: int, change: int) -> dict[Feature, int]:
+    """What a layer of multi-token prediction has beside itself."""
+    return {Feature.KEPT_JOIN: change, Feature.KEPT_HEAD: change} if kind == PREDICTION else {}
+
+
+def _enter(kinds_of: list[list[int]], base: NDArray, stage: int, found: list[NDArray], *, defers: bool) -> NDArray:
     """What is held when a backward reaches its first layer; on the last stage it passes the loss before."""
     if stage == len(kinds_of) - 1:
         found.append(_with(base, {Feature.LOSS: 1}))
@@ -160,30 +180,33 @@ def _enter(kinds_of: list[list[bool]], base: NDArray, stage: int, found: list[ND
     return _with(base, {Feature.INCOMING: -1})  # the gradient that came is part of the work in progress
 
 
-def _kept(is_moe: bool) -> Feature:
-    return Feature.KEPT_MOE if is_moe else Feature.KEPT_DENSE
+def _kept(kind: int) -> Feature:
+    return Feature.KEPT_DENSE if kind == DENSE else Feature.KEPT_MOE
 
 
-def _deferred(is_moe: bool) -> Feature:
-    return Feature.DEFERRED_MOE if is_moe else Feature.DEFERRED_DENSE
+def _deferred(kind: int) -> Feature:
+    return Feature.DEFERRED_DENSE if kind == DENSE else Feature.DEFERRED_MOE
 
 
-def _forward(is_moe: bool) -> Feature:
-    return Feature.FORWARD_MOE if is_moe else Feature.FORWARD_DENSE
+def _forward(kind: int) -> Feature:
+    return Feature.FORWARD_DENSE if kind == DENSE else Feature.FORWARD_MOE
 
 
-def _work(is_moe: bool, defers: bool) -> Feature:
-    if is_moe:
-        return Feature.MOE_I if defers else Feature.MOE_B
-    return Feature.DENSE_I if defers else Feature.DENSE_B
+def _work(kind: int, defers: bool) -> Feature:
+    if kind == DENSE:
+        return Feature.DENSE_I if defers else Feature.DENSE_B
+    return Feature.MOE_I if defers else Feature.MOE_B
 
 
-def _held(kinds_of: list[list[bool]], chunks: tuple[int, ...], count: NDArray) -> NDArray:
+def _held(kinds_of: list[list[int]], chunks: tuple[int, ...], count: NDArray) -> NDArray:
     """The counts of chunks as counts of layers and ends."""
     features = np.zeros(len(Feature), dtype=np.int64)
     for c, stage in enumerate(chunks):
-        moe = sum(kinds_of[stage])
-        ends = np.array((moe, len(kinds_of[stage]) - moe, stage == len(kinds_of) - 1, stage == 0), dtype=np.int64)
+        kinds = kinds_of[stage]
+        dense, predictions = kinds.count(DENSE), kinds.count(PREDICTION)
+        heads = (stage == len(kinds_of) - 1) + predictions
+        ends = np.array((len(kinds) - dense, dense, heads, stage == 0), dtype=np.int64)
+        features[[Feature.KEPT_JOIN, Feature.DEFERRED_JOIN]] += predictions * count[[c, len(chunks) + c]]
         features[Feature.KEPT_MOE : Feature.KEPT_EMBEDDING + 1] += count[c] * ends
         features[Feature.DEFERRED_MOE : Feature.DEFERRED_EMBEDDING + 1] += count[len(chunks) + c] * ends
     outputs, gradients, incoming, received = count[2 * len(chunks) :]

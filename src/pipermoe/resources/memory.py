@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipermoe.resources.activations.ends import embedding_memory, head_memory
+from pipermoe.resources.activations.ends import embedding_memory, head_memory, join_memory
 from pipermoe.resources.activations.layers import dense_layer, moe_layer
 from pipermoe.resources.activations.sizes import RUNTIME, MemoryProfile, Moment, Recompute, sizes_of
 from pipermoe.resources.instants import Feature, Instants, Pipeline, instants
@@ -44,7 +44,7 @@ def prices(
     """The bytes of every row. They depend on the micro-batch, the degrees inside a stage and on recomputation only."""
     sizes, recompute = sizes_of(model, train, table, profile, imbalance), Recompute.of(table)
     moe, dense = moe_layer(sizes, recompute), dense_layer(sizes, recompute)
-    head, embedding = head_memory(sizes), embedding_memory(sizes)
+    head, embedding, join = head_memory(sizes), embedding_memory(sizes), join_memory(sizes, recompute)
     zero, hidden = 0.0 * sizes.hidden, sizes.hidden
     moments = {
         Feature.FORWARD_MOE: (Moment(zero, zero, moe.forward),),
@@ -68,6 +68,8 @@ def prices(
         Feature.GRADIENT: hidden,
         Feature.INCOMING: hidden,
         Feature.RECEIVED: zero,
+        Feature.KEPT_JOIN: join.kept,
+        Feature.DEFERRED_JOIN: join.deferred,
         **{feature: np.max([m.extra + zero for m in those], axis=0) for feature, those in moments.items()},
     }
     total = np.stack([np.broadcast_to(each[feature], zero.shape) for feature in Feature], axis=1)
@@ -83,6 +85,7 @@ def pipeline_of(model: ModelSpec, train: TrainConfig, table: StrategyTable, row:
         int(table.microbatches(train.global_batch_size)[row]),
         tuple(model.is_moe(layer) for layer in range(model.num_layers)),
         table.splits[int(table.layer_split[row])],
+        model.mtp_layers,
     )
 
 
@@ -124,7 +127,10 @@ def _by_category(feature: NDArray[np.float64], priced: Prices) -> dict[MemoryCat
     message = price[Feature.OUTPUT]
     received = feature[Feature.RECEIVED] * message
     kept = part(Feature.KEPT_MOE, Feature.KEPT_DENSE, Feature.KEPT_HEAD, Feature.KEPT_EMBEDDING, Feature.OUTPUT)
-    deferred = part(Feature.DEFERRED_MOE, Feature.DEFERRED_DENSE, Feature.DEFERRED_HEAD, Feature.DEFERRED_EMBEDDING)
+    kept += part(Feature.KEPT_JOIN)
+    deferred = part(Feature.DEFERRED_JOIN) + part(
+        Feature.DEFERRED_MOE, Feature.DEFERRED_DENSE, Feature.DEFERRED_HEAD, Feature.DEFERRED_EMBEDDING
+    )
     [work] = [f for f in priced.moments if feature[f]]
     at = max(priced.moments[work], key=lambda moment: float(_first(moment.extra)))
     activations = kept - received + deferred - _first(at.freed)

@@ -187,8 +187,12 @@ def mtp_parameters(model: ModelSpec) -> int:
     Each is an MoE layer behind a 2d -> d projection of the normalised state and next token, and a norm before the
     head. Source: DeepSeek-V3, arXiv 2412.19437, section 2.2, and its published weights.
     """
-    module = _layer(model, is_moe=True).total + 2 * model.hidden_size**2 + 3 * norm_parameters(model)
-    return model.mtp_layers * module
+    return model.mtp_layers * (_layer(model, is_moe=True).total + sum(join_parameters(model)))
+
+
+def join_parameters(model: ModelSpec) -> tuple[int, int]:
+    """What a multi-token prediction module has beside its layer: (divided over tp, on every tp rank)."""
+    return 2 * model.hidden_size**2, 3 * norm_parameters(model)
 
 
 def total_parameters(model: ModelSpec) -> int:

@@ -14,6 +14,7 @@ from pipermoe.resources.compute import (
     Seconds,
     attention_work,
     dense_work,
+    join_work,
     layer_seconds,
     moe_work,
     rebuilt_work,
@@ -31,7 +32,7 @@ PARTS: tuple[Part, ...] = (
     "experts",  # the grouped products of the routed experts
     "routing",  # router, permutations, casts, activations and residuals of the MoE block
     "dense_mlp",  # dense layers' and shared experts' MLPs
-    "head",  # embedding, final norm, logits and loss
+    "head",  # embedding, final norm, logits and loss; what multi-token prediction has beside its layer
     "recompute",  # what is computed once more for the backward
     "host",  # waiting for the host to issue a layer, and a layer's fixed cost
 )
@@ -44,7 +45,7 @@ def part_seconds(
     """Forward and backward seconds of one micro-batch by part: arrays (rows, stages)."""
 
     def on_stages(moe: Seconds = _NOTHING, dense: Seconds = _NOTHING) -> Any:
-        return _both_directions(stage_seconds(LayerSeconds(moe, dense, _NOTHING, _NOTHING), shapes))
+        return _both_directions(stage_seconds(LayerSeconds(moe, dense, _NOTHING, _NOTHING, moe), shapes))
 
     def seconds(work) -> Seconds:
         return total_seconds(work, device, precision)
@@ -54,7 +55,7 @@ def part_seconds(
     rebuilt = [
         (1.0 * mask, seconds(in_moe), seconds(in_dense)) for mask, in_moe, in_dense in rebuilt_work(sizes, recompute)
     ]
-    layers = (seconds(moe), seconds(dense_work(sizes)))
+    layers, join = (seconds(moe), seconds(dense_work(sizes))), seconds(join_work(sizes))
     again = [
         Seconds(
             0.0,
@@ -69,7 +70,9 @@ def part_seconds(
         "routing": on_stages(layers[0]) - on_stages(experts) - on_stages(seconds(shared)),
         "dense_mlp": on_stages(seconds(shared), layers[1]),
         "head": _both_directions(
-            stage_seconds(LayerSeconds(_NOTHING, _NOTHING, whole.has_embedding, whole.has_head), shapes)
+            stage_seconds(
+                LayerSeconds(_NOTHING, _NOTHING, whole.has_embedding, whole.has_head, whole.has_head + join), shapes
+            )
         ),
         "recompute": on_stages(*again),
     }

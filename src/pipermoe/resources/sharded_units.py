@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipermoe.resources.stages import ONE_OF_EACH, StageShapes
-from pipermoe.resources.states import held_parameters
+from pipermoe.resources.states import units_of
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.precision import StateBytes
 from pipermoe.specs.strategy_table import StrategyTable
@@ -34,26 +34,28 @@ def whole_unit_bytes(
     gathered = _units(model, table, from_level=3) * per_parameter.weight
     filled = _units(model, table, from_level=2) * per_parameter.gradient
     moe, dense, embedding, head = shapes.moe_layers, shapes.dense_layers, shapes.has_embedding, shapes.has_head
-    in_use = np.stack((moe, dense, embedding * (moe + dense + head == 1), head))
-    layers = 2 - np.maximum(embedding, head)
-    reduced = np.stack((layers * (moe > 0), layers * (moe == 0), np.maximum(embedding - head, 0), head))
+    ahead = (shapes.predictions > 0).astype(np.int64)  # then the last layer is one of multi-token prediction
+    others = (moe, dense, embedding * (moe + dense + head == 1))
+    in_use = np.stack((*(each * (1 - ahead) for each in others), head, ahead))
+    layers = (2 - np.maximum(embedding, head)) * (1 - ahead)
+    reduced = np.stack((layers * (moe > 0), layers * (moe == 0), np.maximum(embedding - head, 0), head, ahead))
     # Where only experts are sharded, neither end is reduced between two layers.
     ends_reduce = ((table.zero_dense >= 2) & (table.data_parallel * table.context_parallel > 1))[:, None]
-    only_layers = np.stack((moe, dense, 0 * moe, 0 * moe))
+    only_layers = np.stack((moe, dense, 0 * moe, 0 * moe, shapes.predictions))
     most = RESIDENT - defers
     open_gradients = np.where(ends_reduce, _largest(filled, reduced, most), _largest(filled, only_layers, most))
     return _largest(gathered, in_use, RESIDENT) + open_gradients
 
 
 def _units(model: ModelSpec, table: StrategyTable, from_level: int) -> Any:
-    """Elements of a unit of each kind that are sharded from `from_level` on: (rows, 4)."""
-    dense, expert = held_parameters(model, ONE_OF_EACH, table)
+    """Elements of a unit of each kind that are sharded from `from_level` on: (rows, 5)."""
+    dense, expert = units_of(model, table).on(ONE_OF_EACH, copied=model.tie_word_embeddings)
     shards_dense = (table.zero_dense >= from_level) & (table.data_parallel * table.context_parallel > 1)
     shards_expert = (table.zero_expert >= from_level) & (table.expert_data_parallel > 1)
     return dense * shards_dense[:, None] + expert * shards_expert[:, None]
 
 
 def _largest(units: Any, counts: NDArray[np.int64], most: int) -> NDArray[np.float64]:
-    """The sum of the `most` largest units of a rank that has `counts` (4, ranks) of each kind: (rows, ranks)."""
+    """The sum of the `most` largest units of a rank that has `counts` (5, ranks) of each kind: (rows, ranks)."""
     copies = np.concatenate([units[:, :, None] * (counts > copy) for copy in range(most)], axis=1)
     return np.sort(copies, axis=1)[:, -most:].sum(axis=1).astype(np.float64)

@@ -20,6 +20,12 @@ class StageShapes:
     dense_layers: NDArray
     has_embedding: NDArray
     has_head: NDArray
+    predictions: NDArray  # layers of multi-token prediction, each with the passes through embedding and head before it
+
+    @property
+    def routed_layers(self) -> NDArray:
+        """The layers with experts, those of multi-token prediction included."""
+        return self.moe_layers + self.predictions
 
     @property
     def num_stages(self) -> int:
@@ -39,6 +45,7 @@ def stage_shapes(model: ModelSpec, num_stages: int, layer_split: tuple[int, ...]
         dense_layers=np.array([sum(not model.is_moe(layer) for layer in layers) for layers in ranges]),
         has_embedding=(stage == 0).astype(np.int64),
         has_head=(stage == num_stages - 1).astype(np.int64),
+        predictions=(stage == num_stages - 1) * model.mtp_layers,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pipermoe.resources.parameters import final_norm_parameters, layer_spread
+from pipermoe.resources.parameters import final_norm_parameters, join_parameters, layer_spread
 from pipermoe.resources.stages import StageShapes
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.precision import StateBytes
@@ -26,7 +26,8 @@ class StateElements:
     """Elements on one rank of every stage. `dense` and `expert` are the whole (padded) buffers of its parameters.
 
     `weights`, `gradients` and `updated` (master and moments) are what the rank keeps of both under its ZeRO levels;
-    `owned` is the slice whose part of the gradient norm it counts.
+    `owned` is the slice whose part of the gradient norm it counts. `copied` is the whole buffer of an embedding that
+    both ends of the pipeline hold, `again` what multi-token prediction uses of embedding and head beyond once.
     """
 
     dense: Any
@@ -35,6 +36,8 @@ class StateElements:
     gradients: Any
     updated: Any
     owned: Any
+    copied: Any
+    again: Any
 
     @property
     def held(self) -> Any:
@@ -49,6 +52,7 @@ class Units:
     head: Any
     moe_layer: Any
     dense_layer: Any
+    prediction: Any
     experts: Any
 
     def padded(self, dense_copies: Any, expert_copies: Any) -> Units:
@@ -62,15 +66,21 @@ class Units:
             up(self.head, dense_copies),
             up(self.moe_layer, dense_copies),
             up(self.dense_layer, dense_copies),
+            up(self.prediction, dense_copies),
             up(self.experts, expert_copies),
         )
 
-    def on(self, shapes: StageShapes, *, tied: bool) -> tuple[Any, Any]:
-        """Dense and expert elements of every column of `shapes`; a tied head without embedding holds a copy of it."""
-        embeddings = np.maximum(shapes.has_embedding, shapes.has_head) if tied else shapes.has_embedding
+    def on(self, shapes: StageShapes, *, copied: bool) -> tuple[Any, Any]:
+        """Dense and expert elements of every column of `shapes`; a head without embedding may hold a copy of it."""
+        embeddings = np.maximum(shapes.has_embedding, shapes.has_head) if copied else shapes.has_embedding
         dense = embeddings * self.embedding + shapes.has_head * self.head
         dense = dense + shapes.moe_layers * self.moe_layer + shapes.dense_layers * self.dense_layer
-        return dense, shapes.moe_layers * self.experts
+        return dense + shapes.predictions * self.prediction, shapes.routed_layers * self.experts
+
+    def again(self, shapes: StageShapes) -> Any:
+        """What multi-token prediction uses more than once: every depth comes back to head and embedding."""
+        first_use = (shapes.predictions > 0) * (1 - shapes.has_embedding)
+        return shapes.predictions * self.head + (shapes.predictions - first_use) * self.embedding
 
 
 def state_elements(model: ModelSpec, shapes: StageShapes, table: StrategyTable) -> StateElements:
@@ -78,11 +88,13 @@ def state_elements(model: ModelSpec, shapes: StageShapes, table: StrategyTable) 
     copies = (table.data_parallel * table.context_parallel)[:, None], table.expert_data_parallel[:, None]
     levels = table.zero_dense[:, None], table.zero_expert[:, None]
     units = units_of(model, table)
-    together = units.on(shapes, tied=model.tie_word_embeddings)
-    apart = units.padded(*copies).on(shapes, tied=model.tie_word_embeddings)
+    together, padded = units.on(shapes, copied=model.embeds_twice), units.padded(*copies)
+    apart = padded.on(shapes, copied=model.embeds_twice)
+    at_one_end = np.abs(shapes.has_embedding - shapes.has_head) * model.embeds_twice
+    own_buffer = (at_one_end * units.embedding, 0 * at_one_end)
     shards = tuple(
-        np.where(level >= 2, by_unit // n, -(-whole // n))
-        for level, by_unit, whole, n in zip(levels, apart, together, copies, strict=True)
+        np.where(level >= 2, by_unit // n, -(-(whole - own) // n) + -(-own // n))
+        for level, by_unit, whole, own, n in zip(levels, apart, together, own_buffer, copies, strict=True)
     )
     wholes = tuple(shard * n for shard, n in zip(shards, copies, strict=True))
 
@@ -97,6 +109,8 @@ def state_elements(model: ModelSpec, shapes: StageShapes, table: StrategyTable) 
         gradients=kept(2),
         updated=kept(1),
         owned=shards[0] + shards[1],
+        copied=at_one_end * padded.embedding,
+        again=padded.again(shapes),
     )
 
 
@@ -108,18 +122,20 @@ def units_of(model: ModelSpec, table: StrategyTable) -> Units:
     vocabulary = -(-model.vocab_size // tp)
     head = vocabulary * ((not model.tie_word_embeddings) * model.hidden_size + model.head_bias)
     moe, dense = layer_spread(model, is_moe=True), layer_spread(model, is_moe=False)
+    divided, replicated = join_parameters(model)
     return Units(
         embedding=vocabulary * model.hidden_size,
         head=head + final_norm_parameters(model),
         moe_layer=moe.dense // tp + moe.dense_replicated,
         dense_layer=dense.dense // tp + dense.dense_replicated,
+        prediction=moe.dense // tp + moe.dense_replicated + divided // tp + replicated,
         experts=moe.expert // (ep * etp) + moe.expert_replicated // ep,
     )
 
 
 def held_parameters(model: ModelSpec, shapes: StageShapes, table: StrategyTable) -> tuple[Any, Any]:
     """Dense and routed-expert parameters of one rank before ZeRO and padding."""
-    return units_of(model, table).on(shapes, tied=model.tie_word_embeddings)
+    return units_of(model, table).on(shapes, copied=model.embeds_twice)
 
 
 def state_bytes(elements: StateElements, per_parameter: StateBytes) -> dict[MemoryCategory, Any]:

@@ -323,7 +323,7 @@ def step_flops(model: ModelSpec, train: TrainConfig, strategy: Strategy) -> list
             stage_flops(
                 model,
                 layers,
-                has_head=stage == len(ranges) - 1,
+                is_last=stage == len(ranges) - 1,
                 tokens=tokens,
                 seq_len=train.seq_len,
                 full=int(strategy.recompute == "full"),

@@ -1,11 +1,13 @@
-"""What the two ends of the model keep: the tokens of the embedding; the logits and loss of the head."""
+"""What the two ends of the model keep: the tokens of the embedding; the logits and loss of the head; what multi-token
+prediction puts between a head and the next layer.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from pipermoe.resources.activations.sizes import INDEX_BYTES, STATISTIC_BYTES, Sizes
+from pipermoe.resources.activations.sizes import INDEX_BYTES, STATISTIC_BYTES, Recompute, Sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,3 +43,13 @@ def head_memory(sizes: Sizes) -> EndMemory:
         # The final norm's backward holds four hidden states; the logits' gradient overwrites the logits.
         peak=4 * sizes.hidden + gradient * (sizes.element != element),
     )
+
+
+def join_memory(sizes: Sizes, recompute: Recompute) -> EndMemory:
+    """The embedded tokens and their indices, two norms' statistics, and both results side by side for the projection.
+
+    The state before is the head's input, which that keeps.
+    """
+    tokens, hidden = sizes.tokens * INDEX_BYTES, sizes.hidden
+    inside = (2 * hidden + 2 * sizes.stream * STATISTIC_BYTES) * (1 - recompute.full)
+    return EndMemory(kept=tokens + hidden + inside, deferred=tokens + 4 * hidden, peak=0 * tokens)

@@ -255,7 +255,7 @@ class Stage:
                 return self._run_backward(tape, record.piece, gradient_TD)[0]
             case JoinRecord():
                 to_state_TD, to_token_TD = self._run_backward(tape, record.piece, gradient_TD)
-                with self._open_gradients(record.place - 1, tape):
+                with self._gradients(record.place - 1, tape):
                     self._embedding_backward(record.tokens_T, to_token_TD, tape)
                 return to_state_TD
             case EmbeddingRecord():
@@ -277,17 +277,12 @@ class Stage:
 
     @contextmanager
     def _gradients(self, place: int, tape: Tape) -> Iterator[None]:
-        """Weights as in forward, and gradients opened."""
-        with self._weights(place, step=-1), self._open_gradients(place, tape):
-            yield
-
-    @contextmanager
-    def _open_gradients(self, place: int, tape: Tape) -> Iterator[None]:
-        """The unit's gradients are reduced as soon as all that this block computes are there."""
+        """Weights as in forward; the unit's gradients are reduced as soon as all that this block computes are there."""
         unit = self.units[place]
-        self._in_turn(tape, unit, self.sharding.open_gradients)
-        yield
-        self._in_turn(tape, unit, self.sharding.reduce_gradients)
+        with self._weights(place, step=-1):
+            self._in_turn(tape, unit, self.sharding.open_gradients)
+            yield
+            self._in_turn(tape, unit, self.sharding.reduce_gradients)
 
     def _in_turn(self, tape: Tape, unit: str, act: Callable[[str], None]) -> None:
         """`act` on the unit in the order of its weight gradients: now, or where they are queued."""
