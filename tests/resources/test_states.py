@@ -27,7 +27,9 @@ def test_the_ranks_of_a_tensor_parallel_group_hold_the_model_and_copies_of_what_
     model, tp = load_model(name), 4
     whole, divided = elements("dp1", model), elements(f"dp1 tp{tp} ep{tp}", model)
     spreads = [layer_spread(model, is_moe=model.is_moe(layer)) for layer in range(model.num_layers)]
-    copies = sum(spread.dense_replicated for spread in spreads) + model.hidden_size * (2 if model.norm_bias else 1)
+    spreads += [layer_spread(model, is_moe=True)] * model.mtp_layers
+    norms = (1 + 3 * model.mtp_layers) * model.hidden_size * (2 if model.norm_bias else 1)
+    copies = sum(spread.dense_replicated for spread in spreads) + norms
     if model.head_bias or model.vocab_size % tp:
         pytest.skip("the vocabulary is padded")
     assert tp * divided.dense.sum() - whole.dense.sum() == (tp - 1) * copies

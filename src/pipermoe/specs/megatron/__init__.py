@@ -24,7 +24,7 @@ REQUIRED = (
 
 def write_arguments(model: ModelSpec, train: TrainConfig, strategy: Strategy) -> Arguments:
     """The arguments of a run. Nothing that Megatron cannot express may be asked (export/megatron.py)."""
-    given = write_model(model) | write_train(train) | write_strategy(strategy, model.num_layers)
+    given = write_model(model) | write_train(train) | write_strategy(strategy, model)
     return Arguments({name: value for name, value in given.items() if value is not None})
 
 

@@ -33,6 +33,8 @@ def write_model(model: ModelSpec) -> dict[str, Value]:
         "moe_router_pre_softmax": router.score == "softmax" and not router.normalize_top_k,
         "moe_router_dtype": "fp32",
     }
+    if model.mtp_layers:
+        arguments["mtp_num_layers"] = model.mtp_layers
     if moe.swiglu_limit:
         arguments |= {"activation_func_clamp_value": moe.swiglu_limit, **GPT_OSS_ACTIVATION}
     else:

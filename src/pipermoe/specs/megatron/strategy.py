@@ -15,6 +15,7 @@ from pipermoe.specs.megatron.options import Value
 from pipermoe.specs.megatron.patterns import Layout, read_layout
 from pipermoe.specs.megatron.table import STRATEGY, Tree, read_rows, write_rows
 from pipermoe.specs.mesh import split_layers
+from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.strategy import Strategy
 
 # Our module and Megatron's that drops the same tensors (`recompute_modules` of its TransformerConfig).
@@ -26,8 +27,8 @@ DISPATCHERS: dict[str, dict[str, Value]] = {
 }
 
 
-def write_strategy(strategy: Strategy, num_layers: int) -> dict[str, Value]:
-    """The arguments of an arrangement of a model of `num_layers` that Megatron can express."""
+def write_strategy(strategy: Strategy, model: ModelSpec) -> dict[str, Value]:
+    """The arguments of an arrangement of `model` that Megatron can express."""
     arguments = write_rows(STRATEGY, strategy) | {
         # Megatron's default is the tensor-parallel degree, which few who leave it out mean.
         "expert_tensor_parallel_size": strategy.expert_tensor_parallel,
@@ -36,8 +37,9 @@ def write_strategy(strategy: Strategy, num_layers: int) -> dict[str, Value]:
         "overlap_moe_expert_parallel_comm": strategy.schedule.endswith("-overlap"),
     }
     if strategy.num_stages > 1:
-        sizes = [len(layers) for layers in split_layers(num_layers, strategy.num_stages, strategy.layer_split)]
-        arguments["pipeline_model_parallel_layout"] = str(Layout(tuple(sizes), (0,) * len(sizes)))
+        sizes = [len(layers) for layers in split_layers(model.num_layers, strategy.num_stages, strategy.layer_split)]
+        predictions = (0,) * (len(sizes) - 1) + (model.mtp_layers,)
+        arguments["pipeline_model_parallel_layout"] = str(Layout(tuple(sizes), predictions))
     if strategy.recompute == "full":
         arguments |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif strategy.recompute == "selective":

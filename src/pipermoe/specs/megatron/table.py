@@ -60,6 +60,7 @@ TRAIN: tuple[Row, ...] = (
     Row("train_iters", "steps"),
     Row("moe_z_loss_coeff", "z_loss", none=0.0),
     Row("moe_router_bias_update_rate", "balance_rate"),
+    Row("mtp_loss_scaling_factor", "mtp_loss_weight"),
     Row("moe_expert_capacity_factor", "capacity_factor", none=0.0),
     Row("lr", "optimizer.learning_rate"),
     Row("min_lr", "optimizer.minimum_learning_rate"),
