@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipermoe.planner.result import Candidate
 from pipermoe.planner.search import Job
-from pipermoe.resources.flops import model_forward_flops
+from pipermoe.resources.flops import training_forward_flops
 from pipermoe.resources.step import peak_flops_per_rank
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.report import TERMS, RankReport, StepReport
@@ -37,4 +37,4 @@ def worst_rank(prediction: StepReport) -> RankReport:
 
 def model_flops(model: ModelSpec, train: TrainConfig) -> float:
     """FLOPs of a step that training needs: forward and backward, causal attention, no recompute (for MFU)."""
-    return 3 * float(model_forward_flops(model, tokens=train.tokens_per_step, seq_len=train.seq_len, causal=True))
+    return 3 * float(training_forward_flops(model, tokens=train.tokens_per_step, seq_len=train.seq_len, causal=True))

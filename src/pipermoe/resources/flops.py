@@ -198,6 +198,12 @@ def model_forward_flops(model: ModelSpec, *, tokens, seq_len, causal: bool) -> A
     return layers + head_forward_flops(model, tokens)
 
 
+def training_forward_flops(model: ModelSpec, *, tokens, seq_len, causal: bool) -> Any:
+    """Forward FLOPs of what is trained: the whole model and its multi-token prediction."""
+    counts = {"tokens": tokens, "seq_len": seq_len, "causal": causal}
+    return model_forward_flops(model, **counts) + mtp_forward_flops(model, **counts)
+
+
 def six_n_flops_per_token(model: ModelSpec, seq_len) -> Any:
     """The "6N" convention: 6 FLOPs per active parameter but the input embedding, and the full attention core.
 

@@ -17,7 +17,7 @@ from pipermoe.data.batches import TextData, micro_batches
 from pipermoe.data.stream import Sequences
 from pipermoe.exchange.executor.gather_json import all_gather_json
 from pipermoe.processes.progress import Display
-from pipermoe.resources.flops import model_forward_flops
+from pipermoe.resources.flops import training_forward_flops
 from pipermoe.runtime.agreement import check_same_job
 from pipermoe.runtime.checkpoint.store import load_checkpoint, saved_layout
 from pipermoe.runtime.checkpoint.writer import CheckpointWriter
@@ -246,7 +246,7 @@ class Trainer:
     def _flops_per_second(self, seconds: float) -> float:
         """Model FLOP/s per rank: causal attention, forward and twice that backward, no recompute."""
         job = self.plan.train
-        forward = model_forward_flops(self.plan.model, tokens=job.tokens_per_step, seq_len=job.seq_len, causal=True)
+        forward = training_forward_flops(self.plan.model, tokens=job.tokens_per_step, seq_len=job.seq_len, causal=True)
         return 3 * float(forward) / seconds / self.plan.strategy.world_size
 
     def _utilization(self, seconds: float) -> float | None:
