@@ -109,7 +109,7 @@ class ShapeMode(FakeTensorMode):
         if type(meta) is FakeTensor:
             return meta
         fake = Tensor._make_subclass(FakeTensor, meta, False, dispatch_device=True, device_for_backend_keys=CPU)
-        fake.__dict__.update(self._like)
+        vars(fake).update(self._like)
         return fake
 
 

@@ -94,7 +94,7 @@ def _solve(binaries: int, measured: int, constraints: list[tuple], limits: Limit
     solved = milp(
         c=1 - whole,
         integrality=whole,
-        bounds=Bounds(0, np.where(whole, 1, np.inf)),
+        bounds=Bounds(0, np.where(whole, 1, np.inf)),  # pyright: ignore[reportArgumentType]
         constraints=[LinearConstraint(csr_array(matrix), low, high) for matrix, low, high in constraints],
         options={"time_limit": limits.seconds, "mip_rel_gap": limits.gap},
     )
