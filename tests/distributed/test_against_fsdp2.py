@@ -29,7 +29,7 @@ class WrittenOut(nn.Module):
         self.weights = nn.ParameterDict({name.replace(".", "/"): value for name, value in weights.items()})
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """The losses (3,) of one micro-batch, as `loss_of_step` has them."""
+        """The losses (4,) of one micro-batch, as `loss_of_step` has them."""
         weights = {name.replace("/", "."): value for name, value in self.weights.items()}
         return loss_of_step(MODELS[MODEL], TRAIN, weights, tokens[None])
 
@@ -51,11 +51,13 @@ def with_fsdp2(rank: int) -> dict:
     losses, norms = [], []
     for step in range(STEPS):
         batch = batch_for(arrangement(dp=2), rank, step)
-        total = torch.zeros(3)
+        parts = []
         for tokens in batch:
-            loss = module(tokens) / len(batch)
-            (loss[0] + TRAIN.auxiliary_loss * loss[1]).backward()
-            total += loss.detach()
+            losses_4 = module(tokens) / len(batch)
+            entropy, _, auxiliary, _ = losses_4
+            (entropy + TRAIN.auxiliary_loss * auxiliary).backward()
+            parts.append(losses_4.detach())
+        total = torch.stack(parts).sum(0)
         dist.all_reduce(total)
         losses.append((total / 2).tolist())
         norm = clip_grad_norm_(module.parameters(), config.gradient_clip)
