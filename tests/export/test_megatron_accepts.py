@@ -8,6 +8,7 @@ from tests.export.plans import plan_for
 
 from pipermoe.export import export_plan
 from pipermoe.export.megatron import environment
+from pipermoe.resources.parameters import embedding_parameters, head_parameters, join_parameters
 from pipermoe.resources.stages import stage_shapes
 from pipermoe.resources.states import state_bytes, state_elements
 from pipermoe.specs.catalogue import load_model, model_names
@@ -126,7 +127,8 @@ def test_weights_and_optimizer_state_take_the_bytes_that_megatron_reports(name, 
 def bytes_of_mean_stage(plan: Plan) -> float:
     """Ours of the rank with the embedding, if its stage had the mean layer: Megatron takes layers to be equal.
 
-    Where they are (all MoE, an even split), the mean is what every stage has.
+    Where they are (all MoE, an even split), the mean is what every stage has. Prediction layers are counted whole, but
+    without what joins them to the model: Megatron's estimate leaves out its projection and norms.
     """
     strategy = plan.strategy
 
@@ -143,4 +145,7 @@ def bytes_of_mean_stage(plan: Plan) -> float:
         return whole
     # Embedding and head are equal: their bytes are what a vocabulary of twice the size adds.
     vocabulary = on_one_stage(plan.model.model_copy(update={"vocab_size": 2 * plan.model.vocab_size})) - whole
-    return (whole - vocabulary) / strategy.pipeline_parallel + vocabulary / 2
+    ahead = whole - on_one_stage(plan.model.model_copy(update={"mtp_layers": 0}))
+    joins = plan.model.mtp_layers * sum(join_parameters(plan.model))
+    joining = vocabulary * joins / (embedding_parameters(plan.model) + head_parameters(plan.model))
+    return (whole - vocabulary - ahead) / strategy.pipeline_parallel + vocabulary / 2 + ahead - joining

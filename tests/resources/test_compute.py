@@ -151,7 +151,7 @@ def test_full_recompute_repeats_the_forward_of_the_layers_but_not_of_the_head():
     layers = range(2, 4)
     once = sum(layer_forward_flops(MODEL, n, tokens=64, seq_len=32, causal=False).total for n in layers)
     head = head_forward_flops(MODEL, 64)
-    none, full = (stage_flops(MODEL, layers, has_head=True, tokens=64, seq_len=32, full=repeat) for repeat in (0, 1))
+    none, full = (stage_flops(MODEL, layers, is_last=True, tokens=64, seq_len=32, full=repeat) for repeat in (0, 1))
     assert none == 3 * once + 3 * head
     assert full == 4 * once + 3 * head
 

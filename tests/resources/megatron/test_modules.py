@@ -6,7 +6,7 @@ import pytest
 
 from pipermoe.resources.megatron.head import layer_modules, stage_modules
 from pipermoe.resources.megatron.reader import read_job
-from pipermoe.resources.parameters import total_parameters
+from pipermoe.resources.parameters import embedding_parameters, mtp_parameters, total_parameters
 from pipermoe.specs.catalogue import load_model, model_names
 from pipermoe.specs.megatron import Arguments, unsupported_parts, write_arguments
 from pipermoe.specs.model import LatentAttention
@@ -29,12 +29,13 @@ def elements(job):
 
 @pytest.mark.parametrize("name", EXPRESSIBLE)
 def test_the_modules_of_one_rank_hold_every_parameter_of_the_model(name):
-    assert elements(job_of(name, "pp1 dp1 ep1 mbs1 1f1b")) == total_parameters(load_model(name))
+    model = load_model(name)
+    assert elements(job_of(name, "pp1 dp1 ep1 mbs1 1f1b")) == total_parameters(model) + mtp_parameters(model)
 
 
-def test_pipeline_stages_hold_the_model_once():
+def test_pipeline_stages_hold_the_model_once_and_the_embedding_where_tokens_ahead_are_predicted_again():
     whole, staged = job_of(strategy="pp1 dp8 ep8 mbs1 1f1b"), job_of(strategy="pp4 vpp2 dp8 ep8 mbs1 interleaved-1f1b")
-    assert elements(staged) == elements(whole)
+    assert elements(staged) == elements(whole) + embedding_parameters(whole.model)
 
 
 def test_expert_parallelism_divides_routed_experts_only():
