@@ -49,7 +49,7 @@ $(COUNTS)/.ready: constraints.txt
 	@touch $@
 
 test-counts: $(COUNTS)/.ready
-	$(COUNTS)/bin/pytest -m slow tests/specs/hf/test_hf_against_transformers.py tests/runtime/test_hf_weights.py
+	$(COUNTS)/bin/pytest -m slow tests/specs/hf/test_hf_against_transformers.py tests/modules/hf/test_weights.py
 
 # The frameworks that plans are exported to judge the exported jobs, without a GPU, in an environment of their own.
 # megatron-core asks for Python 3.12; what the checks use of it runs on 3.11.

@@ -19,11 +19,12 @@ FLOORS = [
     {"runtime"},
     {"resources", "data"},
     {"measure"},
+    {"modules"},
     {"schedule", "exchange", "layout", "processes"},
     {"specs", "catalogue"},
 ]
 HEIGHT = {name: len(FLOORS) - floor for floor, names in enumerate(FLOORS) for name in names}
-MAY_IMPORT_TORCH = ("runtime/", "dryrun/", "measure/", "exchange/executor/")
+MAY_IMPORT_TORCH = ("modules/", "runtime/", "dryrun/", "measure/", "exchange/executor/")
 
 
 def imports_of(path: Path) -> set[str]:

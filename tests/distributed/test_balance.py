@@ -9,8 +9,8 @@ import torch.distributed as dist
 from tests.distributed.harness import run_ranks
 from tests.runtime.tiny import MODELS, TRAIN, batch_for, engine_for
 
+from pipermoe.modules.weight_gradients import gradient_of
 from pipermoe.runtime.groups import ProcessGroups
-from pipermoe.runtime.pipeline.gradients import gradient_of
 from pipermoe.specs.strategy import Strategy
 
 pytestmark = pytest.mark.distributed

@@ -8,8 +8,7 @@ from tests.distributed.harness import run_ranks
 from tests.distributed.test_parity import TOLERANCE, arrangement, one_process, train
 from tests.distributed.test_sharding import sharded
 
-from pipermoe.runtime.modules.model import EMBEDDING
-from pipermoe.runtime.weights import is_expert
+from pipermoe.modules.names import EMBEDDING, is_expert
 from pipermoe.specs.strategy import Strategy
 
 pytestmark = pytest.mark.distributed

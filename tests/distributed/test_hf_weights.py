@@ -10,15 +10,16 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from tests.distributed.harness import run_ranks
+from tests.modules.hf.test_weights import REFERENCES, TRAIN, published
+from tests.modules.hf.tiny_families import CONFIGS, numbers, tokens
 from tests.plans import tiny_plan
-from tests.runtime.hf_tiny import CONFIGS, numbers, tokens
-from tests.runtime.test_hf_weights import REFERENCES, TRAIN, published
 from tests.runtime.tiny import engine_for
 
+from pipermoe.modules.hf.names import FAMILIES
+from pipermoe.modules.hf.weights import INDEX, SINGLE, expected_shapes, load_weights
+from pipermoe.runtime.checkpoint.hf_weights import save_weights
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.launch import launch
-from pipermoe.runtime.published.names import FAMILIES
-from pipermoe.runtime.published.weights import INDEX, SINGLE, expected_shapes, load_weights, save_weights
 from pipermoe.runtime.run import Run
 from pipermoe.specs.errors import UserError
 from pipermoe.specs.model import ModelSpec

@@ -11,11 +11,11 @@ import torch
 from tests.distributed.harness import run_ranks
 from torch.nn import Parameter
 
+from pipermoe.modules.names import is_expert
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.meter import Meter
 from pipermoe.runtime.optimizer.adamw import Optimizer
 from pipermoe.runtime.optimizer.sharding import Sharding, flatten, unit_of
-from pipermoe.runtime.weights import is_expert
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.train import Optimizer as OptimizerConfig
 

@@ -10,7 +10,7 @@ from benchmarks.overlap import can_hide, lowered, step_over_link
 from tests.distributed.harness import run_ranks
 from tests.runtime.tiny import MODELS, TRAIN, batch_for
 
-from pipermoe.runtime.pipeline.gradients import gradient_of
+from pipermoe.modules.weight_gradients import gradient_of
 from pipermoe.specs.strategy import Strategy
 
 pytestmark = pytest.mark.distributed

@@ -16,10 +16,10 @@ from tests.distributed.harness import run_ranks
 from tests.distributed.parity_cases import ARRANGEMENTS, SCHEDULES, Case, Job, cases, portions
 from tests.runtime.tiny import batch_for, engine_for
 
+from pipermoe.modules.names import is_expert
+from pipermoe.modules.weight_gradients import gradient_of
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.optimizer.adamw import Optimizer
-from pipermoe.runtime.pipeline.gradients import gradient_of
-from pipermoe.runtime.weights import is_expert
 from pipermoe.specs.strategy import Strategy
 
 TOLERANCE = 1e-5

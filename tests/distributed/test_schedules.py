@@ -11,9 +11,9 @@ import torch.distributed as dist
 from tests.distributed.harness import run_ranks
 from tests.runtime.tiny import MODELS, batch_for, engine_for, job_of
 
+from pipermoe.modules.names import is_expert
+from pipermoe.modules.weight_gradients import gradient_of
 from pipermoe.runtime.groups import ProcessGroups
-from pipermoe.runtime.pipeline.gradients import gradient_of
-from pipermoe.runtime.weights import is_expert
 from pipermoe.specs.errors import MachineError
 from pipermoe.specs.strategy import Strategy
 

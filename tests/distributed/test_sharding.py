@@ -11,9 +11,9 @@ from tests.distributed.harness import run_ranks
 from tests.distributed.test_parity import arrangement, one_process, train
 from tests.runtime.tiny import MODELS, batch_for, engine_for, job_of
 
+from pipermoe.modules.names import is_expert
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.pipeline.engine import Engine
-from pipermoe.runtime.weights import is_expert
 from pipermoe.schedule.builders import schedule_of
 from pipermoe.schedule.communication import with_communication
 from pipermoe.schedule.sharding import with_gathered_weights, with_reduction

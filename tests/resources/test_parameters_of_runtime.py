@@ -7,6 +7,10 @@ torch = pytest.importorskip("torch", reason="the runtime needs torch")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
+from pipermoe.modules.model import MoELayer, StageModel  # noqa: E402
+from pipermoe.modules.rotary import rotation_of  # noqa: E402
+from pipermoe.modules.router import count_choices  # noqa: E402
+from pipermoe.modules.weight_gradients import WeightGradients  # noqa: E402
 from pipermoe.resources.flops import head_forward_flops, layer_forward_flops, model_forward_flops  # noqa: E402
 from pipermoe.resources.parameters import (  # noqa: E402
     embedding_parameters,
@@ -17,10 +21,6 @@ from pipermoe.resources.parameters import (  # noqa: E402
     total_parameters,
 )
 from pipermoe.runtime.counters import FlopCounter  # noqa: E402
-from pipermoe.runtime.modules.model import MoELayer, StageModel  # noqa: E402
-from pipermoe.runtime.modules.rotary import rotation_of  # noqa: E402
-from pipermoe.runtime.modules.router import count_choices  # noqa: E402
-from pipermoe.runtime.pipeline.gradients import WeightGradients  # noqa: E402
 from pipermoe.specs.model import (  # noqa: E402
     GroupedQueryAttention,
     LatentAttention,

@@ -12,6 +12,7 @@ from tests.runtime.tiny import MODELS, TRAIN, batch_for, engine_for, job_of
 from tests.runtime.written_out import loss_of_step, losses
 from torch._C._distributed_c10d import HashStore
 
+from pipermoe.modules.weight_gradients import gradient_of
 from pipermoe.resources.parameters import (
     embedding_parameters,
     final_norm_parameters,
@@ -21,7 +22,6 @@ from pipermoe.resources.parameters import (
 )
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.pipeline.engine import Engine
-from pipermoe.runtime.pipeline.gradients import gradient_of
 from pipermoe.specs.strategy import Strategy
 
 

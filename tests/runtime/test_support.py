@@ -6,8 +6,8 @@ import pytest
 import torch
 from tests.runtime.tiny import PLAIN, TRAIN
 
+from pipermoe.modules.initialize import initialize
 from pipermoe.runtime.support import check_supported
-from pipermoe.runtime.weights import initialize
 from pipermoe.specs.errors import UserError
 from pipermoe.specs.model import GroupedQueryAttention, Indexer, LatentAttention
 from pipermoe.specs.strategy import Strategy

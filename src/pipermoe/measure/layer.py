@@ -34,7 +34,7 @@ class LayerCalls:
 
 
 def layer_calls(kernels: Kernels, widths: Widths) -> LayerCalls:
-    """One layer of `TOKENS` tokens with operands of its own, in the order of runtime/modules."""
+    """One layer of `TOKENS` tokens with operands of its own, in the order of modules."""
     calls = LayerCalls()
     hidden, rows = widths.hidden, [max(1, TOKENS * widths.top_k // widths.experts)] * widths.experts
     calls.add(passes.norm(kernels, TOKENS, widths))

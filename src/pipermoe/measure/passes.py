@@ -37,12 +37,12 @@ def elements(kind: Pass, tokens: int, widths: Widths) -> int:
 
 
 def norm(kernels: Kernels, tokens: int, widths: Widths) -> Directions:
-    """RMSNorm of the stream (runtime/modules/norm.py)."""
+    """RMSNorm of the stream (modules/norm.py)."""
     return _rms_norm(kernels, kernels.random(tokens, widths.hidden), kernels.random(tokens, widths.hidden))
 
 
 def head_norm(kernels: Kernels, tokens: int, widths: Widths) -> Directions:
-    """RMSNorm of every head of queries or keys, which lie inside tokens (runtime/modules/attention.py)."""
+    """RMSNorm of every head of queries or keys, which lie inside tokens (modules/attention.py)."""
     shape = (1, tokens, widths.num_heads, widths.head_dim)
     return _rms_norm(kernels, kernels.random(*shape).transpose(1, 2), kernels.random(*shape).transpose(1, 2))
 
@@ -72,7 +72,7 @@ def residual(kernels: Kernels, tokens: int, widths: Widths) -> Directions:
 
 
 def rope(kernels: Kernels, tokens: int, widths: Widths) -> Directions:
-    """Rotary positions of heads that lie inside tokens (runtime/modules/attention.py)."""
+    """Rotary positions of heads that lie inside tokens (modules/attention.py)."""
     x = kernels.random(1, tokens, widths.num_heads, widths.head_dim).transpose(1, 2).requires_grad_()
     cosine, sine = kernels.random(tokens, widths.head_dim), kernels.random(tokens, widths.head_dim)
 
@@ -84,7 +84,7 @@ def rope(kernels: Kernels, tokens: int, widths: Widths) -> Directions:
 
 
 def swiglu(kernels: Kernels, tokens: int, widths: Widths) -> Directions:
-    """silu(gate) * up with its own backward (runtime/modules/experts.py)."""
+    """silu(gate) * up with its own backward (modules/experts.py)."""
     gate_up, g_TF = kernels.random(tokens, 2 * widths.expert_width), kernels.random(tokens, widths.expert_width)
     gate, up = gate_up.chunk(2, dim=-1)
 
@@ -130,13 +130,13 @@ def permute(kernels: Kernels, tokens: int, widths: Widths) -> Directions:
 
 
 def combine(kernels: Kernels, tokens: int, widths: Widths) -> Directions:
-    """The weighted sum of what the chosen experts made of a token (runtime/modules/model.py, `merge`)."""
+    """The weighted sum of what the chosen experts made of a token (modules/model.py, `merge`)."""
     y_TKD, weight_TK = kernels.leaf(tokens, widths.top_k, widths.hidden), kernels.leaf(tokens, widths.top_k)
     return differentiable(lambda: (y_TKD * weight_TK[..., None]).sum(1), (y_TKD, weight_TK))
 
 
 def loss(kernels: Kernels, tokens: int, widths: Widths) -> Directions:
-    """Cross-entropy whose backward overwrites the logits (runtime/modules/loss.py)."""
+    """Cross-entropy whose backward overwrites the logits (modules/loss.py)."""
     logits_TV, spent_TV = kernels.random(tokens, widths.vocab), kernels.random(tokens, widths.vocab)
     target_T1 = torch.randint(widths.vocab, (tokens, 1), device=kernels.device)
     total_T1 = logits_TV.logsumexp(-1, keepdim=True)

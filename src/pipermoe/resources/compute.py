@@ -1,6 +1,6 @@
 """What one micro-batch computes on a stage, operation by operation, and how long that takes on a device.
 
-The operations are those that the runtime executes (`runtime/modules`, `runtime/pipeline`); their FLOPs add up to
+The operations are those that the runtime executes (`modules`, `runtime/pipeline`); their FLOPs add up to
 `resources.flops`. Arrays broadcast: one entry per strategy, or one number.
 """
 

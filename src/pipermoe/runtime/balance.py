@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipermoe.modules.router import Router, count_choices
 from pipermoe.runtime.meter import Meter
-from pipermoe.runtime.modules.router import Router, count_choices
 from pipermoe.specs.train import AuxiliaryLossLevel
 
 

@@ -97,7 +97,7 @@ def _check_world(plan: Plan, world: World | None, nproc: int | None, where: str)
 
 def _check_plan(plan: Plan, run: Run, where: str) -> None:
     """Everything about the plan that can be known to be wrong before a rank starts."""
-    from pipermoe.runtime.published.weights import check_weights
+    from pipermoe.modules.hf.weights import check_weights
     from pipermoe.runtime.support import check_supported
     from pipermoe.runtime.tensorboard import require_tensorboard
 

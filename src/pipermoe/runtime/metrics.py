@@ -15,9 +15,9 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipermoe.modules.model import MoELayer
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.measurement import StepSeconds
-from pipermoe.runtime.modules.model import MoELayer
 from pipermoe.runtime.pipeline.engine import Engine
 
 

@@ -30,7 +30,7 @@ def check_supported(model: ModelSpec, train: TrainConfig, strategy: Strategy) ->
 
 
 def check_model(model: ModelSpec) -> None:
-    """Raise `UserError` for what runtime/modules/model.py cannot build, whatever the strategy."""
+    """Raise `UserError` for what modules/model.py cannot build, whatever the strategy."""
     _refuse(_reasons(model))
 
 
@@ -57,7 +57,7 @@ def _reasons(model: ModelSpec) -> list[str]:
 
 
 def _unsupported(model: ModelSpec) -> list[tuple[str, object, str]]:
-    """(key, value, rule) of every part of the model that runtime/modules/model.py does not build."""
+    """(key, value, rule) of every part of the model that modules/model.py does not build."""
     attention = model.attention
     wanted: list[tuple[str, object, object, str]] = [
         (

@@ -16,9 +16,11 @@ import pipermoe
 from pipermoe.data.batches import TextData, micro_batches
 from pipermoe.data.stream import Sequences
 from pipermoe.exchange.executor.gather_json import all_gather_json
+from pipermoe.modules.hf.weights import load_weights
 from pipermoe.processes.progress import Display
 from pipermoe.resources.flops import training_forward_flops
 from pipermoe.runtime.agreement import check_same_job
+from pipermoe.runtime.checkpoint.hf_weights import save_weights
 from pipermoe.runtime.checkpoint.store import load_checkpoint, saved_layout
 from pipermoe.runtime.checkpoint.writer import CheckpointWriter
 from pipermoe.runtime.counting import counted
@@ -31,7 +33,6 @@ from pipermoe.runtime.metrics import StepResult, take_census
 from pipermoe.runtime.optimizer.adamw import Optimizer
 from pipermoe.runtime.optimizer.learning_rate import learning_rate
 from pipermoe.runtime.pipeline.engine import Engine
-from pipermoe.runtime.published.weights import load_weights, save_weights
 from pipermoe.runtime.run import Run
 from pipermoe.runtime.step import training_step
 from pipermoe.runtime.trace import Trace, spans_of

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from pipermoe.layout.expert_layout import EMPTY, ExpertLayout
+from pipermoe.modules.names import expert_name
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.layout.placement import Placement
 from pipermoe.runtime.optimizer.flat_parameters import FlatParameters, Span, Stretch
 from pipermoe.runtime.pipeline.flight import Collective
-from pipermoe.runtime.weights import expert_name
 from pipermoe.specs.mesh import Coordinates
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pipermoe.exchange.executor.gather_json import all_gather_json
 from pipermoe.layout.expert_layout import ExpertLayout
 from pipermoe.layout.policy import Nodes
+from pipermoe.modules.names import layer_of, unit_of
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.layout.bound import BoundExperts
 from pipermoe.runtime.layout.carry import Carrier
@@ -21,7 +22,6 @@ from pipermoe.runtime.layout.placement import Placement
 from pipermoe.runtime.layout.sparse import SparseExperts
 from pipermoe.runtime.optimizer.flat_parameters import FlatParameters
 from pipermoe.runtime.optimizer.sharding import Unit
-from pipermoe.runtime.weights import layer_of, unit_of
 from pipermoe.specs.errors import UserError, describe_value
 from pipermoe.specs.mesh import coordinates, group_of
 from pipermoe.specs.plan import Plan

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pipermoe.layout.expert_layout import EMPTY
 from pipermoe.layout.transfer import Transfer
-from pipermoe.runtime.weights import expert_name, unit_of
+from pipermoe.modules.names import expert_name, unit_of
 
 # torch 2.13 renamed both and warns on every rank about the names of 2.11.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor

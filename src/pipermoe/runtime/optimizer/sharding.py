@@ -14,10 +14,10 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from pipermoe.modules.names import is_expert, unit_of
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.meter import Meter
 from pipermoe.runtime.optimizer.flat_parameters import FlatParameters
-from pipermoe.runtime.weights import is_expert, unit_of
 from pipermoe.specs.strategy import Strategy
 
 RESIDENT = 2  # layers whose gathered weights stay: the one in use, and the next one on its way or the last one used

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pipermoe.runtime.pipeline.gradients import Accumulate
+from pipermoe.modules.weight_gradients import Accumulate
 from pipermoe.schedule.action import Action, Kind
 
 

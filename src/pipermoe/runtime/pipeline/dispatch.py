@@ -17,9 +17,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pipermoe.modules.router import count_choices
 from pipermoe.resources.dispatch import planned_choices
 from pipermoe.runtime.meter import Meter
-from pipermoe.runtime.modules.router import count_choices
 from pipermoe.runtime.pipeline.flight import Arrived, Flight, Flying, NumbersFlying, Transport
 from pipermoe.runtime.pipeline.piece import Piece
 

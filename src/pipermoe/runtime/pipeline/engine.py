@@ -11,6 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pipermoe.modules.initialize import initialize
+from pipermoe.modules.model import DTYPES, MoELayer
+from pipermoe.modules.names import EMBEDDING, is_expert, layer_of, unit_of
 from pipermoe.runtime.balance import Balance
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.layout.carry import Carrier
@@ -18,7 +21,6 @@ from pipermoe.runtime.layout.dispatch import LayoutDispatch
 from pipermoe.runtime.layout.lay_out import Draw, LaidOut, Maker, check_layable
 from pipermoe.runtime.layout.placement import Placement
 from pipermoe.runtime.meter import Meter
-from pipermoe.runtime.modules.model import DTYPES, EMBEDDING, MoELayer
 from pipermoe.runtime.optimizer.flat_parameters import FlatParameters
 from pipermoe.runtime.optimizer.sharding import Sharding, Unit, flatten
 from pipermoe.runtime.pipeline.deduplicated import Deduplicated
@@ -28,7 +30,6 @@ from pipermoe.runtime.pipeline.flight import Collective, Transport
 from pipermoe.runtime.pipeline.planned_exchange import PlannedExchange
 from pipermoe.runtime.pipeline.stage import Stage
 from pipermoe.runtime.support import check_model
-from pipermoe.runtime.weights import initialize, is_expert, layer_of, unit_of
 from pipermoe.schedule.action import Kind, Schedule
 from pipermoe.specs.errors import UserError
 from pipermoe.specs.mesh import split_layers

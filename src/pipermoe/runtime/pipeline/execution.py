@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pipermoe.modules.weight_gradients import Accumulate
 from pipermoe.runtime.pipeline.backlog import Backlog
-from pipermoe.runtime.pipeline.gradients import Accumulate
 from pipermoe.runtime.pipeline.interleave import Running, alone, beside
 from pipermoe.runtime.pipeline.stage import Tape
 from pipermoe.runtime.pipeline.transfers import Transfers

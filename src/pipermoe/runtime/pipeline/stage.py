@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipermoe.modules.model import MoELayer, PredictionLayer, StageModel
+from pipermoe.modules.rotary import Rotation, rotation_of
+from pipermoe.modules.weight_gradients import Accumulate, WeightGradients
 from pipermoe.runtime.balance import Balance, balancing_loss
-from pipermoe.runtime.modules.model import MoELayer, PredictionLayer, StageModel
-from pipermoe.runtime.modules.rotary import Rotation, rotation_of
 from pipermoe.runtime.optimizer.sharding import Sharding
 from pipermoe.runtime.pipeline.dispatch import Dispatcher, Journey
-from pipermoe.runtime.pipeline.gradients import Accumulate, WeightGradients
 from pipermoe.runtime.pipeline.interleave import Pause, Steps
 from pipermoe.runtime.pipeline.piece import Piece
 from pipermoe.specs.model import ModelSpec

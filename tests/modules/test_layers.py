@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pipermoe.runtime.modules.experts import swiglu
-from pipermoe.runtime.modules.linear import GroupedLinear, Linear
-from pipermoe.runtime.modules.loss import cross_entropy
-from pipermoe.runtime.modules.norm import RMSNorm
-from pipermoe.runtime.pipeline.gradients import WeightGradients
+from pipermoe.modules.experts import swiglu
+from pipermoe.modules.linear import GroupedLinear, Linear
+from pipermoe.modules.loss import cross_entropy
+from pipermoe.modules.norm import RMSNorm
+from pipermoe.modules.weight_gradients import WeightGradients
 
 close = torch.testing.assert_close
 

@@ -11,17 +11,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from tests.runtime.hf_tiny import CONFIGS, SEQ_LEN, SEQUENCES, along, numbers, tokens
+from tests.modules.hf.tiny_families import CONFIGS, SEQ_LEN, SEQUENCES, along, numbers, tokens
 from tests.runtime.tiny import engine_for
 from torch._C._distributed_c10d import HashStore
 
+from pipermoe.modules.hf.names import FAMILIES
+from pipermoe.modules.hf.weights import INDEX, SINGLE, load_weights, named_parts
+from pipermoe.modules.weight_gradients import gradient_of
+from pipermoe.runtime.checkpoint.hf_weights import save_weights
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.pipeline.engine import Engine
-from pipermoe.runtime.pipeline.gradients import gradient_of
 from pipermoe.runtime.pipeline.interleave import drain
 from pipermoe.runtime.pipeline.stage import Tape
-from pipermoe.runtime.published.names import FAMILIES
-from pipermoe.runtime.published.weights import INDEX, SINGLE, load_weights, named_parts, save_weights
 from pipermoe.specs.errors import UserError
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.strategy import Strategy

@@ -1,4 +1,4 @@
-"""Weights by name: the same values for every arrangement of ranks.
+"""Initial weights by name: the same values for every arrangement of ranks.
 
 Each parameter is drawn from a generator seeded by (seed, global name), each expert by its logical id, so that a rank
 draws the layers and experts that it holds and no others.
@@ -15,31 +15,9 @@ import torch
 from torch import Tensor
 
 from pipermoe.layout.expert_layout import EMPTY
+from pipermoe.modules.names import expert_name, is_expert
 
 INITIAL_STD = 0.02  # GPT-2 (Radford et al. 2019); projections into the residual stream are divided by sqrt(2 L)
-
-
-def is_expert(name: str) -> bool:
-    """Whether the global name is that of routed experts' weights: sharded over ep, replicated over edp."""
-    return ".experts." in name
-
-
-def unit_of(name: str) -> str:
-    """What is gathered together with the parameter of this global name: "layers.7", "embedding" or "head"."""
-    parts = name.split(".")
-    if parts[0] == "layers":
-        return f"layers.{parts[1]}"
-    return "head" if parts[0] == "final_norm" else parts[0]
-
-
-def layer_of(name: str) -> int:
-    """The layer of a parameter, or of a unit "layers.7"."""
-    return int(name.split(".")[1])
-
-
-def expert_name(name: str, expert: int) -> str:
-    """What the part of the parameter `name` is called that belongs to this logical expert."""
-    return f"{name}.{expert}"
 
 
 @torch.no_grad()

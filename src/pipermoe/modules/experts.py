@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pipermoe.runtime.modules.linear import GroupedLinear, Linear
-from pipermoe.runtime.modules.rebuild import rebuilding
-from pipermoe.runtime.pipeline.gradients import WeightGradients
+from pipermoe.modules.linear import GroupedLinear, Linear
+from pipermoe.modules.rebuild import rebuilding
+from pipermoe.modules.weight_gradients import WeightGradients
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.strategy import RecomputeModule
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pipermoe.runtime.pipeline.gradients import (
+from pipermoe.modules.weight_gradients import (
     WeightGradients,
     accumulate,
     accumulate_product,

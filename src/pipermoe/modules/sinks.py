@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pipermoe.runtime.pipeline.gradients import WeightGradients, accumulate
+from pipermoe.modules.weight_gradients import WeightGradients, accumulate
 
 aten = torch.ops.aten
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pipermoe.runtime.modules.attention_core import causal_attention
-from pipermoe.runtime.modules.linear import Linear
-from pipermoe.runtime.modules.norm import RMSNorm, unit_rms
-from pipermoe.runtime.modules.rebuild import rebuilding
-from pipermoe.runtime.modules.rotary import Rotation, rotate
-from pipermoe.runtime.modules.sinks import Sinks
-from pipermoe.runtime.pipeline.gradients import WeightGradients
+from pipermoe.modules.attention_core import causal_attention
+from pipermoe.modules.linear import Linear
+from pipermoe.modules.norm import RMSNorm, unit_rms
+from pipermoe.modules.rebuild import rebuilding
+from pipermoe.modules.rotary import Rotation, rotate
+from pipermoe.modules.sinks import Sinks
+from pipermoe.modules.weight_gradients import WeightGradients
 from pipermoe.specs import model as specs
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipermoe.runtime.modules.attention_core import _band
-from pipermoe.runtime.modules.sinks import _kernel, _kernel_backward, plain_backward, plain_forward
+from pipermoe.modules.attention_core import _band
+from pipermoe.modules.sinks import _kernel, _kernel_backward, plain_backward, plain_forward
 
 QUERIES = 6
 

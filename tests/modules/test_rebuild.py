@@ -13,9 +13,9 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from pipermoe.dryrun.dry_run import dry_run
+from pipermoe.modules.rebuild import rebuilding
 from pipermoe.resources.flops import layer_forward_flops
 from pipermoe.runtime.groups import ProcessGroups
-from pipermoe.runtime.modules.rebuild import rebuilding
 from pipermoe.specs.footprint import Footprint
 from pipermoe.specs.model import GroupedQueryAttention
 from pipermoe.specs.strategy import RECOMPUTE_MODULES, RecomputeModule, Strategy

@@ -1,6 +1,6 @@
-"""Writes hf_references.json: what transformers computes for the models of hf_tiny.py. Needs transformers 5.23.0.
+"""Writes hf_references.json: what transformers computes for the models of tiny_families.py. Needs transformers 5.23.0.
 
-python tests/runtime/data/make_hf_references.py
+python tests/modules/hf/data/make_hf_references.py
 """
 
 import json
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-import hf_tiny  # noqa: E402
+import tiny_families  # noqa: E402
 
 
 def checkpoint_of(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -26,15 +26,15 @@ def checkpoint_of(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor
 
 
 def reference(model_type: str) -> dict:
-    config = hf_tiny.CONFIGS[model_type]
+    config = tiny_families.CONFIGS[model_type]
     made = transformers.CONFIG_MAPPING[model_type].from_dict(dict(config))
     shapes = {name: list(each.shape) for name, each in checkpoint_of(_class(made)(made)).items()}
     with tempfile.TemporaryDirectory() as folder:
-        weights = {name: hf_tiny.numbers(name, tuple(shape)) for name, shape in shapes.items()}
+        weights = {name: tiny_families.numbers(name, tuple(shape)) for name, shape in shapes.items()}
         save_file(weights, f"{folder}/model.safetensors", metadata={"format": "pt"})
         Path(folder, "config.json").write_text(json.dumps(config))
         model = _class(made).from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    tokens = hf_tiny.tokens()
+    tokens = tiny_families.tokens()
     logits = model(input_ids=tokens[:, :-1]).logits
     loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
     loss.backward()
@@ -47,7 +47,7 @@ def reference(model_type: str) -> dict:
         "loss": loss.item(),
         "logits": [[float(f"{number:.8g}") for number in row] for row in logits.flatten(0, 1).tolist()],
         "gradients": {
-            name: [float(f"{number:.8g}") for number in hf_tiny.along(name, gradient)]
+            name: [float(f"{number:.8g}") for number in tiny_families.along(name, gradient)]
             for name, gradient in trained.items()
         },
     }
@@ -58,6 +58,6 @@ def _class(config: transformers.PretrainedConfig):
 
 
 if __name__ == "__main__":
-    families = {model_type: reference(model_type) for model_type in hf_tiny.CONFIGS}
+    families = {model_type: reference(model_type) for model_type in tiny_families.CONFIGS}
     text = json.dumps({"transformers": transformers.__version__, "families": families}, separators=(",", ":"))
     (HERE / "hf_references.json").write_text(text.replace('},"', '},\n"') + "\n")

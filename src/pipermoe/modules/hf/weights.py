@@ -1,31 +1,25 @@
-"""Weights in Hugging Face's safetensors files, in and out, for any arrangement of ranks.
+"""Weights from Hugging Face's safetensors files: each rank of any arrangement reads what it holds and no more.
 
-A rank reads the layers and experts that it holds and no others, and writes one file of what no other rank writes.
-Which tensor is called what is said in runtime/published/names.py.
+Which tensor is called what is said in modules/hf/names.py; runtime/checkpoint/hf_weights.py writes them again.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from pipermoe.exchange.executor.gather_json import all_gather_json
-from pipermoe.runtime.groups import ProcessGroups
-from pipermoe.runtime.modules.model import EMBEDDING, StageModel
-from pipermoe.runtime.pipeline.gradients import WeightGradients
-from pipermoe.runtime.published.names import FAMILIES, Rule, Rules
-from pipermoe.runtime.weights import is_expert
+from pipermoe.modules.hf.names import FAMILIES, Rule, Rules
+from pipermoe.modules.model import StageModel
+from pipermoe.modules.names import is_expert
+from pipermoe.modules.weight_gradients import WeightGradients
 from pipermoe.specs.errors import UserError, describe_value
 from pipermoe.specs.model import ModelSpec
 
@@ -57,7 +51,7 @@ def load_weights(folder: Path, model: ModelSpec, state: State, first_expert: int
     with Files(folder) as files:
         _check(files, model, rules)
         for name, tensor in state:
-            place = _place(name, model, rules)
+            place = place_of(name, model, rules)
             with torch.no_grad():
                 tensor.copy_(_read(files, place, tensor, first_expert) if is_expert(name) else _joined(files, place))
 
@@ -110,7 +104,7 @@ def _joined(files: Files, place: Place) -> Tensor:
 
 def named_parts(name: str, tensor: Tensor, model: ModelSpec, rules: Rules, first_expert: int = 0) -> dict[str, Tensor]:
     """Their tensors of one of ours, the reverse of loading; also of a gradient. Experts must be by expert or all."""
-    place = _place(name, model, rules)
+    place = place_of(name, model, rules)
     back = None if place.order is None else place.order.argsort()
     if not is_expert(name):
         value = tensor if back is None else tensor[back]
@@ -125,46 +119,6 @@ def named_parts(name: str, tensor: Tensor, model: ModelSpec, rules: Rules, first
     return parts
 
 
-def save_weights(folder: Path, model: ModelSpec, like: Path, state: State, groups: ProcessGroups) -> None:
-    """Write the weights into `folder` as those in the folder `like` are named, with its config.json. Collective.
-
-    Each pipeline and expert-parallel rank writes one file; rank 0 the index, last, so that a folder with an index is
-    whole.
-    """
-    rules, here = rules_of(like), groups.coordinates
-    held: dict[str, Tensor] = {}
-    for name, tensor in state:
-        value, writes = tensor.detach(), here.edp == 0 if is_expert(name) else here.dp == 0
-        writes = writes and not (name == EMBEDDING and groups.ends.rank())  # the last stage may hold a copy
-        if is_expert(name) and not _place(name, model, rules).rule.by_expert:
-            value, writes = _all_experts(value, groups), writes and here.ep == 0
-        if writes:
-            held |= named_parts(name, value, model, rules, here.ep * value.shape[0] if is_expert(name) else 0)
-    folder.mkdir(parents=True, exist_ok=True)
-    sizes = {name: value.numel() * value.element_size() for name, value in held.items()}
-    writers: list[dict[str, int]] = all_gather_json(sizes, groups.world)
-    ranks = [rank for rank, written in enumerate(writers) if written]
-    files = {rank: f"model-{i + 1:05d}-of-{len(ranks):05d}.safetensors" for i, rank in enumerate(ranks)}
-    if held:
-        contiguous = {name: value.cpu().contiguous().clone() for name, value in held.items()}
-        save_file(contiguous, folder / files[groups.rank], metadata={"format": "pt"})
-    dist.barrier(groups.world)
-    if groups.rank == 0:
-        total = sum(size for written in writers for size in written.values())
-        table = {name: files[rank] for rank in ranks for name in writers[rank]}
-        shutil.copyfile(like / "config.json", folder / "config.json")
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(table.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    dist.barrier(groups.world)
-
-
-def _all_experts(local: Tensor, groups: ProcessGroups) -> Tensor:
-    """The experts of all ranks of the expert-parallel group in one tensor."""
-    parts = [torch.empty_like(local) for _ in range(groups.ep.size())]
-    dist.all_gather(parts, local.contiguous(), group=groups.ep)
-    return torch.cat(parts)
-
-
 def expected_shapes(model: ModelSpec, rules: Rules) -> dict[str, tuple[int, ...]]:
     """Every tensor that a checkpoint of `model` has, with its shape."""
     with torch.device("meta"):
@@ -176,7 +130,7 @@ def expected_shapes(model: ModelSpec, rules: Rules) -> dict[str, tuple[int, ...]
     return shapes
 
 
-def _place(name: str, model: ModelSpec, rules: Rules) -> Place:
+def place_of(name: str, model: ModelSpec, rules: Rules) -> Place:
     layer = _LAYER.match(name)
     local = name[layer.end() :] if layer else name
     if local not in rules:

@@ -1,10 +1,6 @@
 """The modules of one pipeline stage, in plain PyTorch. Nothing here communicates; runtime/pipeline puts them in order.
 
 T tokens, D hidden size, K choices a token, V vocabulary size
-
-Global names: `embedding.weight`, `layers.7.attention.query.weight`, `layers.7.router.weight`,
-`layers.7.experts.gate_up.weight` (slots, D, 2 * width), `final_norm.weight`, `head.weight`. Layers of multi-token
-prediction are numbered on behind the last.
 """
 
 from __future__ import annotations
@@ -15,20 +11,19 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from pipermoe.runtime.modules.attention import build_attention
-from pipermoe.runtime.modules.experts import Experts, FeedForward
-from pipermoe.runtime.modules.linear import Linear
-from pipermoe.runtime.modules.loss import cross_entropy
-from pipermoe.runtime.modules.norm import build_norm
-from pipermoe.runtime.modules.rebuild import rebuilding
-from pipermoe.runtime.modules.rotary import Rotation
-from pipermoe.runtime.modules.router import Router
-from pipermoe.runtime.pipeline.gradients import WeightGradients, accumulate_rows
+from pipermoe.modules.attention import build_attention
+from pipermoe.modules.experts import Experts, FeedForward
+from pipermoe.modules.linear import Linear
+from pipermoe.modules.loss import cross_entropy
+from pipermoe.modules.norm import build_norm
+from pipermoe.modules.rebuild import rebuilding
+from pipermoe.modules.rotary import Rotation
+from pipermoe.modules.router import Router
+from pipermoe.modules.weight_gradients import WeightGradients, accumulate_rows
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.precision import Precision
 from pipermoe.specs.strategy import RecomputeModule
 
-EMBEDDING = "embedding.weight"
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

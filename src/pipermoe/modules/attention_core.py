@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipermoe.runtime.modules.sinks import SinkAttention, Sinks
+from pipermoe.modules.sinks import SinkAttention, Sinks
 from pipermoe.specs.model import LocalAttention
 
 

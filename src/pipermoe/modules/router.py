@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pipermoe.runtime.modules.linear import Linear
-from pipermoe.runtime.pipeline.gradients import WeightGradients
+from pipermoe.modules.linear import Linear
+from pipermoe.modules.weight_gradients import WeightGradients
 from pipermoe.specs import model as specs
 
 

@@ -1,0 +1,1 @@
+"""The model in plain PyTorch: differentiable modules, free of parallelism."""

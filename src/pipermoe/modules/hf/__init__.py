@@ -1,0 +1,1 @@
+"""Published weights: names and layouts of Hugging Face families."""

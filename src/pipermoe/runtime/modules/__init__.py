@@ -1,1 +1,0 @@
-"""The model's modules: plain PyTorch, free of parallelism."""
