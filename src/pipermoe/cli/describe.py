@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pipermoe.cli.options import Switch
+from pipermoe.cli.options import ModelName, Switch
 from pipermoe.cli.output import show
 
 
 def describe(
-    model: str,
+    model: ModelName,
     *,
     seq_len: int = 4096,
     assume: str | None = None,
@@ -17,8 +17,6 @@ def describe(
 
     Parameters
     ----------
-    model
-        A catalogue name, a model file (TOML), a Hugging Face config.json or its folder.
     seq_len
         Sequence length for attention FLOPs and activation sizes.
     assume

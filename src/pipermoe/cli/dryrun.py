@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from pipermoe.cli.options import Switch, training_job
+from pipermoe.cli.options import ModelName, Switch, training_job
 from pipermoe.cli.output import show
 from pipermoe.specs.errors import UserError
 
@@ -16,7 +16,7 @@ def dryrun(
     *,
     rank: int,
     plan: Path | None = None,
-    model: str | None = None,
+    model: ModelName | None = None,
     strategy: str | None = None,
     world_size: Annotated[int | None, Parameter(name=["--world-size", "--ranks", "--gpus"])] = None,
     job: Path | None = None,
@@ -34,8 +34,6 @@ def dryrun(
         Which rank of the job.
     plan
         The plan file (see `pipermoe plan`); or give --model and --strategy.
-    model
-        A catalogue name, a model file (TOML), a Hugging Face config.json or its folder.
     strategy
         A strategy file (TOML), or a line such as "pp8 dp32 ep32 mbs1 1f1b z1".
     world_size

@@ -1,10 +1,11 @@
-"""What several commands take: the annotations of common options, and the values behind them."""
+"""What several commands take: their common options with the words of `--help`, and the values behind them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 from cyclopts import Parameter
 
@@ -16,8 +17,64 @@ from pipermoe.specs.units import parse_bytes, parse_seconds
 
 Output = Annotated[Path, Parameter(name=["--output", "-o"])]
 Switch = Annotated[bool, Parameter(negative="")]
+ModelName = Annotated[
+    str, Parameter(help="A catalogue name, a model file (TOML), a Hugging Face config.json or its folder.")
+]
+PlatformName = Annotated[
+    str, Parameter(help="A machine of the catalogue (docs/platforms.md) or a platform file (pipermoe measure).")
+]
+JobFile = Annotated[
+    Path | None,
+    Parameter(help="The training job (TOML): batch, sequence, optimizer, data. Options below override it."),
+]
+Precision = Annotated[
+    str | None,
+    Parameter(help="fp32, bf16, fp16 or fp8. Default without a job: bf16 where the device is faster in it than fp32."),
+]
+Imbalance = Annotated[float, Parameter(help="Rows of the busiest rank over the mean; 1 is balanced routing.")]
 
 JOB_OPTIONS = {"seq_len": "--seq-len", "global_batch_size": "--global-batch"}
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobOptions:
+    """The training job of a command: a file, and values of the command line over it."""
+
+    job: JobFile = None
+    seq_len: Annotated[int | None, Parameter(help="Tokens in a sequence.")] = None
+    global_batch: Annotated[int | None, Parameter(help="Sequences in a step.")] = None
+    precision: Precision = None
+
+    def train(self, platform: Platform | None = None) -> TrainConfig:
+        """The job, by default in the precision that is usual on `platform`. Raises `UserError`."""
+        defaults = {} if platform is None else {"precision": platform.usual_precision}
+        return training_job(self.job, self.seq_len, self.global_batch, self.precision, defaults)
+
+
+class Limits(TypedDict):
+    """What a plan has to reckon with, as the planner's functions take it."""
+
+    memory_budget_bytes: int | None
+    imbalance: float
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimitOptions:
+    """The memory of a rank, and how unevenly tokens choose experts."""
+
+    memory: Annotated[
+        str | None, Parameter(help="Memory budget of one rank, for example 80GiB. Default: the platform's.")
+    ] = None
+    imbalance: Imbalance = 1.0
+
+    def limits(self) -> Limits:
+        """Raises `UserError`."""
+        return {"memory_budget_bytes": memory_bytes(self.memory), "imbalance": self.imbalance}
+
+
+NO_JOB, NO_LIMITS = JobOptions(), LimitOptions()
 
 
 def memory_bytes(text: str | None) -> int | None:

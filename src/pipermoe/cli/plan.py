@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
 from pipermoe import __version__
-from pipermoe.cli.options import Output, Switch, duration, memory_bytes, number_of_ranks, training_job
+from pipermoe.cli.options import (
+    NO_JOB,
+    NO_LIMITS,
+    JobOptions,
+    LimitOptions,
+    ModelName,
+    Output,
+    PlatformName,
+    Switch,
+    duration,
+    number_of_ranks,
+)
 from pipermoe.cli.output import note, show
 from pipermoe.specs.errors import UserError
 
@@ -19,23 +31,63 @@ if TYPE_CHECKING:
     from pipermoe.specs.train import TrainConfig
 
 
+@Parameter(name="*")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """The whole run that a plan is for."""
+
+    tokens: Annotated[
+        str | None,
+        Parameter(
+            help="Tokens of the whole run, such as 15T: its days and device-hours with failures and checkpoints."
+        ),
+    ] = None
+    target: Annotated[
+        str | None, Parameter(help='The fewest ranks that reach it, such as "100B tokens in 3 days".')
+    ] = None
+    price: Annotated[
+        float | None, Parameter(help="Of one device-hour, to give the run's cost in the same currency.")
+    ] = None
+    mtbf: Annotated[
+        str | None,
+        Parameter(
+            help="Mean time between failures of one device, such as 50000h. "
+            "Default: 419 failures in 54 days of 16,384 H100."
+        ),
+    ] = None
+
+    def goal(self) -> Goal | None:
+        """What the options describe, None if nothing. Raises `UserError`."""
+        from pipermoe.planner.campaign import Goal, parse_target, parse_tokens
+        from pipermoe.resources.goodput import Reliability
+
+        if self.target is None and self.tokens is None:
+            if self.price is not None or self.mtbf is not None:
+                raise UserError("--price and --mtbf say what a whole run costs: give its --tokens, such as 15T")
+            return None
+        if self.target is not None and self.tokens is not None:
+            raise UserError("--target names the tokens: leave --tokens out")
+        if self.target is not None:
+            count, seconds = parse_target(self.target)
+        else:
+            count, seconds = parse_tokens(self.tokens or ""), None
+        reliability = Reliability() if self.mtbf is None else Reliability(duration("--mtbf", self.mtbf))
+        return Goal(tokens=count, seconds=seconds, price=self.price, reliability=reliability)
+
+
+WHOLE_RUN = RunOptions()
+
+
 def plan(
-    model: str,
+    model: ModelName,
     *,
-    platform: str,
-    job: Path | None = None,
+    platform: PlatformName,
     ranks: Annotated[int | None, Parameter(name=["--ranks", "--gpus"])] = None,
     nodes: int | None = None,
-    seq_len: int | None = None,
-    global_batch: int | None = None,
-    precision: str | None = None,
-    memory: str | None = None,
-    imbalance: float = 1.0,
+    job: JobOptions = NO_JOB,
+    limits: LimitOptions = NO_LIMITS,
     objective: Literal["step-time", "memory", "device-hours"] = "step-time",
-    tokens: str | None = None,
-    target: str | None = None,
-    price: float | None = None,
-    mtbf: str | None = None,
+    run: RunOptions = WHOLE_RUN,
     pareto: Switch = False,
     plot: Path | None = None,
     top: int = 8,
@@ -46,37 +98,13 @@ def plan(
 
     Parameters
     ----------
-    model
-        A catalogue name, a model file (TOML), a Hugging Face config.json or its folder.
-    platform
-        A machine of the catalogue (docs/platforms.md) or a platform file (pipermoe measure).
-    job
-        The training job (TOML): batch, sequence, optimizer, data. Options below override it.
     ranks
         Number of ranks. Default: the ranks of one of the platform's hosts.
     nodes
         Number of hosts instead, all of their ranks.
-    seq_len
-        Tokens in a sequence.
-    global_batch
-        Sequences in a step.
-    precision
-        fp32, bf16, fp16 or fp8. Default without a job: bf16 where the device is faster in it than in fp32.
-    memory
-        Memory budget of one rank, for example 80GiB. Default: the platform's.
-    imbalance
-        Rows of the busiest rank over the mean; 1 is balanced routing.
     objective
         The fastest step; the most memory to spare among strategies at most 5 % slower; or, of all numbers of ranks up
         to --gpus, the one that trains --tokens in the fewest device-hours.
-    tokens
-        Tokens of the whole run, such as 15T: its days and device-hours with failures and checkpoints.
-    target
-        The fewest ranks that reach it, such as "100B tokens in 3 days".
-    price
-        Of one device-hour, to give the run's cost in the same currency.
-    mtbf
-        Mean time between failures of one device, such as 50000h. Default: 419 failures in 54 days of 16,384 H100.
     pareto
         Also the front of step time against memory.
     plot
@@ -98,10 +126,8 @@ def plan(
 
     require_writable(output)
     machine, spec = load_platform(platform), load_model(model)
-    task = training_job(job, seq_len, global_batch, precision, {"precision": machine.usual_precision})
-    case = {"memory_budget_bytes": memory_bytes(memory), "imbalance": imbalance}
-    goal = _goal(tokens, target, price, mtbf)
-    if target is not None and (ranks is not None or nodes is not None):
+    task, case, goal = job.train(machine), limits.limits(), run.goal()
+    if run.target is not None and (ranks is not None or nodes is not None):
         raise UserError("--target finds the number of ranks: leave --gpus and --nodes out")
     size = _size(spec, machine, task, number_of_ranks(machine, ranks, nodes), objective, goal, **case)
     how = "memory" if objective == "memory" else "step-time"
@@ -128,22 +154,6 @@ def _next_commands(plan: Path, worst_rank: int) -> str:
     }
     width = max(map(len, commands))
     return "\n".join(f"  pipermoe {command:<{width}}  # {what}" for command, what in commands.items())
-
-
-def _goal(tokens: str | None, target: str | None, price: float | None, mtbf: str | None) -> Goal | None:
-    """The whole run that the options describe."""
-    from pipermoe.planner.campaign import Goal, parse_target, parse_tokens
-    from pipermoe.resources.goodput import Reliability
-
-    if target is None and tokens is None:
-        if price is not None or mtbf is not None:
-            raise UserError("--price and --mtbf say what a whole run costs: give its --tokens, such as 15T")
-        return None
-    if target is not None and tokens is not None:
-        raise UserError("--target names the tokens: leave --tokens out")
-    count, seconds = parse_target(target) if target is not None else (parse_tokens(tokens or ""), None)
-    reliability = Reliability() if mtbf is None else Reliability(device_mtbf_seconds=duration("--mtbf", mtbf))
-    return Goal(tokens=count, seconds=seconds, price=price, reliability=reliability)
 
 
 def _size(
