@@ -30,7 +30,7 @@ from pipermoe.layout.policies import POLICIES
 from pipermoe.layout.policies.incremental import Incremental
 from pipermoe.layout.policy import Nodes
 from pipermoe.layout.replay import compare_policies
-from pipermoe.layout.spill import load_after, spill
+from pipermoe.layout.spill import SpillRule, load_after, spill
 from pipermoe.layout.split import even_split, water_filling
 from pipermoe.layout.trace import Trace, read_trace, shipped_traces
 from pipermoe.layout.transfer import moved_copies
@@ -134,7 +134,7 @@ def token_splits(traces: Path) -> Iterator[Row]:
         load_LE, met_LE = trace.load_WLE[step], trace.load_WLE[step + 1]
         layout = POLICIES["balanced"].plan(static, load_LE, nodes)
         split, cpu_ms = timed(lambda where=layout, load=met_LE: _split(where, load, water_filling))
-        spilled = [spill(slots, rows, slack=1.1) for slots, rows in zip(layout.slots_LNS, split, strict=True)]
+        spilled = [spill(slots, rows, SpillRule(1.1)) for slots, rows in zip(layout.slots_LNS, split, strict=True)]
         relieved = np.stack([load_after(rows, copies) for rows, copies in zip(split, spilled, strict=True)])
         yield {
             "trace": trace.name,

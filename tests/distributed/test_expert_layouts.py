@@ -16,6 +16,7 @@ from tests.runtime.tiny import MODELS, batch_for, engine_for, job_of
 
 from pipermoe.layout.expert_layout import EMPTY, ExpertLayout
 from pipermoe.layout.policy import Nodes
+from pipermoe.layout.spill import SpillRule
 from pipermoe.runtime.checkpoint.store import checkpoints, load_checkpoint
 from pipermoe.runtime.checkpoint.writer import CheckpointWriter
 from pipermoe.runtime.groups import ProcessGroups
@@ -45,15 +46,27 @@ def random_layout(seed: int, layers: int, ranks: int, experts: int, *, copies: b
 
 
 class Training:
-    """A few steps, each with the next of `layouts`; without a mechanism experts lie as the strategy has it."""
+    """A few steps, each with the next of `layouts`; without a mechanism experts lie as the strategy has it.
+
+    By `spill` every micro-batch has copies of its own.
+    """
 
     def __init__(
-        self, strategy: Strategy, groups: ProcessGroups, job: TrainConfig, mechanism: Mechanism | None, layouts
+        self,
+        strategy: Strategy,
+        groups: ProcessGroups,
+        job: TrainConfig,
+        mechanism: Mechanism | None,
+        layouts,
+        spill: SpillRule | None = None,
     ):
-        laid_out = LaidOut(layouts[0], mechanism, Nodes(groups.ep.size(), 1)) if mechanism else None
+        still = ExpertLayout.static(3, strategy.expert_parallel, 8)
+        layout = layouts[0] if mechanism else still
+        laid_out = LaidOut(layout, mechanism, Nodes(groups.ep.size(), 1), spill) if mechanism or spill else None
         self.strategy, self.groups, self.job, self.layouts = strategy, groups, job, layouts
         self.engine = engine_for(MODELS["rich"], strategy, groups, job, laid_out=laid_out)
         self.optimizer = Optimizer(self.engine.flats, job.optimizer)
+        self.moves = mechanism is not None
         self.numbers: list[list[float]] = []
 
     def steps(self, first: int, last: int) -> Training:
@@ -65,7 +78,7 @@ class Training:
             dist.all_reduce(sums)
             self.numbers.append(sums.tolist())
             optimizer.update(sums[0].sqrt().item(), self.job.optimizer.learning_rate)
-            if engine.placement is not None:
+            if engine.placement is not None and self.moves:
                 optimizer.adopt(engine.placement.adopt(self.layouts[(step + 1) % len(self.layouts)]))
             optimizer.gather_weights()
             optimizer.zero_gradients()
@@ -132,6 +145,64 @@ def test_copies_share_an_experts_rows_and_sum_its_gradients():
     results = run_ranks(run, 4, strategy, job_of("rich"), MECHANISMS, layouts)
     for i, mechanism in enumerate(MECHANISMS, 1):
         check_equal(results, i, bitwise=False, where=mechanism)
+
+
+SPILL = SpillRule(slack=1.0, most_copies=2)
+
+
+def run_spilling(rank: int, strategy: Strategy, job: TrainConfig, mechanisms, layouts) -> list[dict]:
+    groups = ProcessGroups.create(strategy)
+    trainings = [Training(strategy, groups, job, None, layouts)]
+    trainings += [Training(strategy, groups, job, mechanism, layouts, SPILL) for mechanism in mechanisms]
+    results = [training.steps(0, STEPS).result() for training in trainings]
+    for training in trainings[1:]:
+        assert training.engine.placement is not None
+        assert training.engine.placement.guests > 2 * STEPS, "copies were made in most steps"
+    return results
+
+
+SPILLING = {
+    "ep4": (Strategy(data_parallel=4, expert_parallel=4), (None, "bound")),
+    "pp2, zero-bubble": (
+        Strategy(pipeline_parallel=2, data_parallel=2, expert_parallel=2, schedule="zb-h1"),
+        ("sparse",),
+    ),
+}
+SPILLING_SLOW = {
+    "ep4": (Strategy(data_parallel=4, expert_parallel=4), MECHANISMS),
+    "edp2, zero-3, recompute": (
+        Strategy(
+            data_parallel=4, expert_parallel=2, expert_data_parallel=2, recompute="full", zero_dense=3, zero_expert=3
+        ),
+        (None,),
+    ),
+    "pp2, zero-bubble, recompute": (
+        Strategy(pipeline_parallel=2, data_parallel=2, expert_parallel=2, schedule="zb-h1", recompute="full"),
+        (None, *MECHANISMS),
+    ),
+    "pp2, overlapped pairs": (
+        Strategy(pipeline_parallel=2, data_parallel=2, expert_parallel=2, schedule="dualpipe-v", virtual_stages=2),
+        (None, *MECHANISMS),
+    ),
+}
+
+
+def check_spilling(strategy: Strategy, mechanisms: Sequence[Mechanism | None]) -> None:
+    layouts = [random_layout(seed, 3, strategy.expert_parallel, 8, copies=False) for seed in range(3)]
+    results = run_ranks(run_spilling, 4, strategy, job_of("rich"), mechanisms, layouts)
+    for i, mechanism in enumerate(mechanisms, 1):
+        check_equal(results, i, bitwise=False, where=str(mechanism))
+
+
+@pytest.mark.parametrize(("strategy", "mechanisms"), SPILLING.values(), ids=list(SPILLING))
+def test_copies_for_one_micro_batch_change_nothing_but_where_rows_are_computed(strategy, mechanisms):
+    check_spilling(strategy, mechanisms)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "mechanisms"), SPILLING_SLOW.values(), ids=list(SPILLING_SLOW))
+def test_copies_for_one_micro_batch_go_with_every_mechanism_and_schedule(strategy, mechanisms):
+    check_spilling(strategy, mechanisms)
 
 
 EIGHT_RANKS = {

@@ -193,15 +193,31 @@ def test_a_run_whose_experts_move_learns_what_one_learns_whose_experts_stay(tmp_
     assert json.loads((tmp_path / "still" / "steps.jsonl").read_text().splitlines()[0])["expert_layout"] is None
 
 
+@pytest.mark.slow
+def test_a_run_that_spills_after_the_router_learns_the_same_and_says_how_many_copies_it_made(tmp_path, text):
+    parallel = Strategy(data_parallel=2, expert_parallel=2)
+    still = launch(tiny_plan(parallel, data=text, **FASTER), Run(tmp_path / "still", quiet=True))
+    for name, balance in {"alone": {}, "with moves": {"policy": "balanced", "every_steps": 1, "threshold": 1.0}}.items():
+        plan = tiny_plan(parallel, data=text, balance={"spill_above": 1.0, **balance}, **FASTER)
+        spilling = launch(plan, Run(tmp_path / name, quiet=True))
+        assert still is not None
+        assert spilling is not None
+        assert spilling.losses == pytest.approx(still.losses, rel=1e-5)
+        lines = [json.loads(line) for line in (tmp_path / name / "steps.jsonl").read_text().splitlines()]
+        assert sum(line["spilled_copies"] for line in lines) > 0
+        assert (lines[0]["expert_layout"] is None) == (name == "alone")
+
+
 def test_what_does_not_move_is_refused_with_its_key(tmp_path, text):
     parallel = Strategy(data_parallel=2, expert_parallel=2)
     moving = {"policy": "balanced", "mechanism": "bound"}
     refusals = {
         r"balance\.policy = 'swap': must be one of static, ": (parallel, {"policy": "swap"}),
         r"balance\.policy = 'balanced': experts have nowhere to move": (Strategy(), moving),
+        r"balance\.spill_above = 1\.1: experts have nowhere to move": (Strategy(), {"spill_above": 1.1}),
         r"strategy\.dispatcher = 'deduplicated': experts that move need": (
             parallel.model_copy(update={"dispatcher": "deduplicated"}),
-            moving,
+            {"spill_above": 1.1},
         ),
         r"strategy\.zero_expert = 1: .* \"bound\" have at most 0": (
             Strategy(data_parallel=4, expert_parallel=2, expert_data_parallel=2, zero_expert=1),

@@ -24,6 +24,7 @@ def train(
     balance: str | None = None,
     mechanism: Mechanism | None = None,
     spare_slots: int | None = None,
+    spill_above: float | None = None,
     nproc: int | None = None,
     timeout: float = 180.0,
     trace_steps: str | None = None,
@@ -54,6 +55,9 @@ def train(
         (copies live while a layer computes).
     spare_slots
         Slots of every rank for copies, beyond its even share of the experts.
+    spill_above
+        After the router of a layer: what a rank has beyond so many times the mean rows (1.1), others compute with
+        copies for this one micro-batch. Goes with and without --balance.
     nproc
         Ranks to start on this machine; default and only choice: the plan's. Not with torchrun or srun.
     timeout
@@ -84,13 +88,14 @@ def train(
         trace_steps=step_numbers(trace_steps),
         tensorboard=tensorboard,
     )
-    chosen = _balanced(load(plan, Plan), policy=balance, mechanism=mechanism, spare_slots=spare_slots)
+    options = {"mechanism": mechanism, "spare_slots": spare_slots, "spill_above": spill_above}
+    chosen = _balanced(load(plan, Plan), policy=balance, **options)
     measurement = launch(chosen, run, resume=resume, nproc=nproc, where=str(plan))
     if measurement is not None and json:
         print(to_json(measurement))
 
 
-def _balanced(plan: Plan, **options: str | int | None) -> Plan:
+def _balanced(plan: Plan, **options: str | float | None) -> Plan:
     """The plan with these options of the command line instead of what it says of its balance."""
     from pipermoe.layout.policies import POLICIES
     from pipermoe.specs.documents import validate

@@ -72,6 +72,7 @@ class Experts(nn.Module):
         drops: Collection[RecomputeModule] = (),
     ):
         super().__init__()
+        self.model, self.gradients, self.dtype, self.drops = model, gradients, dtype, drops
         moe, hidden = model.moe, model.hidden_size
         self.gated, self.limit = moe.expert_matrices == 3, moe.swiglu_limit
         self.drops_all, self.drops_product = "experts" in drops, "moe_act" in drops
@@ -82,6 +83,14 @@ class Experts(nn.Module):
         else:
             self.up = GroupedLinear(experts, hidden, moe.expert_width, gradients, bias=moe.expert_bias, dtype=dtype)
         self.down = GroupedLinear(experts, moe.expert_width, hidden, gradients, bias=moe.expert_bias, dtype=dtype)
+
+    def of_the_same_kind(self, experts: int) -> Experts:
+        """So many experts like these, on the same device, with weights of their own, as yet of any value."""
+        with self.down.weight.device:
+            made = Experts(self.model, experts, self.gradients, self.dtype, self.drops)
+        for ours, theirs in zip(self.parameters(), made.parameters(), strict=True):
+            theirs.grad_dtype = ours.grad_dtype
+        return made
 
     def forward(self, x_RD: Tensor, rows: list[int]) -> Tensor:
         def first(x_RD: Tensor) -> Tensor:

@@ -36,14 +36,17 @@ def check_model(model: ModelSpec) -> None:
 
 def _unmovable(train: TrainConfig, strategy: Strategy) -> Iterator[str]:
     """What stands in the way of experts that move."""
-    policy = train.balance.policy
-    if policy not in POLICIES:
-        yield describe_value("", "balance.policy", policy, f"must be one of {', '.join(POLICIES)}")
-    elif policy != "static":
+    balance = train.balance
+    if balance.policy not in POLICIES:
+        yield describe_value("", "balance.policy", balance.policy, f"must be one of {', '.join(POLICIES)}")
+    elif balance.lays_out:
         if strategy.expert_parallel == 1:
-            rule = "experts have nowhere to move with expert_parallel = 1; use static"
-            yield describe_value("", "balance.policy", policy, rule)
-        if problem := unlayable(strategy, train.balance.mechanism):
+            rule = "experts have nowhere to move with expert_parallel = 1; "
+            if balance.moves:
+                yield describe_value("", "balance.policy", balance.policy, rule + "use static")
+            else:
+                yield describe_value("", "balance.spill_above", balance.spill_above, rule + "leave it out")
+        if problem := unlayable(strategy, balance.mechanism if balance.moves else None):
             yield problem
 
 

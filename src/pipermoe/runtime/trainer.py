@@ -87,7 +87,7 @@ class Trainer:
                 load_weights(run.weights, plan.model, self.engine.named_state(), first_expert)
         self.optimizer = Optimizer(self.engine.flats, job.optimizer)  # copies the weights if they are not fp32
         self.checkpoints = CheckpointWriter(run.output, plan, data.fingerprint, self.groups)
-        self.balancer = Balancer(job.balance, self.engine, self.optimizer) if self.engine.placement else None
+        self.balancer = Balancer(job.balance, self.engine, self.optimizer) if job.balance.moves else None
         self.steps = run.steps or job.steps
         self.first = self._resume()
         self.skipped = 0  # steps in a row
@@ -287,8 +287,17 @@ class Trainer:
                 dead_experts=census.dead_experts,
                 seconds_by_term=terms,
                 expert_layout=layout,
+                spilled_copies=self._spilled_copies(),
             )
         )
+
+    def _spilled_copies(self) -> int | None:
+        """How many copies the layers of this rank have made for single micro-batches since they were last asked."""
+        placement = self.engine.placement
+        if placement is None or self.engine.spill is None:
+            return None
+        made, placement.guests = placement.guests, 0
+        return made
 
     def _measurement(self, results: list[StepResult], before: float, after: float) -> Measurement | None:
         """The measurement, put together on rank 0 from what every rank timed and counted."""

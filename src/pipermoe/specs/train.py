@@ -45,11 +45,15 @@ class Data(Frozen):
 
 
 class Balance(Frozen):
-    """How experts move to where the load is. `policy` is one of `pipermoe.layout.policies`; "static": they do not move.
+    """How experts move to where the load is. `policy` is one of `pipermoe.layout.policies`; "static": they do not move
+    between steps.
 
     Every rank has `spare_slots` slots beyond its even share of the experts. A better layout is looked for every
     `every_steps` steps, where a rank of some layer had more than `threshold` times the mean load, for at most
     `timeout_seconds`. What is found is taken if it earns its moves back before the load has drifted away.
+
+    With `spill_above` every micro-batch is evened out after the router of a layer has chosen: where a rank has more
+    rows than so many times the mean, others compute them with copies for this one use, at most `spill_copies` a rank.
     """
 
     policy: str = "static"
@@ -58,6 +62,18 @@ class Balance(Frozen):
     every_steps: PositiveInt = 10
     threshold: float = Field(default=1.1, ge=1)
     timeout_seconds: PositiveFloat = 60.0
+    spill_above: float | None = Field(default=None, ge=1)
+    spill_copies: PositiveInt = 2
+
+    @property
+    def moves(self) -> bool:
+        """Whether experts move between steps."""
+        return self.policy != "static"
+
+    @property
+    def lays_out(self) -> bool:
+        """Whether rows go where a layout says."""
+        return self.moves or self.spill_above is not None
 
 
 class TrainConfig(Frozen):

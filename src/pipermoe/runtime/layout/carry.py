@@ -5,6 +5,7 @@ A parcel is all that travels of one expert, laid end to end; V elements. W eleme
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ class SlotTensors:
 
     @property
     def parcel_elements(self) -> int:
-        return sum(tensor[0].numel() for tensor in self.tensors)
+        return sum(math.prod(tensor.shape[1:]) for tensor in self.tensors)
 
     def take(self, expert: int) -> Tensor:
         """A copy of the expert's rows as one parcel (V)."""

@@ -1,6 +1,7 @@
 """Dispatch by an expert layout: rows travel to the slots that hold their experts; copies of an expert share its rows.
 
-E experts, P ranks of the expert group, S slots of a rank, A assignments of this rank's tokens that are kept
+E experts, P ranks of the expert group, S slots of a rank, X with those of its guests, A assignments of this rank's tokens
+that are kept
 """
 
 from __future__ import annotations
@@ -11,9 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipermoe.layout.expert_layout import EMPTY
+from pipermoe.layout.spill import SpillRule, guest_moves, spill, with_guests
 from pipermoe.layout.split import dispatch_rows, water_filling
+from pipermoe.modules.experts import Experts as ExpertsModule
+from pipermoe.runtime.layout.carry import Carrier
+from pipermoe.runtime.layout.guests import Guests, VisitedJourney
 from pipermoe.runtime.layout.placement import Placement
-from pipermoe.runtime.pipeline.dispatch import AllToAllJourney, Choices, ExpertGroup, Experts
+from pipermoe.runtime.pipeline.dispatch import AllToAllJourney, Choices, ExpertGroup, Experts, Journey
 from pipermoe.runtime.pipeline.flight import Arrived, Flight, NumbersFlying
 
 
@@ -21,11 +26,15 @@ class LayoutDispatch:
     """Every kept choice travels as a row of its own, in one MoE layer of a placement.
 
     All ranks learn the counts of all, so that each divides the rows of an expert over its copies alike, and knows what
-    it sends and receives without another exchange.
+    it sends and receives without another exchange. With a `spill` rule they also agree on copies for this one
+    micro-batch, which `carrier` brings.
     """
 
-    def __init__(self, group: ExpertGroup, placement: Placement, layer: int):
+    def __init__(
+        self, group: ExpertGroup, placement: Placement, layer: int, carrier: Carrier, spill: SpillRule | None = None
+    ):
         self.group, self._placement, self._layer = group, placement, layer
+        self._carrier, self._spill = carrier, spill
 
     def choices(self, experts_TK: Tensor, weights_TK: Tensor) -> Choices:
         """Every copy of an expert brings the capacity of one (SwiftMoE, arXiv 2504.19925)."""
@@ -40,15 +49,37 @@ class LayoutDispatch:
         work = self.group.transport.all_to_all(received_PE, own_PE, None, None)
         return NumbersFlying(work, own_PE, received_PE, self.group.meter)
 
-    def journey(self, choices: Choices, counts: Flight[list[int]], experts: Experts, *, keep: bool) -> AllToAllJourney:
+    def journey(self, choices: Choices, counts: Flight[list[int]], experts: Experts, *, keep: bool) -> Journey:
         group, slots_PS = self.group, self._placement.slots_NS(self._layer)
         received = counts.wait()[group.ranks * group.num_experts :]
         counts_PE = np.array(received, dtype=np.int64).reshape(group.ranks, group.num_experts)
         rows_PS = water_filling(slots_PS, counts_PE.sum(0))
-        rows_PPS = dispatch_rows(slots_PS, counts_PE, rows_PS, self._placement.nodes)
-        sent_PS, received_PS = rows_PPS[group.rank], rows_PPS[:, group.rank]
-        order_A = _by_slot(choices.kept(int(sent_PS.sum())), slots_PS, sent_PS)
-        return AllToAllJourney(group, choices, order_A, sent_PS.tolist(), received_PS.tolist(), experts, keep)
+        copies = spill(slots_PS, rows_PS, self._spill) if self._spill else ()
+        if not copies:
+            return self._along(slots_PS, rows_PS, counts_PE, choices, experts, keep)
+        slots_PX, rows_PX = with_guests(slots_PS, rows_PS, copies)
+        moves = guest_moves(self._layer, slots_PX, slots_PS.shape[1], copies)
+        self._placement.guests += len(moves)
+        visitors_X = slots_PX[group.rank, slots_PS.shape[1] :]
+        assert isinstance(experts, ExpertsModule)
+        held = self._placement.held(self._layer)
+        guests = Guests(experts, held, visitors_X[visitors_X != EMPTY].tolist(), moves, self._carrier)
+        return VisitedJourney(self._along(slots_PX, rows_PX, counts_PE, choices, guests, keep), guests)
+
+    def _along(
+        self,
+        slots_PX: NDArray[np.int64],
+        rows_PX: NDArray[np.int64],
+        counts_PE: NDArray[np.int64],
+        choices: Choices,
+        experts: Experts,
+        keep: bool,
+    ) -> AllToAllJourney:
+        """The route on which every slot of `slots_PX` gets its `rows_PX`."""
+        rows_PPX = dispatch_rows(slots_PX, counts_PE, rows_PX, self._placement.nodes)
+        sent_PX, received_PX = rows_PPX[self.group.rank], rows_PPX[:, self.group.rank]
+        order_A = _by_slot(choices.kept(int(sent_PX.sum())), slots_PX, sent_PX)
+        return AllToAllJourney(self.group, choices, order_A, sent_PX.tolist(), received_PX.tolist(), experts, keep)
 
 
 def _by_slot(order_A: Tensor, slots_PS: NDArray[np.int64], sent_PS: NDArray[np.int64]) -> Tensor:

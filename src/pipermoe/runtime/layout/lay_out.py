@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pipermoe.exchange.executor.gather_json import all_gather_json
 from pipermoe.layout.expert_layout import ExpertLayout
 from pipermoe.layout.policy import Nodes
+from pipermoe.layout.spill import SpillRule
 from pipermoe.modules.names import layer_of, unit_of
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.layout.bound import BoundExperts
@@ -26,7 +27,7 @@ from pipermoe.specs.errors import UserError, describe_value
 from pipermoe.specs.mesh import coordinates, group_of
 from pipermoe.specs.plan import Plan
 from pipermoe.specs.strategy import Strategy
-from pipermoe.specs.train import Mechanism
+from pipermoe.specs.train import Balance, Mechanism
 
 
 class Draw(Protocol):
@@ -40,11 +41,15 @@ Named = Sequence[tuple[str, nn.Parameter]]
 
 @dataclass(frozen=True, slots=True)
 class LaidOut:
-    """The layout that a run begins with, over the ranks of an expert-parallel group, and how it may change."""
+    """The layout that a run begins with, over the ranks of an expert-parallel group, and how it may change.
+
+    `mechanism` changes it between steps, None: never. By `spill` experts get copies for one micro-batch.
+    """
 
     layout: ExpertLayout
-    mechanism: Mechanism
+    mechanism: Mechanism | None
     nodes: Nodes
+    spill: SpillRule | None = None
 
     def placement(self, rank: int) -> Placement:
         """As rank `rank` of the group reads it. Under the sparse mechanism homes are spread evenly, for good."""
@@ -56,30 +61,37 @@ class LaidOut:
 def first_layout(plan: Plan, groups: ProcessGroups) -> LaidOut | None:
     """The layout that a run of `plan` begins with: experts in order, and slots to spare. Collective over the world."""
     balance = plan.train.balance
-    if balance.policy == "static":
+    if not balance.lays_out:
         return None
     experts, ranks = plan.model.moe.num_experts, groups.ep.size()
-    slots = experts // ranks + balance.spare_slots
+    slots = experts // ranks + (balance.spare_slots if balance.moves else 0)
     hosts = all_gather_json(socket.gethostname(), groups.ep)
     on_each = set(Counter(hosts).values())
     nodes = Nodes(ranks, on_each.pop() if len(on_each) == 1 else ranks)
     layout = ExpertLayout.static(len(plan.model.routers), ranks, experts, slots)
-    return LaidOut(layout, balance.mechanism, nodes)
+    return LaidOut(layout, balance.mechanism if balance.moves else None, nodes, spill_rule(balance))
 
 
-def check_layable(strategy: Strategy, mechanism: Mechanism) -> None:
+def spill_rule(balance: Balance) -> SpillRule | None:
+    """What a run does after the router, if anything."""
+    if balance.spill_above is None:
+        return None
+    return SpillRule(slack=balance.spill_above, most_copies=balance.spill_copies)
+
+
+def check_layable(strategy: Strategy, mechanism: Mechanism | None) -> None:
     """Raise `UserError` for what experts do not move with."""
     if problem := unlayable(strategy, mechanism):
         raise UserError(problem)
 
 
-def unlayable(strategy: Strategy, mechanism: Mechanism) -> str:
+def unlayable(strategy: Strategy, mechanism: Mechanism | None) -> str:
     """What experts do not move with, or nothing."""
     if strategy.dispatcher != "all_to_all":
         rule = 'experts that move need dispatcher = "all_to_all"'
         return describe_value("", "strategy.dispatcher", strategy.dispatcher, rule)
     sharded = strategy.zero_expert if strategy.expert_data_parallel > 1 else 0
-    most = {"bound": 0, "decoupled": 1, "sparse": 1}[mechanism]
+    most = {"bound": 0, "decoupled": 1, "sparse": 1, None: 3}[mechanism]
     if sharded > most:
         rule = f'experts that move by balance.mechanism = "{mechanism}" have at most {most}'
         return describe_value("", "strategy.zero_expert", sharded, rule)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pipermoe.layout.spill import SpillRule
 from pipermoe.modules.initialize import initialize
 from pipermoe.modules.model import DTYPES, MoELayer
 from pipermoe.modules.names import EMBEDDING, is_expert, layer_of, unit_of
@@ -95,7 +96,9 @@ class Engine:
         if laid_out is not None:
             check_layable(strategy, laid_out.mechanism)
         self.placement = None if laid_out is None else laid_out.placement(group.rank)
-        dispatcher = _dispatcher(strategy, group, self.placement, model)
+        self.spill = None if laid_out is None else laid_out.spill
+        carrier = Carrier(group.transport, group.rank, group.ranks, self.meter)
+        dispatcher = _dispatcher(strategy, group, self.placement, carrier, self.spill, model)
         self.balance = Balance(train.auxiliary_loss_level, train.seq_len, groups.dp, self.meter)
         self.local_experts = group.local_experts
         slots = group.local_experts if self.placement is None else self.placement.slots
@@ -125,21 +128,25 @@ class Engine:
         self.copied = {EMBEDDING} if model.embeds_twice and ends[0] != ends[1] else set()
         draw = partial(initialize, seed=train.seed, num_layers=model.num_layers)
         draw(self.named_parameters(), self.experts_of)
-        self.flats, visitors = self._flat_parameters(laid_out, group, draw)
+        self.flats, visitors = self._flat_parameters(laid_out, carrier, draw)
         self.sharding.take([*self.flats, *visitors], tied=model.tie_word_embeddings)
 
     def _flat_parameters(
-        self, laid_out: LaidOut | None, group: ExpertGroup, draw: Draw
+        self, laid_out: LaidOut | None, carrier: Carrier, draw: Draw
     ) -> tuple[list[FlatParameters], list[Unit]]:
         """What the optimizer updates, and what else is brought and taken away for every use."""
-        if laid_out is None or self.placement is None:
+        if laid_out is None or laid_out.mechanism is None or self.placement is None:
             return flatten(self.named_parameters(), self.groups, self.strategy, self.copied), []
         dense = [each for each in self.named_parameters() if not is_expert(each[0])]
         experts = [each for each in self.named_parameters() if is_expert(each[0])]
-        carrier = Carrier(group.transport, group.rank, group.ranks, self.meter)
         maker = Maker(laid_out.mechanism, self.placement, self.model.routers, self.groups, self.strategy, carrier)
         held, visitors = maker.lay_out(experts, draw)
         return flatten(dense, self.groups, self.strategy, self.copied) + held, visitors
+
+    @property
+    def launches_in_weight_gradients(self) -> bool:
+        """Whether collectives stand among the weight gradients, which may then run at no other time on one rank."""
+        return self.sharding.scatters_any or self.spill is not None
 
     @property
     def microbatches(self) -> int:
@@ -216,12 +223,17 @@ def _transport(strategy: Strategy, group: dist.ProcessGroup, meter: Meter, *, dr
 
 
 def _dispatcher(
-    strategy: Strategy, group: ExpertGroup, placement: Placement | None, model: ModelSpec
+    strategy: Strategy,
+    group: ExpertGroup,
+    placement: Placement | None,
+    carrier: Carrier,
+    spill: SpillRule | None,
+    model: ModelSpec,
 ) -> Callable[[str], Dispatcher]:
     """How the tokens of each layer, by its unit's name, meet their experts."""
     if placement is not None:
         layers = {f"layers.{layer}": index for index, layer in enumerate(model.routers)}
-        return lambda unit: LayoutDispatch(group, placement, layers[unit])
+        return lambda unit: LayoutDispatch(group, placement, layers[unit], carrier, spill)
     everywhere = Deduplicated(group) if strategy.dispatcher == "deduplicated" and group.ranks > 1 else AllToAll(group)
     return lambda unit: everywhere
 

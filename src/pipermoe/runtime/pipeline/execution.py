@@ -185,7 +185,7 @@ class Execution:
         Not in a step that is counted: what it holds at its peak must not depend on how fast messages are. And not where
         a reduction follows the gradients of a layer: the order of collectives must not depend on it either.
         """
-        return not self.meter.counting and not self.engine.sharding.scatters_any and self._run_next()
+        return not self.meter.counting and not self.engine.launches_in_weight_gradients and self._run_next()
 
     def _run_next(self) -> bool:
         """Run the next pending weight gradient; whether there was any."""

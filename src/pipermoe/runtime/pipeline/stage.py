@@ -324,7 +324,8 @@ class Stage:
         with self.gradients.deferred_to(tape.weight_gradients):
             combined = journey.compute_gradient(dispatched)
         yield Pause(combined)
-        to_normed_TD, to_weights_TK = journey.merge_gradient(combined)
+        with self.gradients.deferred_to(tape.weight_gradients):
+            to_normed_TD, to_weights_TK = journey.merge_gradient(combined)
         if to_shared_TD is not None:
             to_normed_TD += to_shared_TD
         to_share_BE = record.share_gradient_BE * (scale * self.auxiliary_weight)
