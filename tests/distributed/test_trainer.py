@@ -197,7 +197,10 @@ def test_a_run_whose_experts_move_learns_what_one_learns_whose_experts_stay(tmp_
 def test_a_run_that_spills_after_the_router_learns_the_same_and_says_how_many_copies_it_made(tmp_path, text):
     parallel = Strategy(data_parallel=2, expert_parallel=2)
     still = launch(tiny_plan(parallel, data=text, **FASTER), Run(tmp_path / "still", quiet=True))
-    for name, balance in {"alone": {}, "with moves": {"policy": "balanced", "every_steps": 1, "threshold": 1.0}}.items():
+    for name, balance in {
+        "alone": {},
+        "with moves": {"policy": "balanced", "every_steps": 1, "threshold": 1.0},
+    }.items():
         plan = tiny_plan(parallel, data=text, balance={"spill_above": 1.0, **balance}, **FASTER)
         spilling = launch(plan, Run(tmp_path / name, quiet=True))
         assert still is not None

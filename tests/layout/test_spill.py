@@ -25,7 +25,11 @@ def test_no_rank_is_above_the_slack_and_every_copy_has_rows_of_its_source(proble
 
 def test_exact_balance_takes_a_copy_per_idle_rank_and_slack_fewer():
     slots_NS, rows_NS = np.array([[0], [1], [2], [3]]), np.array([[10], [2], [2], [2]])
-    assert spill(slots_NS, rows_NS, SpillRule()) == (Ephemeral(0, 0, 1, 2), Ephemeral(0, 0, 2, 2), Ephemeral(0, 0, 3, 2))
+    assert spill(slots_NS, rows_NS, SpillRule()) == (
+        Ephemeral(0, 0, 1, 2),
+        Ephemeral(0, 0, 2, 2),
+        Ephemeral(0, 0, 3, 2),
+    )
     assert len(spill(slots_NS, rows_NS, SpillRule(2.0))) == 1
     assert spill(slots_NS, rows_NS, SpillRule(3.0)) == ()
 
@@ -60,7 +64,10 @@ def test_guests_have_slots_of_their_own_and_no_row_is_lost(problem, most):
     assert np.array_equal(by_expert_E, load_LE[0])
     moves = guest_moves(0, slots_NX, own, copies)
     assert sorted((move.destination, move.expert) for move in moves) == sorted(
-        (rank, expert) for rank, experts in enumerate(slots_NX[:, own:].tolist()) for expert in experts if expert != EMPTY
+        (rank, expert)
+        for rank, experts in enumerate(slots_NX[:, own:].tolist())
+        for expert in experts
+        if expert != EMPTY
     )
     assert all(move.expert in slots_NS[move.source] for move in moves)
 

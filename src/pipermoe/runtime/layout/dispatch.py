@@ -1,7 +1,7 @@
 """Dispatch by an expert layout: rows travel to the slots that hold their experts; copies of an expert share its rows.
 
-E experts, P ranks of the expert group, S slots of a rank, X with those of its guests, A assignments of this rank's tokens
-that are kept
+E experts, P ranks of the expert group, S slots of a rank, X with those of its guests, A assignments of this rank's
+tokens that are kept
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ from pipermoe.runtime.pipeline.flight import Flight
 class Guests:
     """One micro-batch's guests of one layer: those on this rank, and this rank's experts that are guests elsewhere.
 
-    `experts` compute the slots of this rank, which hold `held`; `visitors` are its guests; `moves` say which expert visits
-    whom, and from where. Called as a module it computes the rows of all slots, the guests' last.
+    `experts` compute the slots of this rank, which hold `held`; `visitors` are its guests; `moves` say which expert
+    visits whom, and from where. Called as a module it computes the rows of all slots, the guests' last.
     """
 
     def __init__(
