@@ -1,5 +1,7 @@
 """Traces: what is read, and what is refused by name."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -42,6 +44,36 @@ def test_a_csv_holds_the_same(tmp_path):
     assert (read_trace(str(path)).load_WLE == COUNTS).all()
 
 
+def test_so_do_the_lines_of_a_run_found_by_its_folder(tmp_path):
+    lines = [json.dumps({"step": step, "counts": counts.tolist()}) for step, counts in enumerate(COUNTS, start=1)]
+    (tmp_path / "loads.jsonl").write_text("\n".join(lines) + "\n")
+    trace = read_trace(str(tmp_path))
+    assert (trace.load_WLE == COUNTS).all()
+    assert trace.name == tmp_path.name
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("[1, 2]", 'line 2: must be {"step": ..., "counts": [[...], ...]}'),
+        ('{"step": 2, "counts": [[1, 2], [3]]}', "must be rows of whole numbers, equally many in each layer"),
+        ('{"step": 2, "counts": [[1.5, 2]]}', "must be rows of whole numbers"),
+        ('{"step": 2, "counts": [[1, 2, 3]]}', "line 2: shape of counts = (1, 3): must be (layers, experts) as in"),
+        ('{"step": 2, "counts": [[1, -2]]}', "counts[1, 0, 1] = -2: must not be negative"),
+    ],
+)
+def test_lines_that_are_no_counts_are_named(tmp_path, line, expected):
+    (tmp_path / "loads.jsonl").write_text('{"step": 1, "counts": [[1, 2]]}\n' + line + "\n")
+    with pytest.raises(UserError) as error:
+        read_trace(str(tmp_path / "loads.jsonl"))
+    assert expected in str(error.value)
+
+
+def test_a_folder_without_loads_is_no_trace(tmp_path):
+    with pytest.raises(UserError, match=r"loads\.jsonl: no such trace; a \.npz, \.csv, \.jsonl file"):
+        read_trace(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("arrays", "expected"),
     [
@@ -71,7 +103,7 @@ def test_a_trace_that_is_none_names_file_array_and_rule(tmp_path, arrays, expect
             "line 2: rows = '-4': must be a whole number of 0 or more",
         ),
         ("trace.csv", b"step,layer,expert,rows\n", "holds no counts"),
-        ("trace.txt", b"", "a trace is a .npz or a .csv file"),
+        ("trace.txt", b"", "a trace is a .npz, .csv, .jsonl file"),
     ],
 )
 def test_a_file_that_is_no_trace_is_refused(tmp_path, name, content, expected):

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
+from pipermoe.layout.trace import read_trace
 from pipermoe.runtime.log import STEPS_FILE, StepLine, StepLog, format_line
 from pipermoe.runtime.measurement import StepSeconds, central_half, counted_step, measured_steps, step_report
 from pipermoe.specs.report import MEMORY_CATEGORIES, TERMS, RankReport
 from pipermoe.specs.units import GIB
+
+LOADS = np.array([[3, 1], [0, 4]])
 
 
 def line(step: int = 10, **values) -> StepLine:
@@ -50,7 +54,7 @@ def test_a_validation_stands_beside_the_loss():
 
 def test_a_number_that_is_not_finite_is_null_in_json(tmp_path):
     log = StepLog(tmp_path, GIB, 0, quiet=True)
-    log.step(line(loss=float("nan"), grad_norm=float("inf")))
+    log.step(line(loss=float("nan"), grad_norm=float("inf")), LOADS)
     log.close()
     values = json.loads((tmp_path / STEPS_FILE).read_text())
     assert (values["loss"], values["grad_norm"], values["learning_rate"]) == (None, None, 3e-4)
@@ -75,11 +79,13 @@ def test_a_resumed_run_goes_on_in_the_same_json_lines_without_repeating_a_step(t
     for first, steps in ((0, (1, 2, 3)), (2, (3, 4))):
         log = StepLog(tmp_path, GIB, first)
         for step in steps:
-            log.step(line(step))
+            log.step(line(step), step * LOADS)
         log.close()
     lines = [json.loads(text) for text in (tmp_path / STEPS_FILE).read_text().splitlines()]
     assert [each["step"] for each in lines] == [1, 2, 3, 4]
     assert lines[0]["seconds_by_term"] == {"forward": 1.0}
+    trace = read_trace(str(tmp_path))
+    assert np.array_equal(trace.load_WLE, np.arange(1, 5)[:, None, None] * LOADS), "`pipermoe balance` reads the folder"
 
 
 @pytest.mark.parametrize(("first", "steps"), [(0, 1), (0, 2), (0, 3), (0, 4), (0, 100), (50, 53), (7, 8)])

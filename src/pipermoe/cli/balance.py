@@ -34,8 +34,8 @@ def balance(
     Parameters
     ----------
     trace
-        Counts of rows per step, layer and expert (.npz or .csv, docs/balance.md), or a trace that comes with the
-        package: tiny-none, tiny-aux, tiny-bias.
+        Counts of rows per step, layer and expert: the output folder of a run, a file (.npz, .csv or .jsonl,
+        docs/balance.md), or a trace that comes with the package: tiny-none, tiny-aux, tiny-bias.
     ranks
         Ranks of the expert-parallel group. Default: those of the plan, or 64.
     nodes

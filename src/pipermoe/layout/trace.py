@@ -1,10 +1,12 @@
 """Load traces: how many rows each expert of each layer got in every step of a run, and which experts tokens chose.
 
-Two formats, described in docs/balance.md:
+Three formats, described in docs/balance.md:
   .npz  `counts` (steps, layers, experts) or (steps, layers, source ranks, experts); `routes` (tokens, layers, choices),
         the experts of tokens, or (samples, tokens, layers, choices). One of the two is enough. `load` and `ids` are
         read as other names of them.
   .csv  a line `step,layer,expert,rows` for every count that is not 0, under a header with these names
+  .jsonl  a line `{"step": 1, "counts": [[...], ...]}` for every step, the rows of each expert layer by layer: what
+        `pipermoe train` writes
 """
 
 # W steps, L MoE layers, P source ranks, E logical experts, T tokens, K choices of a token
@@ -12,6 +14,8 @@ Two formats, described in docs/balance.md:
 from __future__ import annotations
 
 import csv
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -23,6 +27,7 @@ from pipermoe.specs.errors import UserError, describe_value
 
 NAMES = {"counts": ("counts", "load"), "routes": ("routes", "ids")}
 COLUMNS = ("step", "layer", "expert", "rows")
+LOADS_FILE = "loads.jsonl"  # of a run
 STEPS_OF_ROUTES = 10  # a trace of routes alone is cut into so many steps
 
 
@@ -57,16 +62,19 @@ def shipped_traces() -> list[str]:
 
 
 def read_trace(reference: str) -> Trace:
-    """The trace of a file, or a shipped one by name. Raises `UserError`."""
+    """The trace of a file, of a run's folder, or a shipped one by name. Raises `UserError`."""
     if reference in shipped_traces():
         with resources.as_file(_shipped() / f"{reference}.npz") as path:
             return _read_npz(path)
     path = Path(reference)
+    if path.is_dir():
+        path /= LOADS_FILE
     if not path.is_file():
-        raise UserError(f"{reference}: no such trace; a .npz or .csv file, or one of {', '.join(shipped_traces())}")
-    if path.suffix not in (".npz", ".csv"):
-        raise UserError(f"{reference}: a trace is a .npz or a .csv file")
-    return _read_npz(path) if path.suffix == ".npz" else _read_csv(path)
+        known = f"a run's folder with {LOADS_FILE}, or one of {', '.join(shipped_traces())}"
+        raise UserError(f"{path}: no such trace; a {', '.join(READERS)} file, {known}")
+    if path.suffix not in READERS:
+        raise UserError(f"{path}: a trace is a {', '.join(READERS)} file")
+    return READERS[path.suffix](path)
 
 
 def _shipped():
@@ -162,3 +170,43 @@ def _csv_row(path: Path, line: int, row: dict[str, str]) -> tuple[int, ...]:
         if not text.strip().isdigit():
             raise UserError(describe_value(f"{path}, line {line}", name, text, "must be a whole number of 0 or more"))
     return tuple(int(row[name]) for name in COLUMNS)
+
+
+def _read_jsonl(path: Path) -> Trace:
+    steps = []
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                steps.append(_jsonl_counts(path, number, line))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    if not steps:
+        raise UserError(f"{path}: holds no counts")
+    shapes = [counts.shape for counts in steps]
+    if len(set(shapes)) > 1:
+        other = next(number for number, shape in enumerate(shapes, start=1) if shape != shapes[0])
+        rule = f"must be (layers, experts) as in line 1: {shapes[0]}"
+        raise UserError(describe_value(f"{path}, line {other}", "shape of counts", shapes[other - 1], rule))
+    return Trace(_run_name(path), _checked_counts(path, np.stack(steps)))
+
+
+def _jsonl_counts(path: Path, number: int, line: str) -> NDArray[np.int64]:
+    where, rule = f"{path}, line {number}", "must be rows of whole numbers, equally many in each layer"
+    try:
+        counts = json.loads(line)["counts"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f'{where}: must be {{"step": ..., "counts": [[...], ...]}}') from None
+    try:
+        found = np.array(counts)
+    except ValueError:
+        raise UserError(describe_value(where, "counts", "...", rule)) from None
+    if found.ndim != 2 or not np.issubdtype(found.dtype, np.integer):
+        raise UserError(describe_value(where, "counts", f"{found.ndim} dimensions of {found.dtype}", rule))
+    return found.astype(np.int64)
+
+
+def _run_name(path: Path) -> str:
+    return path.resolve().parent.name if path.name == LOADS_FILE else path.stem
+
+
+READERS: dict[str, Callable[[Path], Trace]] = {".npz": _read_npz, ".csv": _read_csv, ".jsonl": _read_jsonl}

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
+from numpy.typing import NDArray
+
+from pipermoe.layout.trace import LOADS_FILE
+from pipermoe.runtime.json_lines import JsonLines
 from pipermoe.runtime.layout.balance_line import BalanceLine
 from pipermoe.runtime.tensorboard import Board, open_board
-from pipermoe.specs.documents import write_atomically
-from pipermoe.specs.errors import UserError
 from pipermoe.specs.report import MemoryCategory, Term
 from pipermoe.specs.units import GIB, MIB
 
@@ -76,7 +77,8 @@ def format_line(line: StepLine, budget_bytes: int, *, coloured: bool = False) ->
 
 
 class StepLog:
-    """The lines of a run: on stdout (`quiet`: on stderr) for people, in `steps.jsonl` for programs. On rank 0 only.
+    """The lines of a run, on rank 0 only: on stdout (`quiet`: on stderr) for people, in `steps.jsonl` and `loads.jsonl`
+    for programs.
 
     With `tensorboard`, the folder to write to, the numbers go there too.
     """
@@ -93,21 +95,15 @@ class StepLog:
         self._quiet, self._budget = quiet, budget_bytes
         self._board: Board | None = None if tensorboard is None else open_board(tensorboard)
         self._coloured = self._stream.isatty() and "NO_COLOR" not in os.environ
-        self._path = output / STEPS_FILE
-        write_atomically(self._path, "".join(_lines_before(self._path, first_step)))
-        try:
-            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
-        except OSError as error:
-            raise UserError(f"{self._path}: cannot be written: {error.strerror}") from None
+        self._steps = JsonLines(output / STEPS_FILE, first_step)
+        self._loads = JsonLines(output / LOADS_FILE, first_step)
 
-    def step(self, line: StepLine) -> None:
+    def step(self, line: StepLine, load_LE: NDArray[np.int64]) -> None:
+        """A step, and in `loads.jsonl` the rows of every expert of every MoE layer: what `pipermoe balance` reads."""
         self.say(format_line(line, self._budget, coloured=self._coloured))
         values = _known(asdict(line))
-        try:
-            self._file.write(json.dumps(values) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise UserError(f"{self._path}: cannot be written: {error.strerror}") from None
+        self._steps.write(values)
+        self._loads.write({"step": line.step, "counts": load_LE.tolist()})
         if self._board is not None:
             self._board.step(values)
 
@@ -119,7 +115,8 @@ class StepLog:
         return sys.stderr if self._quiet else sys.stdout  # looked up anew: a progress bar puts itself in between
 
     def close(self) -> None:
-        self._file.close()
+        self._steps.close()
+        self._loads.close()
         if self._board is not None:
             self._board.close()
 
@@ -129,16 +126,3 @@ def _known(values: dict[str, Any]) -> dict[str, Any]:
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
     }
-
-
-def _lines_before(path: Path, first_step: int) -> Iterator[str]:
-    """The lines of steps that a resumed run does not repeat; none for a new run."""
-    if first_step == 0 or not path.exists():
-        return
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            step = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):
-            continue
-        if step <= first_step:
-            yield line

@@ -55,7 +55,8 @@ MOST_SKIPPED = 10  # steps in a row; a run that skips more does not recover
 def train(plan: Plan, data: TextData, run: Run) -> Measurement | None:
     """Train this rank's part of `plan` and measure it. Collective: every rank calls it, after init_process_group.
 
-    Writes `steps.jsonl`, checkpoints and `measurement.json` into `run.output`. Returns the measurement on rank 0.
+    Writes `steps.jsonl`, `loads.jsonl`, checkpoints and `measurement.json` into `run.output`. Returns the measurement
+    on rank 0.
     """
     return Trainer(plan, data, run).train()
 
@@ -288,7 +289,8 @@ class Trainer:
                 seconds_by_term=terms,
                 expert_layout=layout,
                 spilled_copies=self._spilled_copies(),
-            )
+            ),
+            census.load_LE,
         )
 
     def _spilled_copies(self) -> int | None:
