@@ -1,37 +1,34 @@
 """The planner's choice beside the truly fastest: every strategy of the demo's model that fits, trained on this machine.
 
 python -m benchmarks.plan_vs_real [--platform machine.toml] [--memory 130MiB] [--steps 8] [--passes 1] [--most N]
-                                  [--json FILE]
+                                  [--slow-link MBIT] [--json FILE]
 
 Measures this machine (or reads what `pipermoe measure` wrote), plans the demo's job on 4 ranks, trains the strategies
 that fit the budget, all once per pass in an order that alternates, and prints how much slower the planner's choice is
-than the fastest and how many places the ranking is off. `--most N` takes the N best and no more. Times count only on a
-machine that does nothing else; a pass of a strategy takes about 15 s on two cores.
+than the fastest and how many places the ranking is off. `--most N` takes N of them: the best half, and the others
+evenly from the rest of the ranking. `--slow-link 200` puts two ranks each on two hosts (network namespaces) with a link
+of 200 Mbit/s, measures that machine and trains there. Times count only on a machine that does nothing else; a pass of a
+strategy takes about 15 s on two cores.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from importlib.resources import files
-from pathlib import Path
+from contextlib import nullcontext
 from statistics import fmean, mean
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.step_time import MODEL, RANKS, plan_of, run
+from benchmarks.demo_machine import MODEL, RANKS, Demo, ThisMachine, demo_options, slow_link, write_json
 from pipermoe.cli.options import memory_bytes
-from pipermoe.measure import measure_platform
 from pipermoe.planner.find import searched
-from pipermoe.specs.catalogue import load_model
-from pipermoe.specs.documents import load
 from pipermoe.specs.legality import EXECUTABLE, legal_mask
 from pipermoe.specs.plan import Plan
-from pipermoe.specs.platform import Platform
+from pipermoe.specs.report import StepReport
 from pipermoe.specs.strategy_table import StrategyTable
 from pipermoe.specs.strategy_text import strategy_text
-from pipermoe.specs.train import TrainConfig
 from pipermoe.specs.units import format_seconds
 from pipermoe.validate.accuracy import spearman
 
@@ -39,27 +36,25 @@ BUDGET = "130MiB"  # the demo's
 LIMIT = 10_000
 
 
-def feasible(platform: Platform, train: TrainConfig, budget: int, most: int) -> list[Plan]:
-    """The plans that fit and that this runtime runs, as the planner ranks them."""
-    model = load_model(MODEL)
-    field = searched(model, platform, train, RANKS, budget)
+def feasible(demo: Demo, budget: int, most: int) -> list[Plan]:
+    """The plans that fit and that this runtime runs, as the planner ranks them: all, or the best and some others."""
+    field = searched(demo.model, demo.platform, demo.train, RANKS, budget)
     strategies = [field.space.strategy(found.place) for found in field.best(LIMIT).best]
-    runs = legal_mask(StrategyTable.of(strategies), model, train, RANKS, EXECUTABLE)
-    chosen = [strategy for strategy, can in zip(strategies, runs, strict=True) if can]
-    return [plan_of(strategy_text(strategy), model, platform, train) for strategy in chosen[:most]]
+    runs = legal_mask(StrategyTable.of(strategies), demo.model, demo.train, RANKS, EXECUTABLE)
+    ranked = [strategy for strategy, can in zip(strategies, runs, strict=True) if can]
+    return [demo.plan(strategy_text(ranked[place])) for place in _chosen(len(ranked), most)]
 
 
-def measured_seconds(plans: list[Plan], steps: int, passes: int) -> dict[str, list[float]]:
-    """Seconds a step of every plan in every pass; every second pass goes backwards, so that drift cancels."""
-    seconds: dict[str, list[float]] = {plan.name: [] for plan in plans}
-    for number in range(passes):
-        for plan in plans if number % 2 == 0 else reversed(plans):
-            seconds[plan.name].append(run(plan, steps).step_seconds)
-    return seconds
+def _chosen(ranked: int, most: int) -> list[int]:
+    """Up to `most` places of `ranked`."""
+    best = min(ranked, most // 2 if ranked > most else ranked)
+    others = np.linspace(best, ranked - 1, min(most, ranked) - best).round().astype(int)
+    return [*range(best), *others.tolist()]
 
 
-def rows_of(plans: list[Plan], seconds: dict[str, list[float]]) -> list[dict]:
+def rows_of(plans: list[Plan], measured: dict[str, list[StepReport]]) -> list[dict]:
     """A row for every plan, fastest measured first, with both places."""
+    seconds = {name: [report.step_seconds for report in reports] for name, reports in measured.items()}
     rows = [
         {
             "strategy": plan.name,
@@ -106,24 +101,18 @@ def print_rows(rows: list[dict], summary: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--platform", type=Path)
+    demo_options(parser, steps=8)
     parser.add_argument("--memory", default=BUDGET)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--passes", type=int, default=1)
     parser.add_argument("--most", type=int, default=LIMIT)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--slow-link", type=float, metavar="MBIT")
     options = parser.parse_args()
-    job = files("pipermoe.catalogue").joinpath("jobs/demo.toml")
-    train = load(str(job), TrainConfig).model_copy(update={"validation_batches": 1})
-    model = load_model(MODEL)
-    platform = load(options.platform, Platform) if options.platform else measure_platform(nproc=RANKS, model=model)
-    assert platform is not None, "this process starts the ranks, so it has the result"
-    plans = feasible(platform, train, memory_bytes(options.memory) or platform.memory_budget_bytes, options.most)
-    rows = rows_of(plans, measured_seconds(plans, options.steps, options.passes))
+    with slow_link(options.slow_link) if options.slow_link else nullcontext(ThisMachine()) as machine:
+        demo = Demo.on(machine, options.platform)
+        plans = feasible(demo, memory_bytes(options.memory) or demo.platform.memory_budget_bytes, options.most)
+        rows = rows_of(plans, demo.measured(plans, options.steps, options.passes))
     summary = summary_of(rows)
     print_rows(rows, summary)
-    if options.json:
-        options.json.write_text(json.dumps({"summary": summary, "rows": rows}, indent=2) + "\n")
+    write_json(options, summary, rows)
 
 
 if __name__ == "__main__":

@@ -4,38 +4,23 @@ python -m benchmarks.step_time [--platform machine.toml] [--steps 12] [--passes 
 
 Measures this machine (or reads a platform that `pipermoe measure` wrote), then trains every strategy for a few steps,
 all of them once per pass, and prints both times, the error by strategy, its median, and the rank correlation. Nothing
-is fitted to these runs. About 6 minutes a pass on two cores.
+is fitted to these runs. About 5 minutes a pass on two cores.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import tempfile
-from importlib.resources import files
-from pathlib import Path
 from statistics import fmean, median
 
 from rich.console import Console
 from rich.table import Table
 
-from pipermoe.measure import measure_platform
-from pipermoe.resources.step import predict
-from pipermoe.runtime.launch import launch
-from pipermoe.runtime.run import Run
-from pipermoe.specs.catalogue import load_model
-from pipermoe.specs.documents import load
-from pipermoe.specs.model import ModelSpec
+from benchmarks.demo_machine import MODEL, RANKS, Demo, ThisMachine, demo_options, write_json
 from pipermoe.specs.plan import Plan
-from pipermoe.specs.platform import Platform
 from pipermoe.specs.report import TERMS, StepReport
-from pipermoe.specs.strategy import Strategy
-from pipermoe.specs.train import TrainConfig
-from pipermoe.specs.units import GIB, format_seconds
+from pipermoe.specs.units import format_seconds
 from pipermoe.validate.accuracy import spearman
 
-MODEL = "tiny-moe"
-RANKS = 4
 STRATEGIES = (
     "pp1 dp4 ep1 edp4 mbs4 1f1b z0",
     "pp1 dp4 ep4 mbs4 1f1b z0",
@@ -52,27 +37,6 @@ STRATEGIES = (
     "pp4 dp1 ep1 mbs4 1f1b z0",
     "pp4 dp1 ep1 mbs2 gpipe z0 full",
 )
-
-
-def run(plan: Plan, steps: int) -> StepReport:
-    """Train `plan` for `steps` steps and return what was measured."""
-    with tempfile.TemporaryDirectory(prefix="pipermoe-step-time-") as folder:
-        measurement = launch(plan, Run(Path(folder), steps=steps, quiet=True))
-    assert measurement is not None
-    return measurement.report
-
-
-def plan_of(text: str, model: ModelSpec, platform: Platform, train: TrainConfig) -> Plan:
-    strategy = Strategy.parse(text)
-    return Plan(
-        name=text,
-        platform=platform.name,
-        memory_budget_bytes=GIB,
-        model=model,
-        train=train,
-        strategy=strategy,
-        prediction=predict(model, platform, train, strategy),
-    )
 
 
 def row_of(plan: Plan, measured: list[StepReport]) -> dict:
@@ -119,26 +83,16 @@ def print_rows(rows: list[dict], summary: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--platform", type=Path)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--passes", type=int, default=1)
+    demo_options(parser, steps=12)
     parser.add_argument("--only", default="")
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    model, job = load_model(MODEL), files("pipermoe.catalogue").joinpath("jobs/demo.toml")
-    train = load(str(job), TrainConfig).model_copy(update={"validation_batches": 1})
-    platform = load(options.platform, Platform) if options.platform else measure_platform(nproc=RANKS, model=model)
-    assert platform is not None
-    plans = [plan_of(text, model, platform, train) for text in STRATEGIES if options.only in text]
-    measured: dict[str, list[StepReport]] = {plan.name: [] for plan in plans}
-    for _ in range(options.passes):
-        for plan in plans:
-            measured[plan.name].append(run(plan, options.steps))
+    demo = Demo.on(ThisMachine(), options.platform)
+    plans = [demo.plan(text) for text in STRATEGIES if options.only in text]
+    measured = demo.measured(plans, options.steps, options.passes)
     rows = [row_of(plan, measured[plan.name]) for plan in plans]
     summary = summary_of(rows)
     print_rows(rows, summary)
-    if options.json:
-        options.json.write_text(json.dumps({"summary": summary, "rows": rows}, indent=2) + "\n")
+    write_json(options, summary, rows)
 
 
 if __name__ == "__main__":
