@@ -35,7 +35,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "recompute": ("none", "full", "selective"),
     "zero_dense": (0, 1, 2, 3),
     "zero_expert": (0, 1, 2, 3),
-    "dispatcher": ("all_to_all", "deduplicated"),
+    "dispatcher": ("all_to_all", "deduplicated", "deduplicated by node"),
     "split": ("even", "uneven"),
     "capacity_factor": (0.0, 1.0),
 }
@@ -116,7 +116,9 @@ def _strategy(schedule: Any, arrangement: Any, options: dict[str, Any]) -> Strat
         schedule=schedule,
         layer_split=uneven if options["split"] == "uneven" else (),
         recompute_modules=RECOMPUTE_MODULES if options["recompute"] == "selective" else (),
-        **{key: options[key] for key in ("recompute", "zero_dense", "zero_expert", "dispatcher")},
+        dispatcher="deduplicated" if "deduplicated" in options["dispatcher"] else "all_to_all",
+        ranks_per_copy=2 if "node" in options["dispatcher"] and ep > 2 else 1,
+        **{key: options[key] for key in ("recompute", "zero_dense", "zero_expert")},
     )
 
 

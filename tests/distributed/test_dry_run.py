@@ -31,6 +31,7 @@ CASES = [
     pytest.param("rich", "pp1 dp4 ep2 z1", "lognormal:sigma=0.5", marks=slow),
     pytest.param("plain", "pp4 vpp1 dp1 ep1 zb-h2", "balanced", marks=slow),
     pytest.param("latent", "pp2 dp2 ep2 1f1b deduplicated", "lognormal:sigma=1", marks=slow),
+    pytest.param("rich", "pp1 dp4 ep4 deduplicated:2", "lognormal:sigma=1", marks=slow),
     pytest.param("grouped", "pp2 dp2 ep2 1f1b-overlap", "lognormal:max=1.5", marks=slow),
     pytest.param("older", "pp1 dp4 ep2 edp2 z2", "balanced", marks=slow),
     pytest.param("sinks", "pp2 dp2 ep1 edp2 z3 1f1b", "balanced", marks=slow),

@@ -81,6 +81,7 @@ CASES = {
     "pp2 ep2, latent attention, recompute": ("latent", arrangement(pp=2, dp=2, ep=2, recompute="full")),
     "ep4, groups of experts": ("grouped", arrangement(dp=4, ep=4, micro_batch_size=2)),
     "ep2 edp2, sinks and windows, zero 1": ("sinks", arrangement(dp=4, ep=2, zero_dense=1, zero_expert=1)),
+    "ep4, a copy per node": ("rich", arrangement(dp=4, ep=4, dispatcher="deduplicated", ranks_per_copy=2)),
     "pp2 edp2, latent attention": ("latent", arrangement(pp=2, dp=2, ep=1, micro_batch_size=2)),
     "pp4, chunks, layer norm, plain blocks": ("older", arrangement(pp=4, recompute="full")),
 }

@@ -55,7 +55,8 @@ def differences(rank: int, portion: list[Case], references: dict[Job, dict]) -> 
     found, made = [], {}
     for case in portion:
         strategy, expected = case.strategy, references[case.job]
-        place = (strategy.pipeline_parallel, strategy.data_parallel, strategy.expert_parallel)
+        degrees = ("pipeline_parallel", "data_parallel", "expert_parallel", "ranks_per_copy")
+        place = tuple(getattr(strategy, degree) for degree in degrees)
         if place not in made:
             made[place] = ProcessGroups.create(strategy)
         try:

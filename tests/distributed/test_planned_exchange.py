@@ -13,6 +13,9 @@ from pipermoe.specs.strategy import Strategy
 pytestmark = pytest.mark.distributed
 ARRANGEMENTS = {
     "ep4": arrangement(dp=4, ep=4),
+    "ep4, a copy per node, recompute": arrangement(
+        dp=4, ep=4, dispatcher="deduplicated", ranks_per_copy=2, recompute="full"
+    ),
     "pp2 ep2, recompute, overlap": arrangement(pp=2, dp=2, ep=2, schedule="1f1b-overlap", recompute="full"),
 }
 

@@ -24,7 +24,13 @@ SIZES = {"tokens": 16, "top_k": 2, "experts": 8, "sources": 4}
 
 @pytest.mark.parametrize(
     "text",
-    ["pp2 dp2 ep2 z1 mbs2 1f1b", "pp3 dp4 ep2 z1 1f1b full", "pp2 dp8 ep8 gpipe z0/1", "pp1 dp4 ep2 z1"],
+    [
+        "pp2 dp2 ep2 z1 mbs2 1f1b",
+        "pp3 dp4 ep2 z1 1f1b full",
+        "pp2 dp8 ep8 gpipe z0/1",
+        "pp1 dp4 ep2 z1",
+        "pp1 dp8 ep8 deduplicated:4",
+    ],
 )
 def test_a_dry_run_equals_the_prediction_in_flops_and_traffic_and_within_2_percent_in_peak(text):
     strategy = Strategy.parse(text)

@@ -29,6 +29,11 @@ def test_a_legal_strategy_has_no_violations():
     ("changes", "world_size", "line"),
     [
         (
+            {"data_parallel": 8, "expert_parallel": 8, "dispatcher": "deduplicated", "ranks_per_copy": 8},
+            8,
+            "strategy.ranks_per_copy = 8: must divide expert_parallel = 8 into several blocks: 2, 4",
+        ),
+        (
             {"data_parallel": 12, "expert_parallel": 12},
             12,
             "strategy.expert_parallel = 12: must divide num_experts = 128; nearest: 8, 16",

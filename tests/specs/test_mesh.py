@@ -55,6 +55,13 @@ def test_expert_replicas_are_strided_over_expert_groups():
     assert groups(strategy, "edp") == [(0, 2), (1, 3)]
 
 
+def test_a_group_that_shares_copies_falls_into_blocks_and_the_ranks_at_one_place_of_each():
+    strategy = Strategy.parse("dp8 ep4 etp2 deduplicated:2")
+    assert groups(strategy, "ep") == [(0, 2, 4, 6), (1, 3, 5, 7)]
+    assert groups(strategy, "ep_inside") == [(0, 2), (4, 6), (1, 3), (5, 7)]
+    assert groups(strategy, "ep_across") == [(0, 4), (2, 6), (1, 5), (3, 7)]
+
+
 def test_layers_are_split_as_evenly_as_possible_or_as_told():
     assert split_layers(6, 2) == [range(3), range(3, 6)]
     assert [len(stage) for stage in split_layers(61, 16)] == [4] * 13 + [3] * 3

@@ -17,6 +17,7 @@ degree = st.integers(1, 64)
 def strategies(draw) -> Strategy:
     cp, tp, ep, edp, etp = (draw(degree) for _ in range(5))
     recompute = draw(st.sampled_from(["none", "full", "selective"]))
+    dispatcher = draw(st.sampled_from(DISPATCHER_NAMES))
     return Strategy(
         pipeline_parallel=draw(degree),
         virtual_stages=draw(degree),
@@ -28,7 +29,8 @@ def strategies(draw) -> Strategy:
         expert_tensor_parallel=etp,
         micro_batch_size=draw(degree),
         schedule=draw(st.sampled_from(SCHEDULE_NAMES)),
-        dispatcher=draw(st.sampled_from(DISPATCHER_NAMES)),
+        dispatcher=dispatcher,
+        ranks_per_copy=draw(degree) if dispatcher == "deduplicated" else 1,
         exchange=draw(st.sampled_from(EXCHANGE_NAMES)),
         layer_split=tuple(draw(st.lists(degree, max_size=4))),
         recompute=recompute,
@@ -63,6 +65,8 @@ def test_words_come_in_any_order_and_edp_is_what_the_others_leave():
         ("pp2 zb-x", "'zb-x' is no word of a strategy; did you mean zb-v?"),
         ("pp2 pp4", "pp4: pipeline_parallel is given twice"),
         ("z4", "'z4' is no word"),
+        ("deduplicated:0", "'deduplicated:0' is no word"),
+        ("all_to_all:2", "'all_to_all:2' is no word"),
         ("split:1,,2", "'split:1,,2' is no word"),
         ("dp4 ep8", "data_parallel * context_parallel * tensor_parallel = 4 must equal"),
         ("", "strategy '': must name a degree"),

@@ -48,7 +48,7 @@ def alternatives(job: Job, chosen: Candidate) -> tuple[Alternative, ...]:
 
     The lower bound of the step promises; of what does not fit comes only the first, if it would be faster.
     """
-    found = list(_neighbours(chosen.strategy))
+    found = list(_neighbours(chosen.strategy, job.platform.levels[0].ranks))
     table = StrategyTable.of([each.strategy for each in found])
     legal = np.flatnonzero(legal_mask(table, job.model, job.train, job.world_size, (*LEGAL, SCHEDULE_EXISTS)))
     bounds = step_bound(job.model, job.platform, job.train, table.take(legal), job.imbalance)
@@ -71,7 +71,7 @@ def _most_promising(job: Job, neighbours: Sequence[Neighbour], chosen: Candidate
             yield other
 
 
-def _neighbours(strategy: Strategy) -> Iterator[Neighbour]:
+def _neighbours(strategy: Strategy, ranks_per_node: int) -> Iterator[Neighbour]:
     for axis in DEGREES.values():
         value = getattr(strategy, axis)
         for other in (value // 2, 2 * value):
@@ -83,7 +83,9 @@ def _neighbours(strategy: Strategy) -> Iterator[Neighbour]:
     for level in range(4):
         yield from _changed(strategy, "zero_dense", {"zero_dense": level, "zero_expert": level})
     for dispatcher in DISPATCHER_NAMES:
-        yield from _changed(strategy, "dispatcher", {"dispatcher": dispatcher})
+        yield from _changed(strategy, "dispatcher", {"dispatcher": dispatcher, "ranks_per_copy": 1})
+    once = max(1, ranks_per_node // strategy.expert_tensor_parallel)
+    yield from _changed(strategy, "dispatcher", {"dispatcher": "deduplicated", "ranks_per_copy": once})
     for kind in ("none", "full"):
         yield from _changed(strategy, "recompute", {"recompute": kind, "recompute_modules": ()})
     for module in RECOMPUTE_MODULES:

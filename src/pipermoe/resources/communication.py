@@ -7,7 +7,7 @@ Bytes are counted as `specs.report.Traffic` defines them, the keys are its "coll
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pipermoe.exchange.regular import planned_seconds
 from pipermoe.resources.activations.sizes import Sizes
-from pipermoe.resources.dispatch import balanced_copies, expected_copies_per_token
+from pipermoe.resources.dispatch import Hops, balanced_hops, expected_hops
 from pipermoe.resources.rates import collective_seconds, level_send_seconds
 from pipermoe.resources.stages import StageShapes
 from pipermoe.resources.states import StateElements
@@ -77,38 +77,48 @@ def _all_to_all(sizes: Sizes, shapes: StageShapes, ep_rank: int | None) -> tuple
 
     Plain (Piper, arXiv 2605.05049, section 1.4 of its review): b*s*k/EP tokens to every other rank, and back.
     Deduplicated: a copy per token and rank, one sum back; with each choice its copy and weight (8 bytes) go forward,
-    the weight's gradient comes backward, and the counts of every rank have that of copies behind them.
+    the weight's gradient comes backward, and the counts of every rank have that of copies behind them. By node: the
+    same inside nodes; before it a copy per token and node crosses with all its choices, and their gradients come back.
     """
-    ep, model, element = _column(sizes.ep), sizes.model, sizes.element
-    experts = model.moe.num_experts
+    ep, block, model, element = _column(sizes.ep), _column(sizes.ranks_per_copy), sizes.model, sizes.element
+    local_experts, width = model.moe.num_experts // ep, model.hidden_size * element
     chosen = _column(sizes.leaving) * (ep - 1) // ep
-    deduplicated, copies = _column(sizes.deduplicated), _copies(sizes, ep_rank)[:, None]
-    rows = np.where(deduplicated, copies, 2 * chosen) * model.hidden_size * element
     layers = shapes.routed_layers * (ep > 1)
-    counts = (ep - 1) * (experts // ep + deduplicated) * COUNT_BYTES
-    calls = layers * (2 + deduplicated)
-    forward = Call("all_to_all", "ep", calls, layers * (rows + deduplicated * chosen * SLOT_BYTES))
-    backward = Call("all_to_all", "ep", calls, layers * (rows + deduplicated * chosen * element))
-    return [forward, Call("all_to_all", "ep", layers, layers * counts, counts=True)], [backward]
+    deduplicated, hops = _column(sizes.deduplicated), _hops(sizes, ep_rank)
+    by_node = block > 1
+    crossing = (hops.copies_out + hops.copies_in) * width
+    rows = np.where(deduplicated, crossing, 2 * chosen * width)
+    told = np.where(by_node, block * local_experts + block + 1, local_experts + deduplicated)
+    counts = Call("all_to_all", "ep", layers, layers * (ep - 1) * told * COUNT_BYTES, counts=True)
+    calls, direct = 2 + deduplicated, layers * ~by_node
+    forward = [Call("all_to_all", "ep", direct * calls, direct * (rows + deduplicated * chosen * SLOT_BYTES)), counts]
+    backward = [Call("all_to_all", "ep", direct * calls, direct * (rows + deduplicated * chosen * element))]
+    if by_node.any():
+        hopping, choices = layers * by_node, model.moe.top_k
+        passing = (hops.inside_out + hops.inside_in) * width
+        for side, across, inside in (
+            (forward, hops.copies_out * choices * SLOT_BYTES, hops.rows_out * SLOT_BYTES),
+            (backward, hops.copies_in * choices * element, hops.rows_in * element),
+        ):
+            side.append(Call("all_to_all", "ep_across", hopping * calls, hopping * (crossing + across)))
+            side.append(Call("all_to_all", "ep_inside", hopping * calls, hopping * (passing + inside)))
+    return forward, backward
 
 
-def _copies(sizes: Sizes, ep_rank: int | None) -> NDArray:
-    """Copies of tokens that leave a rank, and those it sends sums back for: (rows,), 0 where dispatch is plain.
+def _hops(sizes: Sizes, ep_rank: int | None) -> Hops:
+    """What deduplicated dispatch sends on its way: columns (rows, 1), 0 where dispatch is plain.
 
-    Exactly those of balanced choices on `ep_rank`; without one what independent choices lead to.
+    Exactly that of balanced choices on `ep_rank`; without one what independent choices lead to.
     """
-    moe = sizes.model.moe
-    found = []
-    for deduplicated, rows, ep in np.broadcast(sizes.deduplicated, sizes.rows, sizes.ep):
+    moe, found = sizes.model.moe, []
+    for deduplicated, rows, ep, block in np.broadcast(sizes.deduplicated, sizes.rows, sizes.ep, sizes.ranks_per_copy):
         if not deduplicated or ep == 1:
-            found.append(0)
-        elif ep_rank is None:
-            per_token = expected_copies_per_token(moe.num_experts, moe.top_k, int(ep))
-            found.append(2 * rows // moe.top_k * per_token * (ep - 1) / ep)
-        else:
-            copies_PP = balanced_copies(int(rows), moe.top_k, moe.num_experts, int(ep), sizes.capacity_factor)
-            found.append(copies_PP[ep_rank].sum() + copies_PP[:, ep_rank].sum() - 2 * copies_PP[ep_rank, ep_rank])
-    return np.array(found)
+            found.append([0] * len(fields(Hops)))
+            continue
+        of = expected_hops if ep_rank is None else balanced_hops
+        hops = of(int(rows), moe.top_k, moe.num_experts, int(ep), int(block), sizes.capacity_factor)
+        found.append([np.atleast_1d(getattr(hops, each.name))[ep_rank or 0] for each in fields(Hops)])
+    return Hops(*np.array(found).T[..., None])
 
 
 def _tensor_parallel(sizes: Sizes, shapes: StageShapes) -> tuple[list[Call], list[Call]]:
@@ -167,7 +177,9 @@ def exchange_seconds(platform: Platform, found: Exchanges, table: StrategyTable)
     planned = (table.exchange == EXCHANGE_NAMES.index("planned"))[:, None]
     tp, cp = table.tensor_parallel, table.context_parallel
     ep, etp = table.expert_parallel, table.expert_tensor_parallel
+    block = table.ranks_per_copy
     reach = {"tp": (tp, tp), "cp": (cp, cp * tp), "etp": (etp, etp), "ep": (ep, ep * etp)}
+    reach |= {"ep_across": (ep // block, ep * etp), "ep_inside": (block, block * etp)}
 
     def seconds(call: Call) -> Any:
         ranks, span = (each[:, None] for each in reach[call.axis])

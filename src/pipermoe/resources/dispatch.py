@@ -6,6 +6,7 @@ P ranks of an expert group, E experts, T tokens of a micro-batch on one rank, K 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, comb
 from typing import Any
@@ -28,14 +29,16 @@ def planned_choices(counts_E: Sequence[int], tokens: int, top_k: int) -> NDArray
 
 
 def planned_copies(
-    counts_PE: Sequence[Sequence[int]], tokens: int, top_k: int, capacity: int | None = None
+    counts_PE: Sequence[Sequence[int]], tokens: int, top_k: int, capacity: int | None = None, blocks: int = 0
 ) -> NDArray[np.int64]:
     """Rows (P source, P destination) of a deduplicated dispatch of `planned_choices`: one per token and rank.
 
+    With `blocks` (N) the experts lie in so many blocks of ranks, and the result is (P, N): one per token and block.
     With a `capacity` each expert takes its first so many assignments of each source, in the order of tokens.
     """
     ranks, experts = len(counts_PE), len(counts_PE[0])
-    copies_PP = np.zeros((ranks, ranks), dtype=np.int64)
+    blocks = blocks or ranks
+    copies_PN = np.zeros((ranks, blocks), dtype=np.int64)
     for source, counts_E in enumerate(counts_PE):
         choices_A = planned_choices(counts_E, tokens, top_k).ravel()
         kept = np.ones(len(choices_A), dtype=bool)
@@ -43,11 +46,11 @@ def planned_copies(
             order = np.argsort(choices_A, kind="stable")
             first_E = np.cumsum(counts_E) - counts_E
             kept[order] = np.arange(len(order)) - first_E[choices_A[order]] < capacity
-        goes_TP = np.zeros((tokens, ranks), dtype=bool)
+        goes_TN = np.zeros((tokens, blocks), dtype=bool)
         token_A = np.repeat(np.arange(tokens), top_k)
-        goes_TP[token_A[kept], choices_A[kept] // (experts // ranks)] = True
-        copies_PP[source] = goes_TP.sum(0)
-    return copies_PP
+        goes_TN[token_A[kept], choices_A[kept] // (experts // blocks)] = True
+        copies_PN[source] = goes_TN.sum(0)
+    return copies_PN
 
 
 def balanced(rows: int, experts: int, sources: int) -> NDArray[np.int64]:
@@ -59,10 +62,58 @@ def balanced(rows: int, experts: int, sources: int) -> NDArray[np.int64]:
 
 
 @lru_cache
-def balanced_copies(rows: int, top_k: int, experts: int, ranks: int, capacity_factor: float) -> NDArray[np.int64]:
+def balanced_copies(
+    rows: int, top_k: int, experts: int, ranks: int, capacity_factor: float, ranks_per_copy: int = 1
+) -> NDArray[np.int64]:
     """`planned_copies` of `rows` balanced choices on every rank."""
     capacity = ceil(capacity_factor * rows / experts) if capacity_factor else None
-    return planned_copies(balanced(rows, experts, ranks).tolist(), rows // top_k, top_k, capacity)
+    counts_PE = balanced(rows, experts, ranks).tolist()
+    return planned_copies(counts_PE, rows // top_k, top_k, capacity, ranks // ranks_per_copy)
+
+
+@dataclass(frozen=True, slots=True)
+class Hops:
+    """What a rank sends to others in a deduplicated dispatch and receives from them, one array (P,) each: copies across
+    nodes and inside its own, and rows (choices) inside its own. Where every rank is a node of its own none is inside.
+    """
+
+    copies_out: Any
+    copies_in: Any
+    inside_out: Any
+    inside_in: Any
+    rows_out: Any
+    rows_in: Any
+
+
+@lru_cache
+def balanced_hops(rows: int, top_k: int, experts: int, ranks: int, ranks_per_copy: int, capacity_factor: float) -> Hops:
+    """Of `rows` balanced choices of every rank. Copies cross to the rank at the same place, which passes them on."""
+    capacity = ceil(capacity_factor * rows / experts) if capacity_factor else rows
+    nodes, counts_PE = ranks // ranks_per_copy, balanced(rows, experts, ranks)
+    choices_PP = np.minimum(counts_PE, capacity).reshape(ranks, ranks, -1).sum(2)
+    copies_PP, copies_PN = (
+        planned_copies(counts_PE.tolist(), rows // top_k, top_k, capacity, blocks) for blocks in (ranks, nodes)
+    )
+    crossing_NNL = copies_PN.reshape(nodes, ranks_per_copy, nodes).transpose(0, 2, 1)  # from, to, place on both
+    away_NN1 = ~np.eye(nodes, dtype=bool)[..., None]
+    found = [(crossing_NNL * away_NN1).sum(axis) for axis in (1, 0)]
+    for moved_PP in (copies_PP, choices_PP):
+        passed_LNL = moved_PP.reshape(nodes, ranks_per_copy, nodes, ranks_per_copy).sum(0)  # from place, node, to place
+        passed_LNL = passed_LNL * ~np.eye(ranks_per_copy, dtype=bool)[:, None]
+        found += [passed_LNL.sum(2).T, passed_LNL.sum(0)]
+    return Hops(*(each.ravel() for each in found))
+
+
+def expected_hops(
+    rows: float, top_k: int, experts: int, ranks: int, ranks_per_copy: int, capacity_factor: float
+) -> Hops:
+    """Of a mean rank, when all sets of K experts are equally likely: what it sends it receives."""
+    nodes, tokens = ranks // ranks_per_copy, rows / top_k
+    across = tokens * expected_copies_per_token(experts, top_k, nodes) * (nodes - 1) / nodes
+    others = (ranks_per_copy - 1) / ranks_per_copy
+    inside = tokens * expected_copies_per_token(experts, top_k, ranks) * others
+    passed = kept_rows(rows, experts, capacity_factor) * others
+    return Hops(across, across, inside, inside, passed, passed)
 
 
 def kept_rows(rows: Any, experts: int, capacity_factor: float) -> Any:
@@ -76,8 +127,8 @@ def kept_rows(rows: Any, experts: int, capacity_factor: float) -> Any:
 
 
 def expected_copies_per_token(num_experts: int, top_k: int, ranks: int) -> float:
-    """Ranks on which a token's experts lie, when all sets of K experts are equally likely: rows of a deduplicated
-    dispatch per token, of a plain one K.
+    """Ranks, or nodes, on which a token's experts lie, when all sets of K experts are equally likely: rows of a
+    deduplicated dispatch per token, of a plain one K.
 
     P (1 - C(E - E/P, K) / C(E, K)): the mean number of ranks that a draw without replacement touches.
     """

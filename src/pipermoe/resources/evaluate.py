@@ -35,7 +35,7 @@ from pipermoe.specs.train import TrainConfig
 # What the formulas read.
 INSIDE = (
     *("micro_batch_size", "context_parallel", "tensor_parallel", "expert_parallel", "expert_tensor_parallel"),
-    *("recompute", "recompute_modules", "dispatcher", "exchange"),
+    *("recompute", "recompute_modules", "dispatcher", "ranks_per_copy", "exchange"),
 )
 PIPELINE = ("schedule", "pipeline_parallel", "virtual_stages", "layer_split")
 DEGREES = ("data_parallel", "context_parallel", "tensor_parallel", "expert_parallel", "expert_tensor_parallel")

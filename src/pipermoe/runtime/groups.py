@@ -18,7 +18,8 @@ class ProcessGroups:
 
     `pp` lists the global ranks of this rank's pipeline, first stage first; `pipeline` is their group for messages to
     later ranks, `pipeline_back` for those to earlier ones. `stage` holds all ranks of one pipeline stage, `ends` the
-    first and the last of a pipeline (who stands between is alone). Every group exists, also with one member, so none is
+    first and the last of a pipeline (who stands between is alone). `ep_inside` shares copies of tokens, `ep_across` is
+    how they come there (specs/mesh.py). Every group exists, also with one member, so none is
     ever None.
     """
 
@@ -30,6 +31,8 @@ class ProcessGroups:
     dp: dist.ProcessGroup
     edp: dist.ProcessGroup
     ep: dist.ProcessGroup
+    ep_across: dist.ProcessGroup
+    ep_inside: dist.ProcessGroup
     stage: dist.ProcessGroup
     ends: dist.ProcessGroup
     world: dist.ProcessGroup
@@ -51,7 +54,7 @@ class ProcessGroups:
             assert isinstance(created, dist.ProcessGroup)
             return created
 
-        pipeline = group("pp")
+        pipeline, ep = group("pp"), group("ep")
         return cls(
             rank=rank,
             coordinates=coordinates(strategy, rank),
@@ -60,7 +63,9 @@ class ProcessGroups:
             pipeline_back=group("pp") if dist.get_backend() == "nccl" else pipeline,
             dp=group("dp"),
             edp=group("edp"),
-            ep=group("ep"),
+            ep=ep,
+            ep_across=group("ep_across") if strategy.ranks_per_copy > 1 else ep,
+            ep_inside=group("ep_inside"),
             stage=group("stage"),
             ends=group("ends"),
             world=_world(),
@@ -72,7 +77,7 @@ class ProcessGroups:
 
 
 def axis_of(group: dist.ProcessGroup) -> str:
-    """The axis a group was created for, as traffic is keyed: "pp", "dp", "edp", "ep", "stage", "ends" or "world"."""
+    """The axis a group was created for, as traffic is keyed: "pp", "dp", "edp", "ep", "stage" and so on, or "world"."""
     return "world" if group.group_desc == "default_pg" else group.group_desc
 
 

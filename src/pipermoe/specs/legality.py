@@ -134,6 +134,18 @@ def _enough_microbatches(table: StrategyTable, job: Job) -> NDArray[np.bool_]:
     return ~is_1f1b | (table.microbatches(job.train.global_batch_size) >= table.pipeline_parallel)
 
 
+def _copies_fit(table: StrategyTable, job: Job) -> NDArray[np.bool_]:
+    block, ranks = table.ranks_per_copy, table.expert_parallel
+    return (block == 1) | (divides(block, ranks) & (block < ranks))
+
+
+def _explain_copies(strategy: Strategy, job: Job) -> tuple[str, object, str]:
+    ranks = strategy.expert_parallel
+    smaller = ", ".join(str(d) for d in range(2, ranks) if ranks % d == 0)
+    rule = f"must divide expert_parallel = {ranks} into several blocks: {smaller or 'none do, leave it out'}"
+    return "ranks_per_copy", strategy.ranks_per_copy, rule
+
+
 WORLD_RULE = Rule(lambda table, job: table.world_size == job.world_size, _explain_world)
 
 LEGAL: tuple[Rule, ...] = (
@@ -152,6 +164,7 @@ LEGAL: tuple[Rule, ...] = (
         _explain_batch,
     ),
     Rule(_enough_microbatches, _explain_microbatches),
+    Rule(_copies_fit, _explain_copies),
 )
 
 EXECUTABLE_PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")

@@ -11,7 +11,7 @@ from typing import Literal
 
 from pipermoe.specs.strategy import Strategy
 
-Axis = Literal["pp", "dp", "cp", "tp", "edp", "ep", "etp", "stage", "ends"]
+Axis = Literal["pp", "dp", "cp", "tp", "edp", "ep", "etp", "stage", "ends", "ep_across", "ep_inside"]
 DENSE_AXES: tuple[Axis, ...] = ("dp", "cp", "tp")
 EXPERT_AXES: tuple[Axis, ...] = ("edp", "ep", "etp")
 
@@ -57,8 +57,15 @@ def groups(strategy: Strategy, axis: Axis) -> list[tuple[int, ...]]:
     """All rank groups along `axis`, each in the order of its coordinate; together they hold every rank once.
 
     The axis "stage" is all ranks of one pipeline stage (dp x cp x tp, equally edp x ep x etp), "ends" the first and the
-    last rank of a pipeline, each rank between them alone.
+    last rank of a pipeline, each rank between them alone. A group along "ep" falls into blocks of `ranks_per_copy`:
+    "ep_inside" is such a block, "ep_across" those that stand at the same place in every block.
     """
+    if axis in ("ep_inside", "ep_across"):
+        block = strategy.ranks_per_copy
+        blocks = [
+            [group[start : start + block] for start in range(0, len(group), block)] for group in groups(strategy, "ep")
+        ]
+        return [ranks for group in blocks for ranks in (group if axis == "ep_inside" else zip(*group, strict=True))]
     if axis == "ends":
         last = strategy.pipeline_parallel - 1
         between = [(rank,) for rank in range(strategy.ranks_per_stage, last * strategy.ranks_per_stage)]

@@ -9,7 +9,8 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 from pipermoe.specs.base import Frozen
 
 Recompute = Literal["none", "selective", "full"]
-# How tokens travel to their experts: every choice as a row of its own, or one row per token and rank that holds any.
+# How tokens travel to their experts: every choice as a row of its own, or one row per token and rank, or node, that
+# holds any.
 Dispatcher = Literal["all_to_all", "deduplicated"]
 # Who moves an all-to-all's bytes: the communication library's collective, or exchange plans that know the network.
 Exchange = Literal["library", "planned"]
@@ -33,6 +34,8 @@ class Strategy(Frozen):
     Attention is spread over `pp x dp x cp x tp`, experts over `pp x edp x ep x etp`.
     The paper's expert-data parallel mesh is `cp = tp = etp = edp = 1`, `ep = dp`.
     `layer_split` gives the layers of each of the `pipeline_parallel * virtual_stages` stages; empty: as even as can be.
+    Deduplicated dispatch sends a token once to every `ranks_per_copy` consecutive ranks of an expert group, which pass
+    the copy on among themselves: 1 each rank for itself, more the ranks of a node.
     `zero_dense` and `zero_expert` are ZeRO levels over dp and edp: 1 shards optimizer state, 2 also gradients, 3 also
     weights. `recompute_modules` are those of "selective" recomputation, in the order of `RECOMPUTE_MODULES`.
     """
@@ -48,6 +51,7 @@ class Strategy(Frozen):
     micro_batch_size: PositiveInt = 1
     schedule: str = "1f1b"
     dispatcher: Dispatcher = "all_to_all"
+    ranks_per_copy: PositiveInt = 1
     exchange: Exchange = "library"
     layer_split: tuple[PositiveInt, ...] = ()
     recompute: Recompute = "none"
@@ -68,6 +72,11 @@ class Strategy(Frozen):
             raise ValueError(
                 f"recompute = {self.recompute} with recompute_modules = {list(self.recompute_modules)}: selective "
                 f"names its modules ({', '.join(RECOMPUTE_MODULES)}), none and full have no modules"
+            )
+        if self.ranks_per_copy > 1 and self.dispatcher != "deduplicated":
+            raise ValueError(
+                f"ranks_per_copy = {self.ranks_per_copy} needs dispatcher = deduplicated; {self.dispatcher} sends "
+                "every choice by itself"
             )
         return self
 

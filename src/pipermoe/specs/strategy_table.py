@@ -43,6 +43,7 @@ class StrategyTable:
     micro_batch_size: Column
     schedule: Column
     dispatcher: Column
+    ranks_per_copy: Column
     exchange: Column
     recompute: Column
     recompute_modules: Column

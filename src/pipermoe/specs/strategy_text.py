@@ -27,8 +27,8 @@ DEGREES = {
 }
 ACCEPTED = (
     f"a degree ({', '.join(f'{short}N' for short in DEGREES)}), z0 to z3 or z1/0 (dense/expert), deduplicated, "
-    f"planned, full, selective:MODULE,... ({', '.join(RECOMPUTE_MODULES)}), split:N,N,... "
-    f"or a schedule ({', '.join(SCHEDULE_NAMES)})"
+    f"deduplicated:N (once for every N ranks), planned, full, selective:MODULE,... ({', '.join(RECOMPUTE_MODULES)}), "
+    f"split:N,N,... or a schedule ({', '.join(SCHEDULE_NAMES)})"
 )
 _DEGREE, _ZERO = re.compile(r"([a-z]+)(\d+)"), re.compile(r"z([0-3])(?:/([0-3]))?")
 
@@ -70,6 +70,9 @@ def word(strategy: Strategy, key: str) -> str:
     if key in ("recompute", "recompute_modules"):
         modules = ",".join(strategy.recompute_modules)
         return f"{strategy.recompute}:{modules}" if modules else f"{strategy.recompute}"
+    if key in ("dispatcher", "ranks_per_copy"):
+        once = strategy.ranks_per_copy
+        return f"{strategy.dispatcher}:{once}" if once > 1 else strategy.dispatcher
     if key == "layer_split":
         return f"split:{','.join(map(str, strategy.layer_split)) or 'even'}"
     return str(getattr(strategy, key))
@@ -116,6 +119,9 @@ def _meaning(word: str) -> Iterator[tuple[str, Any]]:
         yield "schedule", word
     elif word in DISPATCHER_NAMES:
         yield "dispatcher", word
+    elif name == "deduplicated" and re.fullmatch(r"[1-9]\d{0,8}", values):
+        yield "dispatcher", name
+        yield "ranks_per_copy", int(values)
     elif word in EXCHANGE_NAMES:
         yield "exchange", word
     elif (match := _DEGREE.fullmatch(word)) and match[1] in DEGREES and 0 < int(match[2]) < 2**31:

@@ -2,7 +2,7 @@
 
 Plain (`runtime/pipeline/dispatch.py`): every choice is a row that travels, its result a row that comes back. Or
 deduplicated (`runtime/pipeline/deduplicated.py`): a token's copy travels once to each rank, experts expand it to the
-rows they compute, and one weighted sum comes back per copy.
+rows they compute, and one weighted sum comes back per copy. By node it crosses before: one more list of places.
 """
 
 from __future__ import annotations
@@ -44,12 +44,13 @@ def carried(sizes: Sizes) -> Carried:
     rows, arrived, copies = sizes.stream_by(sizes.model.moe.top_k * width), sizes.arriving_by(width), sizes.copies
     of_copies = copies * width * sizes.element
 
-    def either(deduplicated: Any, plain: Any) -> Any:
-        return np.where(once, deduplicated, plain)
+    def either(when_once: Any, plain: Any) -> Any:
+        return np.where(once, when_once, plain)
 
+    deduplicated = sizes.leaving + sizes.crossing + copies + 2 * sizes.arriving
     return Carried(
         once=once,
-        places=(either(sizes.leaving + copies + 2 * sizes.arriving, 2 * sizes.leaving) + sorted_rows) * INDEX_BYTES,
+        places=(either(deduplicated, 2 * sizes.leaving) + sorted_rows) * INDEX_BYTES,
         inputs=either(of_copies + sizes.arriving * sizes.element, arrived),
         expanded=either(arrived, 0),
         results=either(2 * arrived, 0),

@@ -58,6 +58,7 @@ class Sizes:
     capacity_factor: float = 0.0
     profile: MemoryProfile = RUNTIME
     deduplicated: Any = False
+    ranks_per_copy: Any = 1
 
     @property
     def stream(self) -> Any:
@@ -88,14 +89,22 @@ class Sizes:
 
     @property
     def copies(self) -> Any:
-        """Copies of tokens that a deduplicated dispatch sends, those to the rank itself included; as many arrive."""
-        moe = self.model.moe
-        each = np.broadcast(self.deduplicated, self.rows, self.ep)
+        """Copies of tokens that a deduplicated dispatch sends to ranks, the sender itself included; as many arrive."""
+        return self._copies(1)
+
+    @property
+    def crossing(self) -> Any:
+        """Copies that it sends to nodes before, the sender's own included; 0 where a node is a rank."""
+        return self._copies(self.ranks_per_copy) * (np.asarray(self.ranks_per_copy) > 1)
+
+    def _copies(self, ranks_per_copy: Any) -> Any:
+        moe, factor = self.model.moe, self.capacity_factor
+        each = np.broadcast(self.deduplicated, self.rows, self.ep, ranks_per_copy)
         found = [
-            balanced_copies(int(rows), moe.top_k, moe.num_experts, int(ep), self.capacity_factor).sum(1).max()
+            balanced_copies(int(rows), moe.top_k, moe.num_experts, int(ep), factor, int(block)).sum(1).max()
             if deduplicated and ep > 1
             else 0
-            for deduplicated, rows, ep in each
+            for deduplicated, rows, ep, block in each
         ]
         return np.array(found).reshape(each.shape)
 
@@ -131,6 +140,7 @@ def sizes_of(
         train.capacity_factor,
         profile,
         table.dispatcher == DISPATCHER_NAMES.index("deduplicated"),
+        table.ranks_per_copy,
     )
 
 

@@ -51,7 +51,7 @@ class Deduplicated:
         group, tokens = self.group, len(choices.experts_TK)
         if (planned := group.planned_numbers(tokens)) is not None:
             return Arrived(self._with_planned_copies(planned, tokens))
-        copies_P1 = self._copies(choices).sum(1, keepdim=True)
+        copies_P1 = destinations(choices.kept_TK, group).sum(1, keepdim=True)
         own = torch.cat((choices.kept_E.view(group.ranks, -1), copies_P1), 1).flatten()
         received = torch.empty_like(own)
         work = group.transport.all_to_all(received, own, None, None)
@@ -63,17 +63,9 @@ class Deduplicated:
         group, numbers = self.group, counts.wait()
         rows_PM = rows_of(numbers, group.local_experts + 1)
         sent, received = Rows.of(rows_PM[: group.ranks]), Rows.of(rows_PM[group.ranks :])
-        return DeduplicatedJourney(group, choices, sent, received, self._copies(choices), experts, keep)
-
-    def _copies(self, choices: Choices) -> Tensor:
-        """Which tokens go to which rank (P, T), bool as int64."""
-        experts_TK, ranks = choices.experts_TK, self.group.ranks
-        rank_TK = experts_TK // self.group.local_experts
-        if choices.capacity is not None:
-            lost = torch.empty_like(choices.travels).index_copy_(0, choices.order, ~choices.travels)
-            rank_TK = rank_TK.masked_fill(lost.view_as(rank_TK), ranks)  # to nobody
-        goes_TP = rank_TK.new_zeros(len(rank_TK), ranks + 1).scatter_(1, rank_TK, 1)
-        return goes_TP[:, :ranks].t()
+        order_A = choices.kept(sum(sent.by_rank))
+        goes_PT = destinations(choices.kept_TK, group)
+        return DeduplicatedJourney(group, choices.experts_TK, order_A, goes_PT, sent, received, experts, keep)
 
     def _with_planned_copies(self, planned: list[int], tokens: int) -> list[int]:
         group = self.group
@@ -84,30 +76,57 @@ class Deduplicated:
         return [number for rows, count in zip(blocks, copies, strict=True) for number in (*rows, count)]
 
 
+def destinations(experts_TK: Tensor, group: ExpertGroup) -> Tensor:
+    """Which tokens go to which rank of the group (P, T), bool as int64; an expert that no rank has is nobody's."""
+    goes_TP = experts_TK.new_zeros(len(experts_TK), group.ranks + 1).scatter_(1, experts_TK // group.local_experts, 1)
+    return goes_TP[:, : group.ranks].t()
+
+
+class Copies:
+    """One copy per token and rank: `token_C` names the token of each, ordered by rank, then token."""
+
+    def __init__(self, group: ExpertGroup, goes_PT: Tensor, sent: list[int], received: list[int]):
+        self._group, self._sent, self._received, self._tokens = group, sent, received, goes_PT.shape[1]
+        place_C = positions(goes_PT.flatten() > 0, sum(sent))
+        self.token_C = place_C % self._tokens
+
+    def out(self, x_TD: Tensor) -> Flying[Tensor]:
+        return self._group.launch(x_TD, self.token_C, self._sent, self._received, None)
+
+    def back(self, y_BD: Tensor) -> Flying[Tensor]:
+        return self._group.launch(y_BD, None, self._received, self._sent, None)
+
+    def sums(self, rows_CD: Tensor) -> Tensor:
+        """The sum over each token's copies (T, D)."""
+        return rows_CD.new_zeros(self._tokens, rows_CD.shape[1]).index_add_(0, self.token_C, rows_CD)
+
+
 class DeduplicatedJourney:
-    """`token_C` names the token of each copy, ordered by rank, then token; `copy_R` the copy of each expert row."""
+    """`order_A` are the choices (token * K + choice) that travel, by expert; `goes_PT` says which tokens go where.
+
+    A choice travels as a slot, the place of its copy among those of its rank; `copy_R` is the copy of an expert's row.
+    """
 
     def __init__(
         self,
         group: ExpertGroup,
-        choices: Choices,
+        experts_TK: Tensor,
+        order_A: Tensor,
+        goes_PT: Tensor,
         sent: Rows,
         received: Rows,
-        goes_PT: Tensor,
         experts: Experts,
         keep: bool,
     ):
-        self._group, self._shape, device = group, choices.experts_TK.shape, choices.experts_TK.device
-        self._copies, self._received_copies = sent.copies, received.copies
+        self._group, self._shape, device = group, experts_TK.shape, experts_TK.device
         self._sent, self._received = sent.by_rank, received.by_rank
-        self._order_A = choices.kept(sum(self._sent))
+        self._order_A = order_A
         self._arrange_R, self._restore_R = arrangement(received.by_expert_PN, device)
-        goes = goes_PT.flatten()
-        self._token_C = positions(goes > 0, sum(self._copies)) % goes_PT.shape[1]
-        rank_A = choices.experts_TK.flatten()[self._order_A] // group.local_experts
-        place = (goes.cumsum(0) - 1).view_as(goes_PT)[rank_A, self._order_A // group.top_k]
-        self._slot_A = place - _firsts(self._copies, device)[rank_A]
-        self._first_copy_R = _firsts(self._received_copies, device).repeat_interleave(
+        self._copies = Copies(group, goes_PT, sent.copies, received.copies)
+        rank_A = experts_TK.flatten()[order_A] // group.local_experts
+        place = (goes_PT.flatten().cumsum(0) - 1).view_as(goes_PT)[rank_A, order_A // experts_TK.shape[1]]
+        self._slot_A = place - _firsts(sent.copies, device)[rank_A]
+        self._first_copy_R = _firsts(received.copies, device).repeat_interleave(
             torch.tensor(self._received, device=device), output_size=sum(self._received)
         )
         self._rows = [sum(column) for column in zip(*received.by_expert_PN, strict=True)]
@@ -120,7 +139,7 @@ class DeduplicatedJourney:
         slots_A2 = torch.stack((self._slot_A.int(), bits_A), 1)
         del self._slot_A
         slots = self._group.launch(slots_A2, None, self._sent, self._received, None)
-        return Both(slots, self._copies_out(x_TD))
+        return Both(slots, self._copies.out(x_TD))
 
     def compute(self, dispatched: Flight[tuple[Tensor, Tensor]]) -> Flight[Tensor]:
         """What this rank's experts make of each copy: the weighted sum over those it goes to."""
@@ -135,32 +154,23 @@ class DeduplicatedJourney:
             return torch.zeros_like(x_BD).index_add(0, copy_R, y_RD * weight_R[:, None])
 
         self._experts = Piece(weighted_sums, self._keep)
-        return self._copies_back(self._experts.forward(copies_BD, weight_R.to(self._dtype)))
+        return self._copies.back(self._experts.forward(copies_BD, weight_R.to(self._dtype)))
 
     def merge(self, combined: Flight[Tensor]) -> Tensor:
-        return self._sum_by_token(combined.wait())
+        return self._copies.sums(combined.wait())
 
     def dispatch_gradient(self, gradient_TD: Tensor) -> Flight[Tensor]:
-        return self._copies_out(gradient_TD)
+        return self._copies.out(gradient_TD)
 
     def compute_gradient(self, dispatched: Flight[Tensor]) -> Flight[tuple[Tensor, Tensor]]:
         to_copies_BD, to_weight_R = self._experts.backward(dispatched.wait())
         weights = self._group.launch(to_weight_R, self._restore_R, self._received, self._sent, None)
-        return Both(weights, self._copies_back(to_copies_BD))
+        return Both(weights, self._copies.back(to_copies_BD))
 
     def merge_gradient(self, combined: Flight[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         to_weight_A, to_copies_CD = combined.wait()
         to_weights = to_weight_A.new_zeros(self._shape.numel()).index_copy_(0, self._order_A, to_weight_A)
-        return self._sum_by_token(to_copies_CD), to_weights.view(self._shape)
-
-    def _copies_out(self, x_TD: Tensor) -> Flying[Tensor]:
-        return self._group.launch(x_TD, self._token_C, self._copies, self._received_copies, None)
-
-    def _copies_back(self, y_BD: Tensor) -> Flying[Tensor]:
-        return self._group.launch(y_BD, None, self._received_copies, self._copies, None)
-
-    def _sum_by_token(self, rows_CD: Tensor) -> Tensor:
-        return rows_CD.new_zeros(self._shape[0], rows_CD.shape[1]).index_add_(0, self._token_C, rows_CD)
+        return self._copies.sums(to_copies_CD), to_weights.view(self._shape)
 
 
 def _firsts(lengths: list[int], device: torch.device) -> Tensor:

@@ -105,6 +105,15 @@ class Choices:
         place = torch.arange(len(experts), device=experts.device) - first_E[experts]
         return place < self.kept_E[experts]
 
+    @property
+    def kept_TK(self) -> Tensor:
+        """`experts_TK` with the number of experts, which none has, where a choice is dropped."""
+        if self.capacity is None:
+            return self.experts_TK
+        travels = self.travels
+        lost = torch.empty_like(travels).index_copy_(0, self.order, ~travels)
+        return self.experts_TK.masked_fill(lost.view_as(self.experts_TK), len(self.kept_E))
+
     def kept(self, count: int) -> Tensor:
         """The `count` assignments that travel (A,), sorted by expert."""
         return self.order if self.capacity is None else self.order[positions(self.travels, count)]

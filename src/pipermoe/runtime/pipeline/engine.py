@@ -25,6 +25,7 @@ from pipermoe.runtime.meter import Meter
 from pipermoe.runtime.optimizer.flat_parameters import FlatParameters
 from pipermoe.runtime.optimizer.sharding import Sharding, Unit, flatten
 from pipermoe.runtime.pipeline.deduplicated import Deduplicated
+from pipermoe.runtime.pipeline.deduplicated_by_node import DeduplicatedByNode
 from pipermoe.runtime.pipeline.dispatch import AllToAll, Dispatcher, ExpertGroup
 from pipermoe.runtime.pipeline.execution import Execution, Program, StepResult
 from pipermoe.runtime.pipeline.flight import Collective, Transport
@@ -98,7 +99,7 @@ class Engine:
         self.placement = None if laid_out is None else laid_out.placement(group.rank)
         self.spill = None if laid_out is None else laid_out.spill
         carrier = Carrier(group.transport, group.rank, group.ranks, self.meter)
-        dispatcher = _dispatcher(strategy, group, self.placement, carrier, self.spill, model)
+        dispatcher = _dispatcher(strategy, group, groups, self.placement, carrier, self.spill, model)
         self.balance = Balance(train.auxiliary_loss_level, train.seq_len, groups.dp, self.meter)
         self.local_experts = group.local_experts
         slots = group.local_experts if self.placement is None else self.placement.slots
@@ -225,6 +226,7 @@ def _transport(strategy: Strategy, group: dist.ProcessGroup, meter: Meter, *, dr
 def _dispatcher(
     strategy: Strategy,
     group: ExpertGroup,
+    groups: ProcessGroups,
     placement: Placement | None,
     carrier: Carrier,
     spill: SpillRule | None,
@@ -234,8 +236,23 @@ def _dispatcher(
     if placement is not None:
         layers = {f"layers.{layer}": index for index, layer in enumerate(model.routers)}
         return lambda unit: LayoutDispatch(group, placement, layers[unit], carrier, spill)
-    everywhere = Deduplicated(group) if strategy.dispatcher == "deduplicated" and group.ranks > 1 else AllToAll(group)
+    everywhere = _same_dispatcher(strategy, group, groups)
     return lambda unit: everywhere
+
+
+def _same_dispatcher(strategy: Strategy, group: ExpertGroup, groups: ProcessGroups) -> Dispatcher:
+    """Of all layers, when their experts lie in order."""
+    if strategy.dispatcher == "all_to_all" or group.ranks == 1:
+        return AllToAll(group)
+    if strategy.ranks_per_copy == 1:
+        return Deduplicated(group)
+
+    def part(members: dist.ProcessGroup, num_experts: int) -> ExpertGroup:
+        transport = _transport(strategy, members, group.meter, dry=group.planned_counts is not None)
+        return ExpertGroup(members.rank(), members.size(), num_experts, group.top_k, transport, group.meter)
+
+    inside = part(groups.ep_inside, group.local_experts * strategy.ranks_per_copy)
+    return DeduplicatedByNode(group, part(groups.ep_across, group.num_experts), inside)
 
 
 def _check_schedule(schedule: Schedule, strategy: Strategy) -> None:
