@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class Kind(StrEnum):
@@ -23,6 +24,8 @@ class Kind(StrEnum):
     RESHARD = "RESHARD"  # drop the gathered copy
     REDUCE = "REDUCE_GRAD"  # reduce the stage's gradients over its replicas
 
+    __hash__ = str.__hash__  # an Enum hashes in Python, and every look-up of an action hashes its kind
+
 
 COMPUTE = frozenset({Kind.FORWARD, Kind.BACKWARD, Kind.INPUT_GRAD, Kind.WEIGHT_GRAD, Kind.OVERLAP})
 SENDS = frozenset({Kind.SEND_FORWARD, Kind.SEND_BACKWARD})
@@ -31,8 +34,7 @@ SHARDING = frozenset({Kind.UNSHARD, Kind.RESHARD, Kind.REDUCE})
 WHOLE_STAGE = -1  # the micro-batch of an action on the stage as a whole
 
 
-@dataclass(frozen=True, slots=True)
-class Action:
+class Action(NamedTuple):
     """One unit of work of a pipeline rank on (stage, microbatch).
 
     An overlapped pair is one action of kind OVERLAP that names its forward and its backward in `pair`, in that order;
@@ -42,7 +44,7 @@ class Action:
     kind: Kind
     stage: int
     microbatch: int
-    pair: tuple[Action, ...] = field(default=(), repr=False)
+    pair: tuple[Action, ...] = ()
 
     @property
     def parts(self) -> tuple[Action, ...]:

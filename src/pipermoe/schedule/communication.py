@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import replace
-from typing import NamedTuple
 
 from pipermoe.schedule.action import RECEIVES, SENDS, Action, Kind, Schedule, source_of
-from pipermoe.schedule.timeline import simulate
+from pipermoe.schedule.rendezvous import rendezvous
 
 _SEND = {
     Kind.FORWARD: Kind.SEND_FORWARD,
@@ -57,105 +55,10 @@ def with_communication(schedule: Schedule) -> Schedule:
     first if all stages are alike. A runtime may therefore post a receive where it stands and wait for it at its use, or
     simply block.
     """
-    lowered = _Rendezvous(without_communication(schedule)).run()
-    return replace(schedule, ranks=tuple(map(tuple, lowered)))
+    return replace(schedule, ranks=tuple(map(tuple, rendezvous(without_communication(schedule)))))
 
 
 def without_communication(schedule: Schedule) -> Schedule:
     """The schedule without sends and receives."""
     ranks = (tuple(a for a in actions if a.kind not in SENDS | RECEIVES) for actions in schedule.ranks)
     return replace(schedule, ranks=tuple(ranks))
-
-
-class _Rendezvous:
-    """One run of a compute-only schedule in which every send waits for its receive; it records who did what when."""
-
-    def __init__(self, schedule: Schedule) -> None:
-        timeline = simulate(schedule)
-        self.schedule = schedule
-        self.done: list[list[Action]] = [[] for _ in schedule.ranks]
-        self.todo = [
-            deque(zip(actions, starts, ends, strict=True))
-            for actions, starts, ends in zip(schedule.ranks, timeline.start, timeline.end, strict=True)
-        ]
-        self.sending: list[deque[Message]] = [deque() for _ in schedule.ranks]  # what a rank is held up by
-        self.arrived: list[set[Action]] = [set() for _ in schedule.ranks]  # received, used or not
-
-    def run(self) -> list[list[Action]]:
-        ranks = range(len(self.done))
-        while any(self.todo) or any(self.sending):
-            advanced = [rank for rank in ranks if self._advance(rank)]
-            if not advanced and not any(self._break_circle(rank) for rank in ranks):
-                raise AssertionError(f"schedule {self.schedule.name} ran in simulation, but not with rendezvous sends")
-        return self.done
-
-    def _advance(self, rank: int) -> bool:
-        """Run actions of `rank` until it waits for a peer; whether it did any."""
-        before = len(self.done[rank])
-        while not self.sending[rank] and self.todo[rank]:
-            action, _, end = self.todo[rank][0]
-            if not all(self._receive_until(rank, part) for part in action.parts):
-                break
-            self.todo[rank].popleft()
-            self.done[rank].append(action)
-            for part in action.parts:
-                if send := send_of(self.schedule, part, rank):
-                    self.sending[rank].append(Message(*send, end))
-        return len(self.done[rank]) > before
-
-    def _receive_until(self, rank: int, part: Action) -> bool:
-        """Receive from the peer, in its order, up to what `part` needs; False when the peer is not there yet."""
-        need = receive_of(self.schedule, part, rank)
-        if need is None:
-            return True
-        receive, peer = need
-        while receive not in self.arrived[rank]:
-            if not (self.sending[peer] and self.sending[peer][0].receiver == rank):
-                return False
-            self._meet(peer, rank)
-        return True
-
-    def _waits_for(self, rank: int) -> int | None:
-        """The peer that holds `rank` up: the one it sends to, or else the one whose message its next action needs."""
-        if self.sending[rank]:
-            return self.sending[rank][0].receiver
-        for part in self.todo[rank][0][0].parts if self.todo[rank] else ():
-            need = receive_of(self.schedule, part, rank)
-            if need and need[0] not in self.arrived[rank]:
-                return need[1]
-        return None
-
-    def _break_circle(self, start: int) -> bool:
-        """If the ranks that `start` waits for form a circle, one of them receives before it goes on."""
-        path: list[int] = []
-        rank: int | None = start
-        while rank is not None and rank not in path:
-            path.append(rank)
-            rank = self._waits_for(rank)
-        if rank is None:
-            return False
-        circle = path[path.index(rank) :]
-        pairs = [pair for pair in zip(circle, circle[1:] + circle[:1], strict=True) if self.sending[pair[0]]]
-        if not pairs:
-            return False
-        self._meet(*min(pairs, key=lambda pair: self.sending[pair[0]][0].ready - self._goes_on(pair[1])))
-        return True
-
-    def _goes_on(self, rank: int) -> float:
-        """When `rank` would send or compute next if nothing held it up."""
-        return self.sending[rank][0].ready if self.sending[rank] else self.todo[rank][0][1]
-
-    def _meet(self, sender: int, receiver: int) -> None:
-        send = self.sending[sender].popleft().send
-        receive = matching_receive(send)
-        self.done[sender].append(send)
-        self.done[receiver].append(receive)
-        self.arrived[receiver].add(receive)
-
-
-class Message(NamedTuple):
-    """A send that is held up: the receiving rank, and when its data was ready in a run without such delays."""
-
-    send: Action
-    receiver: int
-    ready: float

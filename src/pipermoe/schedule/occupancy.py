@@ -6,162 +6,149 @@ times each of them is held.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipermoe.schedule.action import COMPUTE, RECEIVES, Action, Kind, Schedule
-from pipermoe.schedule.arrivals import Arrivals, all_acknowledgements
+from pipermoe.schedule.action import COMPUTE, RECEIVES, Kind, Schedule
+from pipermoe.schedule.arrivals import proofs
 from pipermoe.schedule.builders import build
-from pipermoe.schedule.communication import receive_of, send_of, with_communication
+from pipermoe.schedule.columns import KINDS, Columns, Ints
+from pipermoe.schedule.communication import with_communication
+
+# P elementary actions, C chunks per rank, N instants: actions with all that is held while they run
 
 REPEATS = 2  # micro-batches per pipeline rank after which a schedule repeats itself
+OUTPUTS, GRADIENTS, INCOMING, RECEIVED = range(-4, 0)  # the last columns of counts
+
+Work = tuple[int, Kind, int, int]
 
 
-class Held(NamedTuple):
-    """Message-sized buffers of a rank, beside its activations."""
+class Occupancies(NamedTuple):
+    """What ranks hold while they work: `work` is (rank, kind, stage, beside) of every row of `counts`, (N, 2 C + 4).
 
-    outputs: int  # forward results sent and not known to have arrived, or waiting for the next stage on this rank
-    gradients: int  # the same of input gradients
-    incoming: int  # inputs and gradients received and not used yet, or made by another stage of this rank
-    received: int  # inputs that came from another rank and belong to activations since
-
-
-class Occupancy(NamedTuple):
-    """What `rank` holds while it works on `stage` (`kind` F, B or I): per chunk, in the order of `stages_of(rank)`.
-
-    `kept[c]` micro-batches have the activations of a forward on chunk c, the current one included; `deferred[c]` only
-    what their weight gradients still need. The result of the action is in `messages` already, its operands still are.
-    A backward of a pair runs `beside` the forward of that stage, layer by layer in turn; alone, that is -1.
+    Kind is F, B or I. A backward of a pair runs `beside` the forward of that stage, layer by layer in turn; alone, that
+    is -1. The counts of chunks are in the order of `stages_of(rank)`: first the micro-batches that have the activations
+    of a forward, the current one included; then those that have only what their weight gradients still need. Then
+    message-sized buffers: forward results sent and not known to have arrived, or waiting for the next stage on this
+    rank; the same of input gradients; inputs and gradients received and not used yet, or made by another stage of this
+    rank; inputs that came from another rank and belong to activations since. The result of the action is among them
+    already, its operands still are.
     """
 
-    rank: int
-    kind: Kind
-    stage: int
-    beside: int
-    kept: tuple[int, ...]
-    deferred: tuple[int, ...]
-    messages: Held
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        return (*self.kept, *self.deferred, *self.messages)
-
-    @property
-    def measure(self) -> tuple[int, ...]:
-        """Where none of these is larger than another's of the same work, so are no bytes.
-
-        All messages are alike, and activations are at least as large as one: they contain their input.
-        """
-        outputs, gradients, incoming, _ = self.messages
-        return (*self.kept, *self.deferred, sum(self.kept) + outputs + gradients + incoming)
+    work: tuple[Work, ...]
+    counts: Ints
 
 
-def occupancies(schedule: Schedule) -> list[Occupancy]:
+def occupancies(schedule: Schedule) -> Occupancies:
     """The occupancies of all ranks that can be the most: none is below another in every count at the same work."""
     lowered = with_communication(schedule)
-    arrivals = all_acknowledgements(lowered)
-    found: list[Occupancy] = []
-    for rank in range(lowered.num_ranks):
-        found += _largest(_Walk(lowered, rank).run(arrivals[rank]))
-    return found
+    columns = Columns.of(lowered)
+    instants = _instants(columns)
+    pair = columns.position[instants] == np.append(-1, columns.position)[instants]
+    work = np.stack(
+        [
+            columns.rank[instants],
+            _ALPHABETICAL[columns.kind[instants]],
+            columns.stage[instants],
+            np.where(pair, columns.stage[instants - 1], -1),
+        ]
+    )
+    counts = _counts(lowered, columns, instants, instants - pair)
+    rows = _largest(work, counts)
+    rank, kind, stage, beside = work[:, rows].tolist()
+    kinds = map(_BY_NAME.__getitem__, kind)
+    return Occupancies(tuple(zip(rank, kinds, stage, beside, strict=True)), counts[rows])
 
 
-def _posted(actions: Sequence[Action], i: int) -> int:
-    """The receives between compute action `i` (-1: the start) and the next one: their buffers wait beside it."""
-    count = 0
-    for action in actions[i + 1 :]:
-        if action.kind in COMPUTE:
-            break
-        count += action.kind in RECEIVES
-    return count
+_BY_NAME = sorted(KINDS)
+_ALPHABETICAL = np.array([_BY_NAME.index(kind) for kind in KINDS])
 
 
-class _Walk:
-    """One rank's actions in order, counting."""
-
-    def __init__(self, schedule: Schedule, rank: int) -> None:
-        self.schedule, self.rank = schedule, rank
-        self.chunk = {stage: c for c, stage in enumerate(schedule.stages_of(rank))}
-        self.kept = [0] * len(self.chunk)
-        self.deferred = [0] * len(self.chunk)
-        self.outputs = self.gradients = self.incoming = self.received = 0
-
-    def run(self, arrived: Arrivals) -> set[Occupancy]:
-        seen = set()
-        actions = self.schedule.ranks[self.rank]
-        self.incoming = _posted(actions, -1)
-        for i, action in enumerate(actions):
-            if action.kind in COMPUTE:
-                self.incoming += _posted(actions, i)
-                seen.update(self._compute(action))
-            for sent in arrived.get(action, ()):
-                if sent.kind is Kind.SEND_FORWARD:
-                    self.outputs -= 1
-                else:
-                    self.gradients -= 1
-        return seen
-
-    def _compute(self, action: Action) -> Iterator[Occupancy]:
-        """The occupancy of one action. The parts of a pair run in turn, so both begin before either ends."""
-        parts = [part for part in action.parts if part.kind is not Kind.WEIGHT_GRAD]
-        for part in parts:
-            self._begin(part)
-        if action.pair:
-            yield self._now(action.pair[1], beside=action.pair[0].stage)
-        elif parts:
-            yield self._now(action)
-        for part in parts:
-            self._end(part)
-        if action.kind is Kind.WEIGHT_GRAD:
-            self.deferred[self.chunk[action.stage]] -= 1
-
-    def _now(self, action: Action, beside: int = -1) -> Occupancy:
-        messages = Held(self.outputs, self.gradients, self.incoming, self.received)
-        kept, deferred = tuple(self.kept), tuple(self.deferred)
-        return Occupancy(self.rank, action.kind, action.stage, beside, kept, deferred, messages)
-
-    def _begin(self, action: Action) -> None:
-        if action.kind is not Kind.FORWARD:
-            return
-        self.kept[self.chunk[action.stage]] += 1
-        if action.stage > 0:  # the input is one of the activations from now on
-            self.incoming -= 1
-        self.received += receive_of(self.schedule, action, self.rank) is not None
-        if action.stage < self.schedule.num_stages - 1:
-            self.outputs += 1
-
-    def _end(self, action: Action) -> None:
-        last = self.schedule.num_stages - 1
-        if action.kind is Kind.FORWARD:
-            if action.stage < last and send_of(self.schedule, action, self.rank) is None:
-                self.outputs -= 1
-                self.incoming += 1
-            return
-        self.kept[self.chunk[action.stage]] -= 1
-        forward = Action(Kind.FORWARD, action.stage, action.microbatch)
-        self.received -= receive_of(self.schedule, forward, self.rank) is not None
-        if action.kind is Kind.INPUT_GRAD:
-            self.deferred[self.chunk[action.stage]] += 1
-        self.incoming -= action.stage < last
-        if action.stage > 0:
-            if send_of(self.schedule, action, self.rank) is None:
-                self.incoming += 1
-            else:
-                self.gradients += 1
+def _instants(columns: Columns) -> Ints:
+    """The actions with activations, as places in the columns; of a pair the backward."""
+    works = columns.of_kind(Kind.FORWARD, Kind.BACKWARD, Kind.INPUT_GRAD)
+    goes_on = (np.diff(columns.position, append=-1) == 0) & (np.diff(columns.rank, append=-1) == 0)
+    return np.flatnonzero(works & ~goes_on)
 
 
-def _largest(seen: set[Occupancy]) -> list[Occupancy]:
-    """Those that no other of the same work exceeds or equals in every count, in a fixed order."""
-    best: list[Occupancy] = []
-    for each in sorted(seen, key=lambda o: (-sum(o.measure), o[1:4], o.counts)):
-        same = (o for o in best if o[1:4] == each[1:4])
-        if not any(all(a >= b for a, b in zip(o.measure, each.measure, strict=True)) for o in same):
-            best.append(each)
-    return sorted(best, key=lambda o: (o[1:4], o.counts))
+def _counts(schedule: Schedule, columns: Columns, last: Ints, first: Ints) -> Ints:
+    """What is held while the actions with the parts `first` to `last` run, (N, 2 C + 4).
+
+    Parts of a pair run in turn: both begin before either ends. The buffers of receives up to the next computation wait
+    beside this one.
+    """
+    begins, ends = _changes(schedule, columns)
+    begun = np.cumsum(begins, axis=0)
+    ended = np.cumsum(ends, axis=0) - ends
+    received = np.cumsum(columns.of_kind(*RECEIVES))
+    ranks = np.arange(schedule.num_ranks)
+    start, stop = (np.searchsorted(columns.rank, ranks, side=side)[columns.rank[last]] for side in ("left", "right"))
+    computes = np.append(np.flatnonzero(columns.of_kind(*COMPUTE)), len(columns.rank))
+    until = np.minimum(computes[np.searchsorted(computes, last, side="right")], stop)
+    counts = begun[last] - begun[start] + begins[start] + ended[first] - ended[start]
+    counts[:, INCOMING] += np.append(0, received)[until] - np.append(0, received)[start]
+    return counts
+
+
+def _changes(schedule: Schedule, columns: Columns) -> tuple[Ints, Ints]:
+    """What the beginning and the end of every elementary action change, (P, 2 C + 4) each."""
+    stages_of = [schedule.stages_of(rank) for rank in range(schedule.num_ranks)]
+    chunk = np.zeros((schedule.num_ranks, schedule.num_stages), dtype=np.int64)
+    for rank, stages in enumerate(stages_of):
+        chunk[rank, list(stages)] = range(len(stages))
+    chunks = max(map(len, stages_of))
+    kept = chunk[columns.rank, columns.stage]
+    begins = np.zeros((len(columns.rank), 2 * chunks + 4), dtype=np.int64)
+    ends = np.zeros_like(begins)
+    takes, hands_on = columns.source >= 0, columns.target >= 0
+    far, near = columns.target != columns.rank, columns.target == columns.rank
+
+    forward = np.flatnonzero(columns.of_kind(Kind.FORWARD))
+    begins[forward, kept[forward]] = 1
+    begins[forward, OUTPUTS] = hands_on[forward]
+    begins[forward, INCOMING] = -1 * takes[forward]  # the input is one of the activations from now on
+    begins[forward, RECEIVED] = (takes & (columns.source != columns.rank))[forward]
+    ends[forward, OUTPUTS] = -1 * near[forward]
+    ends[forward, INCOMING] = near[forward]
+
+    backward = np.flatnonzero(columns.of_kind(Kind.BACKWARD, Kind.INPUT_GRAD))
+    ends[backward, kept[backward]] = -1
+    ends[backward, GRADIENTS] = (hands_on & far)[backward]
+    ends[backward, INCOMING] = near[backward].astype(int) - takes[backward]
+    ends[backward, RECEIVED] = -1 * (hands_on & far)[backward]  # the gradient goes where the input came from
+
+    split, weights = (np.flatnonzero(columns.of_kind(kind)) for kind in (Kind.INPUT_GRAD, Kind.WEIGHT_GRAD))
+    ends[split, chunks + kept[split]] = 1
+    ends[weights, chunks + kept[weights]] = -1
+    proof = proofs(schedule, columns)
+    for kind, buffer in ((Kind.SEND_FORWARD, OUTPUTS), (Kind.SEND_BACKWARD, GRADIENTS)):
+        proven = proof[columns.of_kind(kind)]
+        np.subtract.at(ends[:, buffer], proven[proven >= 0], 1)
+    return begins, ends
+
+
+def _largest(work: Ints, counts: Ints) -> Ints:
+    """The rows that none of the same work exceeds or equals in every count, sorted by work and counts.
+
+    All messages are alike, and activations are at least as large as one: they contain their input. So of two rows no
+    bytes are larger where neither their chunks' counts are nor the sum of their activations and messages.
+    """
+    chunks = counts.shape[1] - 4
+    together = counts[:, : chunks // 2].sum(axis=1) + counts[:, OUTPUTS:RECEIVED].sum(axis=1)
+    measure = np.column_stack([counts[:, :chunks], together])
+    order = np.lexsort((*counts.T[::-1], -measure.sum(axis=1), *work[::-1]))
+    same = np.cumsum(np.append(0, np.any(np.diff(work[:, order]), axis=0)))
+    found = []
+    while len(order):
+        _, leader, of = np.unique(same, return_index=True, return_inverse=True)
+        found.append(order[leader])
+        open_ = (measure[order] > measure[order[leader]][of]).any(axis=1)
+        order, same = order[open_], same[open_]
+    best = np.concatenate([np.zeros(0, dtype=np.int64), *found])
+    return best[np.lexsort((*counts[best].T[::-1], *work[:, best][::-1]))]
 
 
 class Growth(NamedTuple):
@@ -174,7 +161,7 @@ class Growth(NamedTuple):
     least: int
     period: int
     stages_of: tuple[tuple[int, ...], ...]  # of every rank
-    work: tuple[tuple[int, Kind, int, int], ...]
+    work: tuple[Work, ...]
     counts: NDArray[np.int64]  # (rows, 2 * chunks + 4): kept, deferred, messages
     slope: NDArray[np.int64]
 
@@ -195,7 +182,7 @@ def growth(name: str, pipeline_parallel: int, virtual_stages: int, microbatches:
 @lru_cache(maxsize=4096)
 def _growth(name: str, pipeline_parallel: int, virtual_stages: int, microbatches: int) -> Growth:
     first = build(name, pipeline_parallel, microbatches, virtual_stages)
-    work, counts = _table(first)
+    work, counts = occupancies(first)
     stages_of = tuple(first.stages_of(rank) for rank in range(first.num_ranks))
     return Growth(microbatches, pipeline_parallel, stages_of, work, counts, np.zeros_like(counts))
 
@@ -213,8 +200,3 @@ def _repeating(name: str, pipeline_parallel: int, virtual_stages: int, least: in
         if third.work != first.work or (third.counts - second.counts != slope).any():
             return None
     return first._replace(slope=slope)
-
-
-def _table(schedule: Schedule) -> tuple[tuple[tuple[int, Kind, int, int], ...], NDArray[np.int64]]:
-    found = occupancies(schedule)
-    return tuple(o[:4] for o in found), np.array([o.counts for o in found], dtype=np.int64)

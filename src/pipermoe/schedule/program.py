@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
-from pipermoe.schedule.action import RECEIVES, SENDS, SHARDING, Action, Kind, Schedule
+import numpy as np
+
+from pipermoe.schedule.action import COMPUTE, SENDS, Action, Kind, Schedule
+from pipermoe.schedule.columns import KINDS, Columns, Ints, inboxes
 from pipermoe.schedule.durations import WorkTable
 
 Give = tuple[int, int, Any]  # data delivered: to a mailbox slot, of a rank, so many seconds after the action's end
 
 
 class Step(NamedTuple):
-    """An action as the simulations see it. A mailbox slot holds one input: of a stage, micro-batch and direction.
+    """An action as the simulations see it. A mailbox slot is an inbox (columns.py) or holds a stage's gathered weights.
 
     Seconds are numbers, or arrays with one number per candidate (schedule/batch.py).
     """
@@ -38,91 +43,60 @@ class Program(NamedTuple):
             raise ValueError(f"schedule {self.schedule.name} cannot run to its end: {', '.join(stuck)}")
 
 
-class _Route(NamedTuple):
-    """What all micro-batches of one kind of action on one stage (of one copy) share; slots count from micro-batch 0."""
-
-    compute: Any
-    exchange: Any
-    needs: tuple[int, ...]
-    weights: tuple[int, ...]
-    gives: tuple[Give, ...]
-
-
 def compile_program(schedule: Schedule, work: WorkTable) -> Program:
     """Resolve every action's inputs, work and outputs once, so that simulating is a short loop."""
-    kinds = {action.kind for actions in schedule.ranks for action in actions}
-    slots = 2 * schedule.num_stages * schedule.microbatches + schedule.num_ranks * schedule.num_stages
-    compiler = _Compiler(schedule, work, lowered=bool(kinds & SENDS), sharded=Kind.UNSHARD in kinds)
-    steps = [[compiler.step(action, rank) for action in actions] for rank, actions in enumerate(schedule.ranks)]
-    return Program(schedule, steps, slots)
+    columns = Columns.of(schedule)
+    compute, exchange, lane = _seconds(schedule, columns, work)
+    parts = map(Step, _needs(schedule, columns), compute, exchange, _gives(schedule, columns, work), lane)
+    slots = inboxes(schedule) + schedule.num_ranks * schedule.num_stages
+    if len(columns.rank) == sum(map(len, schedule.ranks)):
+        return Program(schedule, [list(islice(parts, len(actions))) for actions in schedule.ranks], slots)
+    together: dict[tuple[tuple[Kind, int], ...], tuple[Any, Any]] = {}
 
-
-class _Compiler:
-    def __init__(self, schedule: Schedule, work: WorkTable, lowered: bool, sharded: bool) -> None:
-        self.schedule, self.work, self.lowered, self.sharded = schedule, work, lowered, sharded
-        # A handful of each: the loop over micro-batches only adds.
-        self.routes: dict[tuple[Kind, int, int], _Route] = {}
-        self.pairs: dict[tuple[tuple[Kind, int], ...], tuple[Any, Any]] = {}
-
-    def step(self, action: Action, rank: int) -> Step:
-        if action.pair:
-            parts = [self.step(part, rank) for part in action.pair]
-            needs, gives = parts[0].needs + parts[1].needs, parts[0].gives + parts[1].gives
-            return Step(needs, *self._pair_work(action), gives)
-        route = self.routes.get((action.kind, action.stage, rank))
-        if route is None:
-            route = self.routes[action.kind, action.stage, rank] = self._route(action, rank)
-        if action.kind in SHARDING:
-            return Step((), 0.0, 0.0, route.gives, route.compute)
-        compute, exchange, needs, weights, gives = route
-        m = action.microbatch
-        if needs:
-            needs = (needs[0] + m,)
-        if gives:
-            slot, peer, seconds = gives[0]
-            gives = ((slot + m, peer, seconds),)
-        return Step(needs + weights, compute, exchange, gives)
-
-    def _pair_work(self, action: Action) -> tuple[Any, Any]:
+    def step(action: Action) -> Step:
+        if not action.pair:
+            return next(parts)
+        forward, backward = next(parts), next(parts)
         stages = tuple((part.kind, part.stage) for part in action.pair)
-        if stages not in self.pairs:
-            self.pairs[stages] = self.work.work(action)
-        return self.pairs[stages]
+        if stages not in together:
+            together[stages] = work.work(action)
+        return Step(forward.needs + backward.needs, *together[stages], forward.gives + backward.gives)
 
-    def _route(self, action: Action, rank: int) -> _Route:
-        kind, stage = action.kind, action.stage
-        if kind in SHARDING:
-            gives = ((self._weights(stage, rank), rank, 0.0),) if kind is Kind.UNSHARD else ()
-            return _Route(self.work.lane[kind][stage], 0.0, (), (), gives)
-        if kind in RECEIVES:
-            return _Route(0.0, 0.0, (self._inbox(stage, kind is Kind.RECV_BACKWARD),), (), ())
-        if kind in SENDS:
-            backward = kind is Kind.SEND_BACKWARD
-            return _Route(0.0, 0.0, (), (), self._give(action, rank, backward))
-        compute, exchange = self.work.work(action)
-        weights = (self._weights(stage, rank),) if self.sharded else ()
-        if kind is Kind.WEIGHT_GRAD:
-            return _Route(compute, exchange, (), weights, ())
-        backward = kind is not Kind.FORWARD
-        is_source = stage == (self.schedule.num_stages - 1 if backward else 0)
-        needs = () if is_source else (self._inbox(stage, backward),)
-        gives = self._give(action, rank, backward)
-        if self.lowered and gives and gives[0][1] != rank:
-            gives = ()  # its send delivers it
-        return _Route(compute, exchange, needs, weights, gives)
+    return Program(schedule, [list(map(step, actions)) for actions in schedule.ranks], slots)
 
-    def _inbox(self, stage: int, backward: bool) -> int:
-        """The mailbox slot of a stage's input, or of its output's gradient, for micro-batch 0."""
-        return (backward * self.schedule.num_stages + stage) * self.schedule.microbatches
 
-    def _weights(self, stage: int, rank: int) -> int:
-        return 2 * self.schedule.num_stages * self.schedule.microbatches + rank * self.schedule.num_stages + stage
+def _seconds(schedule: Schedule, columns: Columns, work: WorkTable) -> Iterator[Iterator[Any]]:
+    """Of every elementary action: computation, exposed all-to-all, and seconds on the collective lane or None."""
+    stages = range(schedule.num_stages)
+    which = (columns.kind * schedule.num_stages + columns.stage).tolist()
+    for tables, otherwise in ((work.compute, 0.0), (work.exchange, 0.0), (work.lane, None)):
+        table = [tables[kind][stage] if kind in tables else otherwise for kind in KINDS for stage in stages]
+        yield map(table.__getitem__, which)
 
-    def _give(self, action: Action, rank: int, backward: bool) -> tuple[Give, ...]:
-        """What the action on `rank` hands to the next stage in its direction, if there is one."""
-        stage = action.stage - 1 if backward else action.stage + 1
-        if not 0 <= stage < self.schedule.num_stages:
-            return ()
-        peer = self.schedule.rank_of(stage, action.microbatch)
-        transfer = self.work.transfer_backward if backward else self.work.transfer
-        return ((self._inbox(stage, backward), peer, 0.0 if peer == rank else transfer[action.stage]),)
+
+def _needs(schedule: Schedule, columns: Columns) -> list[tuple[int, ...]]:
+    needs: list[tuple[int, ...]] = [(slot,) if slot >= 0 else () for slot in columns.inbox.tolist()]
+    if columns.of_kind(Kind.UNSHARD).any():
+        weights = _weights(schedule, columns)
+        for i in np.flatnonzero(columns.of_kind(*COMPUTE)).tolist():
+            needs[i] += (int(weights[i]),)
+    return needs
+
+
+def _gives(schedule: Schedule, columns: Columns, work: WorkTable) -> Iterator[tuple[Give, ...]]:
+    """What every elementary action hands to another, if it does; in a lowered schedule sends do between ranks."""
+    gathers, remote = columns.of_kind(Kind.UNSHARD), columns.target != columns.rank
+    slot, peer = np.where(gathers, _weights(schedule, columns), columns.outbox), columns.target
+    peer, remote = np.where(gathers, columns.rank, peer), remote & ~gathers
+    if columns.of_kind(*SENDS).any():
+        slot = np.where(columns.of_kind(*COMPUTE) & remote, -1, slot)
+    seconds = [0.0, *work.transfer, *work.transfer_backward]
+    backward = columns.outbox >= schedule.num_stages * schedule.microbatches
+    which = np.where(remote, 1 + backward * schedule.num_stages + columns.stage, 0)
+    for each, to, link in zip(slot.tolist(), peer.tolist(), which.tolist(), strict=True):
+        yield ((each, to, seconds[link]),) if each >= 0 else ()
+
+
+def _weights(schedule: Schedule, columns: Columns) -> Ints:
+    """The slots of gathered weights, behind those of inputs."""
+    return inboxes(schedule) + columns.rank * schedule.num_stages + columns.stage

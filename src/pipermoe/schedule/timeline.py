@@ -100,7 +100,7 @@ class Mail:
 
     def __init__(self, program: Program) -> None:
         self.arrival: list[float | None] = [None] * program.slots
-        self.sent: dict[int, float] = {}  # slot -> when a message from another rank was ready to leave
+        self.sent: dict[int, float] = {}  # slot -> when a message that took time was ready to leave
         self.link_free: dict[tuple[int, int], float] = {}
         self.waiting: dict[int, int] = {}  # slot -> the rank that waits for it
         self.transfer_seconds = [0.0] * len(program.steps)
@@ -115,7 +115,7 @@ class Mail:
                 return None
             if arrival > start:
                 start = arrival
-        if start > now:
+        if start > now and self.sent:
             left = max((self.sent.get(slot, start) for slot in needs if self.arrival[slot] == start), default=start)
             self.transfer_seconds[rank] += start - max(left, now)
         return start
@@ -125,9 +125,10 @@ class Mail:
         slot, receiver, seconds = give
         if receiver != sender:
             link = (sender, receiver)
-            self.sent[slot] = end
-            end = max(end, self.link_free.get(link, 0.0)) + seconds
+            left, end = end, max(end, self.link_free.get(link, 0.0)) + seconds
             self.link_free[link] = end
+            if end > left:
+                self.sent[slot] = left
         self.arrival[slot] = end
         return self.waiting.pop(slot, None)
 

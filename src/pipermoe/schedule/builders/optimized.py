@@ -76,7 +76,7 @@ def _spines(schedule: Schedule) -> Schedule:
     def without_weight_grads(actions: Sequence[Action]) -> Iterator[Action]:
         for action in actions:
             if action.kind is Kind.BACKWARD:
-                yield replace(action, kind=Kind.INPUT_GRAD)
+                yield action._replace(kind=Kind.INPUT_GRAD)
             elif action.kind is not Kind.WEIGHT_GRAD:
                 yield action
 

@@ -45,7 +45,7 @@ def overlapped_and_split(paired: Schedule, name: str) -> Schedule:
     """
 
     def split(part: Action) -> Action:
-        return replace(part, kind=Kind.INPUT_GRAD) if part.kind is Kind.BACKWARD else part
+        return part._replace(kind=Kind.INPUT_GRAD) if part.kind is Kind.BACKWARD else part
 
     def order(actions: Sequence[Action]) -> Iterator[Action]:
         for action in actions:
@@ -88,7 +88,7 @@ class _Rank:
         backward = self._take(self.backwards, slot)
         if backward:
             split = self.split and not forward and not self.forwards
-            backward = replace(backward, kind=Kind.INPUT_GRAD if split else Kind.BACKWARD)
+            backward = backward._replace(kind=Kind.INPUT_GRAD if split else Kind.BACKWARD)
         if forward and backward:
             self.done.append(overlap(forward, backward))
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from pipermoe.schedule.action import Action, Kind, Schedule, overlap
 from pipermoe.schedule.builders.dualpipe import v_stage_rank
@@ -137,7 +137,7 @@ def _with_weight_grads(passes: Iterable[tuple[int, Action]]) -> Iterator[Action]
         yield action
         free = slot + 1
         if action.kind is I:
-            pending.append(replace(action, kind=W))
+            pending.append(action._replace(kind=W))
     yield from pending
 
 
