@@ -32,8 +32,9 @@ from pipermoe.layout.expert_layout import ExpertLayout
 from pipermoe.layout.load import imbalance, rank_load
 from pipermoe.layout.policy import Nodes
 from pipermoe.runtime.groups import ProcessGroups
+from pipermoe.runtime.layout.balance_line import BalanceLine
 from pipermoe.runtime.layout.balancer import Balancer
-from pipermoe.runtime.layout.lay_out import LaidOut
+from pipermoe.runtime.layout.lay_out import LaidOut, spill_rule
 from pipermoe.runtime.metrics import take_census
 from pipermoe.runtime.optimizer.adamw import Optimizer
 from pipermoe.runtime.pipeline.engine import Engine
@@ -68,6 +69,7 @@ WAYS = {
         )
         for mechanism in ("bound", "decoupled", "sparse")
     },
+    "spill": Balance(spill_above=1.05),
 }
 CAPPED = {
     STATIC: Balance(),
@@ -92,8 +94,8 @@ class Way:
     def __init__(self, balance: Balance, job: TrainConfig, groups: ProcessGroups, strategy: Strategy) -> None:
         ranks, experts = groups.ep.size(), MODEL.moe.num_experts
         layout = ExpertLayout.static(MODEL.num_layers, ranks, experts, experts // ranks + balance.spare_slots)
-        moves = balance.policy != "static"
-        laid_out = LaidOut(layout, balance.mechanism, Nodes(ranks, ranks)) if moves else None
+        mechanism = balance.mechanism if balance.moves else None
+        laid_out = LaidOut(layout, mechanism, Nodes(ranks, ranks), spill_rule(balance)) if balance.lays_out else None
         schedule = with_communication(schedule_of(strategy, job.global_batch_size))
         self.job, self.groups, self._still = job, groups, layout
         self.engine = Engine(MODEL, job, strategy, schedule, groups, laid_out=laid_out)
@@ -101,7 +103,7 @@ class Way:
             drawn = torch.randn(bias.shape, generator=torch.Generator().manual_seed(sum(name.encode())))
             bias.copy_(SKEW * drawn.sort(descending=True).values)
         self.optimizer = Optimizer(self.engine.flats, job.optimizer)
-        self.balancer = Balancer(balance, self.engine, self.optimizer) if moves else None
+        self.balancer = Balancer(balance, self.engine, self.optimizer) if balance.moves else None
 
     def step(self, step: int) -> Sample:
         engine, meter = self.engine, self.engine.meter
@@ -119,14 +121,14 @@ class Way:
         move = self.balancer.move if self.balancer else None
         training_step(engine, self.optimizer, batch[self.groups.dp.rank()], agree, 1e-4, move)
         cpu, wall = time.thread_time() - cpu, time.perf_counter() - wall
-        load_LE = take_census(engine, self.groups).load_LE
-        layout = self._still
+        census = take_census(engine, self.groups)
+        load = imbalance(rank_load(self._still, census.load_LE)) if census.rank_load is None else census.rank_load
         moved = 0.0
-        if self.balancer is not None and engine.placement is not None:
-            layout = engine.placement.layout
+        if self.balancer is not None:
             computing = meter.seconds["forward"] + meter.seconds["backward"]
-            moved = self.balancer.observe(step + 1, load_LE, computing).move_seconds
-        return Sample(wall, cpu, moved, float(imbalance(rank_load(layout, load_LE)).mean()), dropped)
+            line = BalanceLine(tuple(load), census.spilled)
+            moved = self.balancer.observe(step + 1, census.load_LE, computing, line).move_seconds
+        return Sample(wall, cpu, moved, float(np.mean(load)), dropped)
 
 
 def tokens_of(step: int, job: TrainConfig) -> Tensor:

@@ -155,9 +155,7 @@ def run_spilling(rank: int, strategy: Strategy, job: TrainConfig, mechanisms, la
     trainings = [Training(strategy, groups, job, None, layouts)]
     trainings += [Training(strategy, groups, job, mechanism, layouts, SPILL) for mechanism in mechanisms]
     results = [training.steps(0, STEPS).result() for training in trainings]
-    for training in trainings[1:]:
-        assert training.engine.placement is not None
-        assert training.engine.placement.guests > 2 * STEPS, "copies were made in most steps"
+    assert all(training.engine.tally.spilled for training in trainings[1:]), "copies were made in the last step"
     return results
 
 

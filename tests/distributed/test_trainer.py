@@ -207,8 +207,10 @@ def test_a_run_that_spills_after_the_router_learns_the_same_and_says_how_many_co
         assert spilling is not None
         assert spilling.losses == pytest.approx(still.losses, rel=1e-5)
         lines = [json.loads(line) for line in (tmp_path / name / "steps.jsonl").read_text().splitlines()]
-        assert sum(line["spilled_copies"] for line in lines) > 0
-        assert (lines[0]["expert_layout"] is None) == (name == "alone")
+        layouts = [line["expert_layout"] for line in lines]
+        assert sum(layout["spilled"] for layout in layouts) > 0
+        assert all(load < 1.01 for layout in layouts for load in layout["rank_load"]), "exact balance was asked for"
+        assert (layouts[-1]["version"] > 0) == (name == "with moves")
 
 
 def test_what_does_not_move_is_refused_with_its_key(tmp_path, text):

@@ -55,7 +55,6 @@ class StepLine:
     dead_experts: tuple[int, ...]
     seconds_by_term: dict[Term, float]
     expert_layout: BalanceLine | None = None
-    spilled_copies: int | None = None
 
 
 def format_line(line: StepLine, budget_bytes: int, *, coloured: bool = False) -> str:

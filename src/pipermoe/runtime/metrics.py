@@ -6,6 +6,7 @@ L layers that route, E experts, P ranks
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,30 +46,48 @@ class StepCensus:
     """Over all ranks: for each layer that routes the load of the busiest expert over the mean, and how many experts had
     no token at all.
 
-    `load_LE` are the tokens of every expert; `resident_bytes` is the largest memory of a rank's process, or on a GPU of
+    `load_LE` are the tokens of every expert; `rank_load`, of a run with a layout, is for each layer the rows of the
+    busiest rank of a group over the mean, over micro-batches; `spilled` counts copies for one micro-batch alone.
+    `resident_bytes` is the largest memory of a rank's process, or on a GPU of
     its allocator's peak.
     """
 
     load_LE: NDArray[np.int64]
     expert_load: tuple[float, ...]
     dead_experts: tuple[int, ...]
+    rank_load: tuple[float, ...] | None
+    spilled: int
     resident_bytes: int
 
 
 def take_census(engine: Engine, groups: ProcessGroups) -> StepCensus:
     """Sum what every rank has counted in the last step. Collective over the world, on every rank the same."""
-    counts_LE = _choices(engine)
-    resident_P = torch.zeros(groups.world.size(), dtype=torch.float64, device=engine.device)
+    resident_P = np.zeros(groups.world.size())
     resident_P[groups.rank] = _resident_bytes(engine.device)
-    totals = torch.cat([counts_LE.flatten(), resident_P])
-    dist.all_reduce(totals, group=groups.world)
-    counts_LE = totals[: counts_LE.numel()].view_as(counts_LE)
-    return StepCensus(
-        load_LE=counts_LE.cpu().numpy().astype(np.int64),
-        expert_load=tuple((counts_LE.amax(1) / counts_LE.mean(1)).tolist()),
-        dead_experts=tuple((counts_LE == 0).sum(1).tolist()),
-        resident_bytes=int(totals[-groups.world.size() :].max()),
+    tally, choices_LE = engine.tally, _choices(engine).cpu().numpy()
+    spilled_1 = np.array([tally.spilled / groups.ep.size()])  # every rank of the group counts the same copies
+    counts_LE, busiest_L, mean_L, spilled_1, resident_P = _summed(
+        (choices_LE, tally.busiest_L, tally.mean_L, spilled_1, resident_P), engine.device, groups.world
     )
+    return StepCensus(
+        load_LE=counts_LE.astype(np.int64),
+        expert_load=tuple((counts_LE.max(1) / counts_LE.mean(1)).tolist()),
+        dead_experts=tuple((counts_LE == 0).sum(1).tolist()),
+        rank_load=tuple((busiest_L / mean_L).tolist()) if engine.placement is not None else None,
+        spilled=round(spilled_1.item()),
+        resident_bytes=int(resident_P.max()),
+    )
+
+
+def _summed(
+    parts: Sequence[NDArray[np.float64]], device: torch.device, group: dist.ProcessGroup
+) -> list[NDArray[np.float64]]:
+    """Each of `parts` summed over the ranks of `group`, all in one collective."""
+    whole = torch.from_numpy(np.concatenate([part.ravel() for part in parts])).to(device)
+    dist.all_reduce(whole, group=group)
+    ends = np.cumsum([part.size for part in parts])[:-1]
+    sums = np.split(whole.cpu().numpy(), ends)
+    return [total.reshape(part.shape) for total, part in zip(sums, parts, strict=True)]
 
 
 def _choices(engine: Engine) -> Tensor:

@@ -25,6 +25,7 @@ from pipermoe.runtime.checkpoint.store import load_checkpoint, saved_layout
 from pipermoe.runtime.checkpoint.writer import CheckpointWriter
 from pipermoe.runtime.counting import counted
 from pipermoe.runtime.groups import ProcessGroups
+from pipermoe.runtime.layout.balance_line import BalanceLine
 from pipermoe.runtime.layout.balancer import Balancer
 from pipermoe.runtime.layout.lay_out import first_layout
 from pipermoe.runtime.log import CONVENTION, StepLine, StepLog
@@ -260,7 +261,9 @@ class Trainer:
         census = take_census(self.engine, self.groups)
         terms = result.timing.terms
         computing = terms["forward"] + terms["backward"]
-        layout = self.balancer.observe(step + 1, census.load_LE, computing) if self.balancer else None
+        layout = None if census.rank_load is None else BalanceLine(census.rank_load, census.spilled)
+        if layout is not None and self.balancer is not None:
+            layout = self.balancer.observe(step + 1, census.load_LE, computing, layout)
         if self.log is None:
             return
         seconds = result.timing.seconds
@@ -288,18 +291,9 @@ class Trainer:
                 dead_experts=census.dead_experts,
                 seconds_by_term=terms,
                 expert_layout=layout,
-                spilled_copies=self._spilled_copies(),
             ),
             census.load_LE,
         )
-
-    def _spilled_copies(self) -> int | None:
-        """How many copies the layers of this rank have made for single micro-batches since they were last asked."""
-        placement = self.engine.placement
-        if placement is None or self.engine.spill is None:
-            return None
-        made, placement.guests = placement.guests, 0
-        return made
 
     def _measurement(self, results: list[StepResult], before: float, after: float) -> Measurement | None:
         """The measurement, put together on rank 0 from what every rank timed and counted."""

@@ -7,17 +7,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class BalanceLine:
-    """`steps.jsonl` has one for every step of a run whose experts may move.
+    """`steps.jsonl` has one for every step of a run with a layout: experts may move, or rows spill.
 
-    `rank_load`: for every MoE layer rows of the busiest rank over the mean, if copies share evenly. `moved`: copies
-    that ranks did not have before, taken up at the end of this step, in `move_seconds`. `planning_seconds`: of the last
-    plan. The others count plans of the whole run: `kept` did not pay, `abandoned` were not ready in time.
+    `rank_load`: for every MoE layer rows that the busiest rank computed over the mean, over micro-batches. `spilled`:
+    copies for single micro-batches. `moved`: copies that ranks did not have before, taken up at the end of this step,
+    in `move_seconds`. `planning_seconds`: of the last plan. The others count plans of the whole run: `kept` did not
+    pay, `abandoned` were not ready in time.
     """
 
-    version: int
     rank_load: tuple[float, ...]
-    moved: int
-    move_seconds: float
-    planning_seconds: float | None
-    kept: int
-    abandoned: int
+    spilled: int
+    version: int = 0
+    moved: int = 0
+    move_seconds: float = 0.0
+    planning_seconds: float | None = None
+    kept: int = 0
+    abandoned: int = 0

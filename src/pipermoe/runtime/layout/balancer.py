@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,7 +18,6 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from pipermoe.layout.expert_layout import ExpertLayout
-from pipermoe.layout.load import imbalance, rank_load
 from pipermoe.layout.policies import POLICIES
 from pipermoe.layout.trigger import Trigger, gain_rows, gain_that_stays, horizon_steps, pays
 from pipermoe.runtime.layout.balance_line import BalanceLine
@@ -52,8 +52,11 @@ class Balancer:
         if saved is not None and saved.shape == self._placement.layout.shape:
             self._optimizer.adopt(self._placement.adopt(saved))
 
-    def observe(self, step: int, load_LE: NDArray[np.int64], compute_seconds: float) -> BalanceLine:
-        """Take in the load of all ranks in `step`, which counts from 1, and look for a layout if it is time to."""
+    def observe(self, step: int, load_LE: NDArray[np.int64], compute_seconds: float, line: BalanceLine) -> BalanceLine:
+        """Take in the load of all ranks in `step`, which counts from 1, and look for a layout if it is time to.
+
+        The result is `line` with what has moved.
+        """
         self._loads_W.append(load_LE)
         layout = self._placement.layout
         self._seconds_per_row = self._costs.seconds_per_row(compute_seconds, int(load_LE.sum()))
@@ -61,9 +64,9 @@ class Balancer:
             forecast_LE = self._forecast_LE = np.rint(np.mean(self._loads_W, axis=0)).astype(np.int64)
             nodes, policy = self._placement.nodes, self._policy
             self._planning = Planning(lambda: policy.plan(layout, forecast_LE, nodes), self._config.timeout_seconds)
-        line = BalanceLine(
+        line = replace(
+            line,
             version=layout.version,
-            rank_load=tuple(imbalance(rank_load(layout, load_LE)).tolist()),
             moved=self._moved,
             move_seconds=self._move_seconds,
             planning_seconds=self._planning_seconds,

@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipermoe.layout.expert_layout import EMPTY
-from pipermoe.layout.spill import SpillRule, guest_moves, spill, with_guests
+from pipermoe.layout.spill import SpillRule, guest_moves, load_after, spill, with_guests
 from pipermoe.layout.split import dispatch_rows, water_filling
 from pipermoe.modules.experts import Experts as ExpertsModule
 from pipermoe.runtime.layout.carry import Carrier
 from pipermoe.runtime.layout.guests import Guests, VisitedJourney
 from pipermoe.runtime.layout.placement import Placement
+from pipermoe.runtime.layout.tally import Tally
 from pipermoe.runtime.pipeline.dispatch import AllToAllJourney, Choices, ExpertGroup, Experts, Journey
 from pipermoe.runtime.pipeline.flight import Arrived, Flight, NumbersFlying
 
@@ -31,10 +32,16 @@ class LayoutDispatch:
     """
 
     def __init__(
-        self, group: ExpertGroup, placement: Placement, layer: int, carrier: Carrier, spill: SpillRule | None = None
+        self,
+        group: ExpertGroup,
+        placement: Placement,
+        layer: int,
+        carrier: Carrier,
+        tally: Tally,
+        spill: SpillRule | None = None,
     ):
         self.group, self._placement, self._layer = group, placement, layer
-        self._carrier, self._spill = carrier, spill
+        self._carrier, self._tally, self._spill = carrier, tally, spill
 
     def choices(self, experts_TK: Tensor, weights_TK: Tensor) -> Choices:
         """Every copy of an expert brings the capacity of one (SwiftMoE, arXiv 2504.19925)."""
@@ -55,11 +62,11 @@ class LayoutDispatch:
         counts_PE = np.array(received, dtype=np.int64).reshape(group.ranks, group.num_experts)
         rows_PS = water_filling(slots_PS, counts_PE.sum(0))
         copies = spill(slots_PS, rows_PS, self._spill) if self._spill else ()
+        self._tally.add(self._layer, load_after(rows_PS, copies), len(copies))
         if not copies:
             return self._along(slots_PS, rows_PS, counts_PE, choices, experts, keep)
         slots_PX, rows_PX = with_guests(slots_PS, rows_PS, copies)
         moves = guest_moves(self._layer, slots_PX, slots_PS.shape[1], copies)
-        self._placement.guests += len(moves)
         visitors_X = slots_PX[group.rank, slots_PS.shape[1] :]
         assert isinstance(experts, ExpertsModule)
         held = self._placement.held(self._layer)

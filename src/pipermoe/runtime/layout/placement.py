@@ -21,12 +21,10 @@ class Placement:
 
     `copies_LE` counts the copies as they were planned: an expert's capacity grows with them. Homes that are given stay
     what they are, whichever experts their ranks compute; else a home is one of the copies, and moves as late as it can.
-    `guests` counts the copies that were made for one micro-batch; who reads it may set it back.
     """
 
     def __init__(self, layout: ExpertLayout, nodes: Nodes, rank: int, homes: ExpertLayout | None = None) -> None:
         self.nodes, self.rank, self._fixed_homes = nodes, rank, homes
-        self.guests = 0
         self._use(ExpertLayout(one_copy_a_rank(layout), layout.num_experts), layout)
 
     def adopt(self, layout: ExpertLayout) -> Transfer:

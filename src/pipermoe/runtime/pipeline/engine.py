@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipermoe.layout.spill import SpillRule
 from pipermoe.modules.initialize import initialize
 from pipermoe.modules.model import DTYPES, MoELayer
 from pipermoe.modules.names import EMBEDDING, is_expert, layer_of, unit_of
@@ -20,7 +19,7 @@ from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.layout.carry import Carrier
 from pipermoe.runtime.layout.dispatch import LayoutDispatch
 from pipermoe.runtime.layout.lay_out import Draw, LaidOut, Maker, check_layable
-from pipermoe.runtime.layout.placement import Placement
+from pipermoe.runtime.layout.tally import Tally
 from pipermoe.runtime.meter import Meter
 from pipermoe.runtime.optimizer.flat_parameters import FlatParameters
 from pipermoe.runtime.optimizer.sharding import Sharding, Unit, flatten
@@ -99,7 +98,8 @@ class Engine:
         self.placement = None if laid_out is None else laid_out.placement(group.rank)
         self.spill = None if laid_out is None else laid_out.spill
         carrier = Carrier(group.transport, group.rank, group.ranks, self.meter)
-        dispatcher = _dispatcher(strategy, group, groups, self.placement, carrier, self.spill, model)
+        self.tally = Tally(len(model.routers))
+        dispatcher = self._dispatcher(group, carrier)
         self.balance = Balance(train.auxiliary_loss_level, train.seq_len, groups.dp, self.meter)
         self.local_experts = group.local_experts
         slots = group.local_experts if self.placement is None else self.placement.slots
@@ -131,6 +131,14 @@ class Engine:
         draw(self.named_parameters(), self.experts_of)
         self.flats, visitors = self._flat_parameters(laid_out, carrier, draw)
         self.sharding.take([*self.flats, *visitors], tied=model.tie_word_embeddings)
+
+    def _dispatcher(self, group: ExpertGroup, carrier: Carrier) -> Callable[[str], Dispatcher]:
+        """How the tokens of each layer, by its unit's name, meet their experts."""
+        if (placement := self.placement) is not None:
+            layers = {f"layers.{layer}": index for index, layer in enumerate(self.model.routers)}
+            return lambda unit: LayoutDispatch(group, placement, layers[unit], carrier, self.tally, self.spill)
+        everywhere = _same_dispatcher(self.strategy, group, self.groups)
+        return lambda unit: everywhere
 
     def _flat_parameters(
         self, laid_out: LaidOut | None, carrier: Carrier, draw: Draw
@@ -194,7 +202,8 @@ class Engine:
         pipeline rank: each position but the last predicts the next.
         """
         self.balance.begin_step()
-        return Execution(self, self.training, batch).run()
+        with self.tally.step():
+            return Execution(self, self.training, batch).run()
 
     def move_correction_biases(self) -> None:
         """Move the routers' correction biases by the load of the last step. Collective over each stage's ranks."""
@@ -221,23 +230,6 @@ def _transport(strategy: Strategy, group: dist.ProcessGroup, meter: Meter, *, dr
     if strategy.exchange == "planned" and group.size() > 1 and not dry:
         return PlannedExchange(group, meter)
     return Collective(group)
-
-
-def _dispatcher(
-    strategy: Strategy,
-    group: ExpertGroup,
-    groups: ProcessGroups,
-    placement: Placement | None,
-    carrier: Carrier,
-    spill: SpillRule | None,
-    model: ModelSpec,
-) -> Callable[[str], Dispatcher]:
-    """How the tokens of each layer, by its unit's name, meet their experts."""
-    if placement is not None:
-        layers = {f"layers.{layer}": index for index, layer in enumerate(model.routers)}
-        return lambda unit: LayoutDispatch(group, placement, layers[unit], carrier, spill)
-    everywhere = _same_dispatcher(strategy, group, groups)
-    return lambda unit: everywhere
 
 
 def _same_dispatcher(strategy: Strategy, group: ExpertGroup, groups: ProcessGroups) -> Dispatcher:
