@@ -7,9 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.distributed.harness import run_ranks
-from tests.runtime.tiny import MODELS, TRAIN, batch_for, engine_for
+from tests.runtime.tiny import MODELS, TRAIN, batch_for, engine_for, reduced_gradients
 
-from pipermoe.modules.weight_gradients import gradient_of
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.specs.strategy import Strategy
 
@@ -29,9 +28,8 @@ def router_gradients(rank: int, strategy: Strategy, recompute: str) -> dict:
     else:
         batch = batch_for(strategy, groups.coordinates.dp, 0)
     auxiliary = engine.step(batch).auxiliary
-    routers = {name: gradient_of(each) for name, each in engine.named_parameters() if name.endswith("router.weight")}
-    for summed in (auxiliary, *routers.values()):
-        dist.all_reduce(summed)
+    routers = {name: each for name, each in reduced_gradients(engine).items() if name.endswith("router.weight")}
+    dist.all_reduce(auxiliary)
     engine.move_correction_biases()
     biases = {name: each for name, each in engine.named_state() if name.endswith("correction_bias")}
     return {"auxiliary": auxiliary, **routers, **biases}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.distributed.harness import run_ranks
-from tests.runtime.tiny import MODELS, TRAIN, batch_for, engine_for
+from tests.runtime.tiny import MODELS, TRAIN, batch_for, engine_for, reduced_gradients
 
 from pipermoe.resources.flops import head_forward_flops, layer_forward_flops
 from pipermoe.runtime.counters import FlopCounter, MemoryCounter, TrafficCounter
@@ -40,11 +40,13 @@ def count(rank: int, model_name: str, strategy: Strategy, planned: bool) -> dict
     engine = engine_for(MODELS[model_name], strategy, groups, planned_counts=counts)
     batch = batch_for(strategy, groups.coordinates.dp, 0)
     engine.step(batch)
+    reduced_gradients(engine)
     parameters = [parameter for _, parameter in engine.named_parameters()]
     known: dict[MemoryCategory, list] = {"weights": parameters, "gradients": [each.grad for each in parameters]}
     memory, flops, traffic = MemoryCounter(engine.meter, known), FlopCounter(), TrafficCounter()
     with memory, flops, traffic:
         engine.step(batch)
+        reduced_gradients(engine)
     return {
         "stage": groups.coordinates.pp,
         "flops": flops.flops,
@@ -79,7 +81,7 @@ def test_flops_and_traffic_of_a_balanced_step_equal_the_formulas(model_name: str
             expected["all_to_all.ep"] = Traffic(calls=exchanges, bytes=exchanges * leaving)
         if pp > 1:
             expected["send.pp"] = Traffic(calls=sends, bytes=sends * tokens * model.hidden_size * 4)
-        assert rank["traffic"] == expected
+        assert {key: each for key, each in rank["traffic"].items() if not key.startswith("all_reduce")} == expected
 
 
 def test_the_exchange_of_counts_is_one_small_message_per_layer_and_microbatch():

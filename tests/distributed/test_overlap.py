@@ -8,9 +8,8 @@ from __future__ import annotations
 import pytest
 from benchmarks.overlap import can_hide, lowered, step_over_link
 from tests.distributed.harness import run_ranks
-from tests.runtime.tiny import MODELS, TRAIN, batch_for
+from tests.runtime.tiny import MODELS, TRAIN, batch_for, reduced_gradients
 
-from pipermoe.modules.weight_gradients import gradient_of
 from pipermoe.specs.strategy import Strategy
 
 pytestmark = pytest.mark.distributed
@@ -20,8 +19,7 @@ def run(rank: int, model: str, text: str, bandwidth: float, serial: bool) -> dic
     strategy = Strategy.parse(text)
     batch = batch_for(strategy, rank % strategy.data_parallel, 0)
     engine, loss, observed = step_over_link(MODELS[model], TRAIN, strategy, bandwidth, batch, serial=serial)
-    gradients = {name: gradient_of(parameter) for name, parameter in engine.named_parameters()}
-    return {"loss": loss, "gradients": gradients, "observed": observed}
+    return {"loss": loss, "gradients": reduced_gradients(engine), "observed": observed}
 
 
 CASES = {

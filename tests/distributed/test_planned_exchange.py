@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_parity import arrangement, train
-from tests.runtime.tiny import MODELS, batch_for, engine_for, job_of
+from tests.runtime.tiny import MODELS, batch_for, engine_for, job_of, reduced_gradients
 
 from pipermoe.runtime.counters import TrafficCounter
 from pipermoe.runtime.groups import ProcessGroups
@@ -39,6 +39,7 @@ def traffic(rank: int, strategy: Strategy) -> dict:
     engine.meter.on_exchange = counter.count_all_to_all
     with counter:
         engine.step(batch_for(strategy, groups.coordinates.dp, 0))
+        reduced_gradients(engine)
     return {key: (found.calls, found.bytes) for key, found in counter.traffic.items()}
 
 

@@ -9,10 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.distributed.harness import run_ranks
-from tests.runtime.tiny import MODELS, batch_for, engine_for, job_of
+from tests.runtime.tiny import MODELS, batch_for, engine_for, job_of, reduced_gradients
 
 from pipermoe.modules.names import is_expert
-from pipermoe.modules.weight_gradients import gradient_of
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.specs.errors import MachineError
 from pipermoe.specs.strategy import Strategy
@@ -37,21 +36,15 @@ def gradients(rank: int, model: str, strategy: Strategy) -> dict:
     groups = ProcessGroups.create(strategy)
     engine = engine_for(MODELS[model], strategy, groups, job_of(model))
     result = engine.step(batch_for(strategy, groups.coordinates.dp, 0))
-    for parameter_name, parameter in engine.named_parameters():
-        dist.all_reduce(gradient_of(parameter), group=groups.edp if is_expert(parameter_name) else groups.dp)
     dist.all_reduce(result.loss)
-    return {
-        "loss": result.loss,
-        "ep": groups.coordinates.ep,
-        "gradients": {name: gradient_of(parameter) for name, parameter in engine.named_parameters()},
-    }
+    return {"loss": result.loss, "ep": groups.coordinates.ep, "gradients": reduced_gradients(engine)}
 
 
 def gradients_of_one_process(rank: int, model: str) -> dict:
     strategy = Strategy()
     engine = engine_for(MODELS[model], strategy, ProcessGroups.create(strategy), job_of(model))
     loss = engine.step(batch_for(strategy, 0, 0)).loss
-    return {"loss": loss, "gradients": {name: gradient_of(each) for name, each in engine.named_parameters()}}
+    return {"loss": loss, "gradients": reduced_gradients(engine)}
 
 
 @cache

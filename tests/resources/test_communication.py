@@ -44,17 +44,17 @@ def test_expert_parallelism_exchanges_the_rows_of_other_ranks_four_times_a_layer
     assert found["all_to_all_counts.ep"] == [(moe_layers * microbatches, moe_layers * microbatches * 4 * 8)]
 
 
-def test_gradients_are_reduced_once_over_flat_buffers():
+def test_the_gradients_of_every_unit_are_reduced_once():
     experts, dense = 5 * 8 * 3 * 64 * 96, None
     found = calls_of(Strategy(data_parallel=4, expert_parallel=2, expert_data_parallel=2))
-    assert found["all_reduce.edp"] == [(1, experts // 2 * 4)]
+    assert found["all_reduce.edp"] == [(5, experts // 2 * 4)]  # layers with experts
     [(calls, dense)] = found["all_reduce.dp"]
     sharded = calls_of(
         Strategy(data_parallel=4, expert_parallel=2, expert_data_parallel=2, zero_dense=1, zero_expert=1)
     )
-    assert calls == 1
-    assert sharded["reduce_scatter.dp"] == sharded["all_gather.dp"] == [(1, dense)]
-    assert sharded["reduce_scatter.edp"] == sharded["all_gather.edp"] == [(1, experts // 2 * 4)]
+    assert calls == 8  # layers, embedding and head
+    assert sharded["reduce_scatter.dp"] == sharded["all_gather.dp"] == [(8, dense)]
+    assert sharded["reduce_scatter.edp"] == sharded["all_gather.edp"] == [(5, experts // 2 * 4)]
     assert "all_reduce.dp" not in sharded
 
 
@@ -73,7 +73,7 @@ def test_context_parallelism_gathers_keys_and_values():
     key_value = 16 * 32 * 2 * 2 * 16 * 4  # tokens x (keys, values) x heads x head_dim x fp32
     assert found["all_gather.cp"] == [(2 * 6, 2 * 6 * key_value)]
     assert found["reduce_scatter.cp"] == [(6, 6 * key_value)]
-    assert found["all_reduce.dp"][0][0] == 1  # both ranks hold every dense parameter
+    assert found["all_reduce.dp"][0][0] == 8  # both ranks hold every dense parameter
 
 
 def test_messages_between_stages_of_one_rank_are_not_sent():

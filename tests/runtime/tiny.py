@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
+from pipermoe.modules.weight_gradients import gradient_of
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.pipeline.engine import Engine
 from pipermoe.schedule.builders import schedule_of
@@ -170,6 +172,13 @@ def engine_for(
 ) -> Engine:
     schedule = with_communication(schedule_of(strategy, train.global_batch_size))
     return Engine(model, train, strategy, schedule, groups, **options)
+
+
+def reduced_gradients(engine: Engine) -> dict[str, Tensor]:
+    """The gradients of a step by name when their sums over ranks, which it has begun, have ended; not sharded."""
+    for flat in engine.flats:
+        flat.reduce_gradients()
+    return {name: gradient_of(parameter) for name, parameter in engine.named_parameters()}
 
 
 def batch_for(strategy: Strategy, dp: int, step: int, model: ModelSpec = PLAIN, train: TrainConfig = TRAIN):

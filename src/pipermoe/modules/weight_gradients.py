@@ -9,11 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 Accumulate = Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Milestone:
+    """What is done when all weight gradients before it in a queue have been added, but never ahead of the schedule."""
+
+    reached: Callable[[], None]
+
+    def __call__(self) -> None:
+        self.reached()
 
 
 class WeightGradients:

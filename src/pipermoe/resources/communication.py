@@ -234,12 +234,12 @@ def sync_calls(
 ) -> tuple[list[Call], list[Call]]:
     """Collectives on flat buffers: those that reduce gradients, and those that gather weights. None in a group of one.
 
-    ZeRO-0: one all-reduce. ZeRO-1: one reduce-scatter, and one all-gather after the update. ZeRO-2: a reduce-scatter
-    of every unit (layer, embedding, head) for every micro-batch. ZeRO-3: instead of the gather after the update one of
-    every unit before each of its forwards and backwards; what is used twice in a row is gathered once, which only the
+    Every unit (layer, embedding, head) has its own. ZeRO-0: an all-reduce. ZeRO-1: a reduce-scatter, and an all-gather
+    after the update. ZeRO-2: a reduce-scatter for every micro-batch. ZeRO-3: instead of the gather after the update one
+    before each of the unit's forwards and backwards; what is used twice in a row is gathered once, which only the
     schedule knows: `resources/gathers.py` counts those exactly.
-    Multi-token prediction uses embedding and head again. An embedding at both ends of the pipeline has a buffer of its
-    own, whose gradients are summed over the two ends as well.
+    Multi-token prediction uses embedding and head again. The gradients of an embedding at both ends of the pipeline are
+    summed over the two ends as well.
     """
     state, microbatches = train.recipe.state, table.microbatches(train.global_batch_size)[:, None]
     apart = (states.copied > 0).astype(np.int64)
@@ -251,17 +251,17 @@ def sync_calls(
     over_ends = states.copied // np.where(zero >= 1, size[:, None], 1)
     reducing, gathering = [Call("all_reduce", "ends", apart, over_ends * state.gradient)], []
     routed = shapes.routed_layers
-    dense = ("dp", states.dense, states.again, units, units + again, 1 + apart, size, zero)
-    expert = ("edp", states.expert, 0, routed, routed, 1, table.expert_data_parallel, table.zero_expert[:, None])
-    for axis, elements, more, held, uses, buffers, group, level in (dense, expert):
+    dense = ("dp", states.dense, states.again, units, units + again, size, zero)
+    expert = ("edp", states.expert, 0, routed, routed, table.expert_data_parallel, table.zero_expert[:, None])
+    for axis, elements, more, held, uses, group, level in (dense, expert):
         shared = ((group > 1)[:, None] & (elements > 0)).astype(np.int64)
         replicated = shared * (level == 0)
-        scatters = shared * np.where(level >= 2, microbatches * uses, (level == 1) * buffers)
+        scatters = shared * np.where(level >= 2, microbatches * uses, (level == 1) * held)
         whole = shared * elements
         summed = np.where(level >= 2, microbatches * (whole + shared * more), (level == 1) * whole)
-        reducing.append(Call("all_reduce", axis, replicated * buffers, replicated * elements * state.gradient))
+        reducing.append(Call("all_reduce", axis, replicated * held, replicated * elements * state.gradient))
         reducing.append(Call("reduce_scatter", axis, scatters, summed * state.gradient))
-        gathers = shared * np.select([level == 3, level == 2], [2 * microbatches * uses, held], (level == 1) * buffers)
+        gathers = shared * np.where(level == 3, 2 * microbatches * uses, (level >= 1) * held)
         gathered = np.where(level == 3, 2 * microbatches * (whole + shared * more), (level >= 1) * whole)
         gathering.append(Call("all_gather", axis, gathers, gathered * state.weight))
     return reducing, gathering

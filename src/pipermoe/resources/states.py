@@ -1,8 +1,8 @@
 """Parameters, gradients and optimizer state that a rank holds: elements and bytes, array (rows, stages or ranks).
 
 Dense parameters are divided over tp and shared by the dp * cp ranks of a group, routed experts are divided over ep and
-etp and shared by edp ranks; each lie in one flat buffer padded to a multiple of its group
-(`runtime/optimizer/flat_parameters.py`), from ZeRO-2 in one per layer, embedding and head.
+etp and shared by edp ranks; those of each layer, embedding and head lie in a flat buffer padded to a multiple of its
+group (`runtime/optimizer/flat_parameters.py`).
 ZeRO: Rajbhandari et al. 2020, section 5.
 """
 
@@ -46,7 +46,7 @@ class StateElements:
 
 @dataclass(frozen=True, slots=True)
 class Units:
-    """Parameters of what ZeRO >= 2 shards as one, before sharding: (rows, 1). `experts` are one layer's on a rank."""
+    """Parameters of what is sharded as one, before sharding: (rows, 1). `experts` are one layer's on a rank."""
 
     embedding: Any
     head: Any
@@ -87,16 +87,10 @@ def state_elements(model: ModelSpec, shapes: StageShapes, table: StrategyTable) 
     """Elements on one rank for every row of a table and every column of `shapes`."""
     copies = (table.data_parallel * table.context_parallel)[:, None], table.expert_data_parallel[:, None]
     levels = table.zero_dense[:, None], table.zero_expert[:, None]
-    units = units_of(model, table)
-    together, padded = units.on(shapes, copied=model.embeds_twice), units.padded(*copies)
-    apart = padded.on(shapes, copied=model.embeds_twice)
+    padded = units_of(model, table).padded(*copies)
+    wholes = padded.on(shapes, copied=model.embeds_twice)
+    shards = tuple(whole // n for whole, n in zip(wholes, copies, strict=True))
     at_one_end = np.abs(shapes.has_embedding - shapes.has_head) * model.embeds_twice
-    own_buffer = (at_one_end * units.embedding, 0 * at_one_end)
-    shards = tuple(
-        np.where(level >= 2, by_unit // n, -(-(whole - own) // n) + -(-own // n))
-        for level, by_unit, whole, own, n in zip(levels, apart, together, own_buffer, copies, strict=True)
-    )
-    wholes = tuple(shard * n for shard, n in zip(shards, copies, strict=True))
 
     def kept(sharded_from: int) -> Any:
         parts = zip(levels, shards, wholes, strict=True)

@@ -74,7 +74,7 @@ class Optimizer:
         self.steps_done = 0
 
     def reduce_gradients(self) -> None:
-        """Sum gradients over dp (dense) and edp (experts) where the backward has not done so already."""
+        """End the sums of gradients over dp (dense) and edp (experts), which the last backwards have begun."""
         for flat in self.flats:
             flat.reduce_gradients()
 
@@ -117,10 +117,14 @@ class Optimizer:
     @torch.no_grad()
     def gather_weights(self) -> None:
         """Round master weights into the model's and complete those on every rank that keeps all of them."""
+        gathering = []
         for state in self.states:
             if state.has_master:
                 state.flat.of_updated(state.flat.weights).copy_(state.weights)
-            state.flat.gather_weights()
+            gathering.append(state.flat.gather_weights())
+        for work in gathering:
+            if work is not None:
+                work.wait()
 
     def zero_gradients(self) -> None:
         for flat in self.flats:

@@ -56,7 +56,8 @@ class FlatParameters:
     Parameters with weight decay come first, up to element `decayed`. Gradients are fp32 whatever the weights are.
 
     Between `await_weights` and `drop` the parameters hold their weights, between `open_gradients` and
-    `launch_reduction` their gradients; where those stay whole, always.
+    `launch_reduction` their gradients; where those stay whole, always. Below level 2 they are reduced once a step, in
+    place, and nothing may be added between `launch_reduction` and `reduce_gradients`.
 
     Of routed experts `experts` names the logical expert of each row of every parameter; `EMPTY` rows are nobody's.
 
@@ -174,18 +175,19 @@ class FlatParameters:
         return whole_or_shard if whole_or_shard.numel() < self.size else whole_or_shard[self.owned]
 
     def reduce_gradients(self) -> None:
-        """Sum what is left to sum over the group, in place: everywhere at level 0, into the owned shard at level 1."""
-        if self.zero == 0 and self.ranks > 1:
-            dist.all_reduce(self.gradients, group=self.group)
-        elif self.zero == 1:
-            _reduce_scatter(self.gradients[self.owned], self.gradients, group=self.group)
+        """Finish the step's sum over the group, which may be on its way, and over the two ends of a pipeline."""
+        if not self.scatters:
+            if self._reducing is None:
+                self.launch_reduction()
+            self.settle_reduction()
         if self.ends is not None:
             dist.all_reduce(self.of_updated(self.gradients), group=self.ends)
 
-    def gather_weights(self) -> None:
-        """Give every rank the shards that the others updated, where ranks keep all of them."""
+    def gather_weights(self) -> dist.Work | None:
+        """Start to give every rank the shards that the others updated, where ranks keep all of them."""
         if self.zero in (1, 2):
-            _all_gather(self.weights, self.weights[self.owned], group=self.group)
+            return _all_gather(self.weights, self.weights[self.owned], group=self.group, async_op=True)
+        return None
 
     def zero_gradients(self) -> None:
         self.gradients.zero_()
@@ -244,7 +246,7 @@ class FlatParameters:
             parameter.data = nothing.expand(parameter.shape)
         return dropped
 
-    # Level 2 and 3: whole gradients while one backward of a layer fills them.
+    # Reduction: after the last backward of a step that fills a layer's gradients; at level 2 and 3 after every one.
 
     def open_gradients(self) -> None:
         """Let the parameters have gradients, zero at first, unless they have."""
@@ -254,22 +256,30 @@ class FlatParameters:
                 parameter.grad = view
 
     def launch_reduction(self) -> None:
-        """Start to sum the open gradients over the group; `settle_reduction` adds them to the shard."""
-        whole_N, self._whole_gradients = self._whole_gradients, None
-        if whole_N is None:
+        """Start to sum the gradients over the group: everywhere at level 0, into the owned shard above."""
+        whole_N = self._whole_gradients
+        if whole_N is None or self.ranks == 1:
             return  # the queue of another micro-batch has sent them along with its own
-        for parameter in self._parameters:
-            parameter.grad = None
-        work = _reduce_scatter(whole_N[self.owned], whole_N, group=self.group, async_op=True)
+        if self.scatters:
+            self._whole_gradients = None
+            for parameter in self._parameters:
+                parameter.grad = None
+        if self.zero == 0:
+            work = dist.all_reduce(whole_N, group=self.group, async_op=True)
+        else:
+            work = _reduce_scatter(whole_N[self.owned], whole_N, group=self.group, async_op=True)
         assert work is not None
         self._reducing = work, whole_N
 
     def settle_reduction(self) -> Tensor | None:
-        """Wait for the reduction in flight, if there is one, add its result to the shard and return the buffer."""
+        """Wait for the reduction in flight, if there is one; what was opened for it is added to the shard and given
+        back."""
         if self._reducing is None:
             return None
         (work, whole_N), self._reducing = self._reducing, None
         work.wait()
+        if not self.scatters:
+            return None
         self.gradients += whole_N[self.owned]
         return whole_N
 

@@ -1,13 +1,14 @@
 """ZeRO: which parameters lie in one flat buffer, and when those of a layer are gathered and their gradients reduced.
 
-Up to level 1 all parameters of a reduction group form one buffer. From level 2 each layer has its own, as have the
-embedding and the head: its gradients exist whole only while a backward fills them, and at level 3 its weights only
-while they are used. Dense parameters are sharded over dp, routed experts over edp, each at a level of its own.
+Each layer has buffers of its own, as have the embedding and the head. Up to level 1 gradients are reduced once a step,
+as soon as the last backward has filled them; from level 2 they exist whole only while a backward fills them, and at
+level 3 weights only while they are used. Dense parameters are sharded over dp, routed experts over edp, each at a level
+of its own.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -31,13 +32,11 @@ def flatten(
 ) -> list[FlatParameters]:
     """Lay the parameters of a rank in flat buffers, which own their storage from then on. Collective over no group.
 
-    Both ends of the pipeline hold the `copied` parameters, which lie in buffers of their own.
+    Both ends of the pipeline hold the `copied` parameters.
     """
     units: dict[tuple[bool, str], list[tuple[str, nn.Parameter]]] = defaultdict(list)
     for name, parameter in named_parameters:
-        expert = is_expert(name)
-        zero = strategy.zero_expert if expert else strategy.zero_dense
-        units[expert, unit_of(name) if zero >= 2 or name in copied else ""].append((name, parameter))
+        units[is_expert(name), unit_of(name)].append((name, parameter))
     return [
         FlatParameters(held, groups.edp, strategy.zero_expert, static_experts(held, groups))
         if expert
@@ -79,7 +78,8 @@ class Sharding:
     is the same on all ranks of a group as long as the schedule is.
 
     Weights stay until room is needed for others: the layer that a forward ends with is the one its backward begins
-    with. At most one reduction is in flight while the next unit's gradients are being filled.
+    with. Of gradients that are whole for a while at most one reduction is in flight while the next unit's are being
+    filled; those that stay are all in flight behind the last backwards of a step.
     """
 
     def __init__(self, meter: Meter) -> None:
@@ -88,6 +88,9 @@ class Sharding:
         self._scattered: dict[str, list[Unit]] = defaultdict(list)
         self._here: list[str] = []  # gathered units, the one used last at the end
         self._reducing: list[Unit] = []
+        self._staying: dict[str, list[FlatParameters]] = defaultdict(list)
+        self._fills: Counter[FlatParameters] = Counter()  # how often a step fills the gradients of each that stays
+        self._left: Counter[FlatParameters] = Counter()  # of these, how often this step has yet to
 
     def take(self, flats: Iterable[Unit], *, tied: bool = False) -> None:
         """Take charge of these; with `tied` word embeddings the head uses the embedding's weights too."""
@@ -100,6 +103,17 @@ class Sharding:
             for units in (self._gathered, self._scattered):
                 units["head"] = units["head"] + units["embedding"]
 
+    def reduce_early(self, flats: Iterable[FlatParameters], fills: Iterable[str], *, tied: bool = False) -> None:
+        """Reduce the gradients that stay of these as soon as the last of a step's `fills`, units, has filled them."""
+        for flat in flats:
+            if not flat.scatters and flat.ranks > 1:
+                self._staying[flat.unit].append(flat)
+        if tied:
+            self._staying["head"] = self._staying["head"] + self._staying["embedding"]
+        for unit in fills:
+            self._fills.update(self._staying.get(unit, ()))
+        self._left = self._fills.copy()
+
     @property
     def scatters_any(self) -> bool:
         return any(self._scattered.values())
@@ -107,6 +121,10 @@ class Sharding:
     def scatters(self, unit: str) -> bool:
         """Whether the gradients of `unit` exist whole only while a backward fills them."""
         return bool(self._scattered.get(unit))
+
+    def stays(self, unit: str) -> bool:
+        """Whether gradients of `unit` stay and are reduced with the last of a step's backwards."""
+        return bool(self._staying.get(unit))
 
     @contextmanager
     def weights(self, unit: str, following: str | None = None) -> Iterator[None]:
@@ -167,6 +185,14 @@ class Sharding:
         self._reducing = self._scattered[unit]
         for flat in self._reducing:
             flat.launch_reduction()
+
+    def filled(self, unit: str) -> None:
+        """One more backward has filled the gradients of `unit` that stay; start to sum them if it was the last."""
+        for flat in self._staying[unit]:
+            self._left[flat] -= 1
+            if not self._left[flat]:
+                self._left[flat] = self._fills[flat]
+                flat.launch_reduction()
 
     def _settle_reductions(self) -> None:
         with self._meter.term("gradient_sync"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pipermoe.modules.weight_gradients import Accumulate
+from pipermoe.modules.weight_gradients import Accumulate, Milestone
 from pipermoe.schedule.action import Action, Kind
 
 
@@ -29,7 +29,8 @@ class Backlog:
 
     def added(self, stage: int, microbatch: int) -> int:
         """How many weight gradients this backward has left behind, whether they have run since or not."""
-        return len(self._queues[stage, microbatch]) + self._taken[stage, microbatch]
+        queue = self._queues[stage, microbatch]
+        return sum(not isinstance(each, Milestone) for each in queue) + self._taken[stage, microbatch]
 
     def take(self) -> tuple[Action, Accumulate] | None:
         """The next one that may run now, and in whose name."""
@@ -38,9 +39,12 @@ class Backlog:
         blocked: set[int] = set()
         for action in reversed(self._ahead):
             key = (action.stage, action.microbatch)
-            if action.stage not in blocked and self._queues.get(key):
-                self._taken[key] += 1
-                return action, self._queues[key].pop(0)
+            if action.stage not in blocked:
+                queue = self._queues.get(key, [])
+                for place, pending in enumerate(queue):
+                    if not isinstance(pending, Milestone):
+                        self._taken[key] += 1
+                        return action, queue.pop(place)
             blocked.add(action.stage)
         return None
 

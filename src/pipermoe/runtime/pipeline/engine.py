@@ -36,7 +36,7 @@ from pipermoe.specs.errors import UserError
 from pipermoe.specs.mesh import split_layers
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.strategy import Strategy
-from pipermoe.specs.train import TrainConfig
+from pipermoe.specs.train import Mechanism, TrainConfig
 
 FORWARD_ONLY = frozenset({Kind.FORWARD, Kind.SEND_FORWARD, Kind.RECV_FORWARD})
 
@@ -48,9 +48,9 @@ class Engine:
     times the mean over micro-batches and MoE layers of the load-balancing loss (runtime/balance.py says over which
     tokens), plus `z_loss` times the same mean of the router z-loss, plus `mtp_loss_weight` times the mean over depths
     of the cross-entropies of multi-token prediction.
-    Every rank's backward is scaled by 1 / (micro-batches * data_parallel); gradients must then be summed over
-    dp (dense parameters) and edp (expert parameters), nothing else: an expert's gradient already holds the tokens of
-    all ep ranks, which came through the all-to-all.
+    Every rank's backward is scaled by 1 / (micro-batches * data_parallel); gradients are then summed over dp (dense
+    parameters) and edp (expert parameters), nothing else: an expert's gradient already holds the tokens of all ep
+    ranks, which came through the all-to-all.
 
     Any schedule of F, B, I, W, their pairs, sends and receives runs, with any number of stages on a rank. When weights
     are gathered and gradients reduced follows from the strategy's ZeRO levels, whether the schedule says it or not.
@@ -76,61 +76,66 @@ class Engine:
     ):
         check_model(model)
         _check_schedule(schedule, strategy)
+        if laid_out is not None:
+            check_layable(strategy, laid_out.mechanism)
         self.model, self.train, self.strategy, self.groups = model, train, strategy, groups
         self.device, self.dtype = torch.device(device), DTYPES[train.precision]
         self.meter = Meter()
-        here = groups.coordinates
-        self.training = Program.of(schedule, here.pp)
-        self.validation = Program.of(_forward_only(schedule), here.pp)
+        self.training = Program.of(schedule, groups.coordinates.pp)
+        self.validation = Program.of(_forward_only(schedule), groups.coordinates.pp)
         self.transport = transport or _transport(strategy, groups.ep, self.meter, dry=planned_counts is not None)
-        group = ExpertGroup(
-            groups.ep.rank(),
-            groups.ep.size(),
-            model.moe.num_experts,
-            model.moe.top_k,
-            self.transport,
-            self.meter,
-            train.capacity_factor,
-            planned_counts,
-        )
-        if laid_out is not None:
-            check_layable(strategy, laid_out.mechanism)
+        group = self._expert_group(planned_counts)
+        self.local_experts = group.local_experts
         self.placement = None if laid_out is None else laid_out.placement(group.rank)
         self.spill = None if laid_out is None else laid_out.spill
         carrier = Carrier(group.transport, group.rank, group.ranks, self.meter)
         self.tally = Tally(len(model.routers))
         dispatcher = self._dispatcher(group, carrier)
         self.balance = Balance(train.auxiliary_loss_level, train.seq_len, groups.dp, self.meter)
-        self.local_experts = group.local_experts
-        slots = group.local_experts if self.placement is None else self.placement.slots
         self.sharding = Sharding(self.meter)
-        split = split_layers(model.num_layers, schedule.num_stages, strategy.layer_split)
-        self.stages = {
+        self.stages = self._build_stages(schedule, dispatcher)
+        ends = schedule.stage_rank[0], schedule.stage_rank[-1]
+        if model.embeds_twice and schedule.num_stages > 1 and ends == (groups.coordinates.pp,) * 2:
+            self.stages[schedule.num_stages - 1].model.share_embedding(self.stages[0].model)
+        self.copied = {EMBEDDING} if model.embeds_twice and ends[0] != ends[1] else set()
+        draw = partial(initialize, seed=train.seed, num_layers=model.num_layers)
+        draw(self.named_parameters(), self.experts_of)
+        self.flats = self._flatten(laid_out.mechanism if laid_out else None, carrier, draw)
+
+    def _expert_group(self, planned_counts: Sequence[Sequence[int]] | None) -> ExpertGroup:
+        ep, moe = self.groups.ep, self.model.moe
+        return ExpertGroup(
+            ep.rank(),
+            ep.size(),
+            moe.num_experts,
+            moe.top_k,
+            self.transport,
+            self.meter,
+            self.train.capacity_factor,
+            planned_counts,
+        )
+
+    def _build_stages(self, schedule: Schedule, dispatcher: Callable[[str], Dispatcher]) -> dict[int, Stage]:
+        model, train = self.model, self.train
+        split = split_layers(model.num_layers, schedule.num_stages, self.strategy.layer_split)
+        return {
             stage: Stage(
                 model,
                 split[stage],
-                slots,
+                self.local_experts if self.placement is None else self.placement.slots,
                 dispatcher,
                 self.sharding,
                 seq_len=train.seq_len,
                 dtype=self.dtype,
                 device=self.device,
-                strategy=strategy,
+                strategy=self.strategy,
                 balance=self.balance,
                 auxiliary_weight=train.auxiliary_loss / len(model.routers),
                 z_weight=train.z_loss / len(model.routers),
                 mtp_weight=train.mtp_loss_weight / max(1, model.mtp_layers),
             )
-            for stage in schedule.stages_of(here.pp)
+            for stage in schedule.stages_of(self.groups.coordinates.pp)
         }
-        ends = schedule.stage_rank[0], schedule.stage_rank[-1]
-        if model.embeds_twice and schedule.num_stages > 1 and ends == (here.pp, here.pp):
-            self.stages[schedule.num_stages - 1].model.share_embedding(self.stages[0].model)
-        self.copied = {EMBEDDING} if model.embeds_twice and ends[0] != ends[1] else set()
-        draw = partial(initialize, seed=train.seed, num_layers=model.num_layers)
-        draw(self.named_parameters(), self.experts_of)
-        self.flats, visitors = self._flat_parameters(laid_out, carrier, draw)
-        self.sharding.take([*self.flats, *visitors], tied=model.tie_word_embeddings)
 
     def _dispatcher(self, group: ExpertGroup, carrier: Carrier) -> Callable[[str], Dispatcher]:
         """How the tokens of each layer, by its unit's name, meet their experts."""
@@ -140,22 +145,22 @@ class Engine:
         everywhere = _same_dispatcher(self.strategy, group, self.groups)
         return lambda unit: everywhere
 
-    def _flat_parameters(
-        self, laid_out: LaidOut | None, carrier: Carrier, draw: Draw
-    ) -> tuple[list[FlatParameters], list[Unit]]:
-        """What the optimizer updates, and what else is brought and taken away for every use."""
-        if laid_out is None or laid_out.mechanism is None or self.placement is None:
-            return flatten(self.named_parameters(), self.groups, self.strategy, self.copied), []
-        dense = [each for each in self.named_parameters() if not is_expert(each[0])]
-        experts = [each for each in self.named_parameters() if is_expert(each[0])]
-        maker = Maker(laid_out.mechanism, self.placement, self.model.routers, self.groups, self.strategy, carrier)
-        held, visitors = maker.lay_out(experts, draw)
-        return flatten(dense, self.groups, self.strategy, self.copied) + held, visitors
-
-    @property
-    def launches_in_weight_gradients(self) -> bool:
-        """Whether collectives stand among the weight gradients, which may then run at no other time on one rank."""
-        return self.sharding.scatters_any or self.spill is not None
+    def _flatten(self, mechanism: Mechanism | None, carrier: Carrier, draw: Draw) -> list[FlatParameters]:
+        """What the optimizer updates; `sharding` takes charge of it, and of what else is brought for every use."""
+        moving = mechanism is not None
+        fixed = [each for each in self.named_parameters() if not (moving and is_expert(each[0]))]
+        flats = flatten(fixed, self.groups, self.strategy, self.copied)
+        tied = self.model.tie_word_embeddings
+        filled = [unit for stage in self.stages.values() for unit in stage.units] * self.microbatches
+        self.sharding.reduce_early(flats, filled, tied=tied)
+        visitors: list[Unit] = []
+        if mechanism is not None and self.placement is not None:
+            experts = [each for each in self.named_parameters() if is_expert(each[0])]
+            maker = Maker(mechanism, self.placement, self.model.routers, self.groups, self.strategy, carrier)
+            held, visitors = maker.lay_out(experts, draw)
+            flats += held
+        self.sharding.take([*flats, *visitors], tied=tied)
+        return flats
 
     @property
     def microbatches(self) -> int:
@@ -165,6 +170,11 @@ class Engine:
     def scale(self) -> float:
         """The weight of one micro-batch's mean in the global mean."""
         return 1.0 / (self.microbatches * self.strategy.data_parallel)
+
+    @property
+    def launches_in_weight_gradients(self) -> bool:
+        """Whether collectives stand among the weight gradients, which may then run at no other time on one rank."""
+        return self.sharding.scatters_any or self.spill is not None
 
     def experts_of(self, name: str) -> Sequence[int]:
         """The logical expert of each row of this expert parameter on this rank."""
@@ -197,6 +207,8 @@ class Engine:
 
     def step(self, batch: Tensor) -> StepResult:
         """Forward and backward of one step; gradients are added to `param.grad`.
+
+        Sums of gradients over ranks are still on their way: `FlatParameters.reduce_gradients` ends them.
 
         `batch` holds this dp rank's tokens, (microbatches, micro_batch_size, seq_len + 1) int64, the same on every
         pipeline rank: each position but the last predicts the next.

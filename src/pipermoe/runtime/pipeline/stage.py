@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pipermoe.modules.model import MoELayer, PredictionLayer, StageModel
 from pipermoe.modules.rotary import Rotation, rotation_of
-from pipermoe.modules.weight_gradients import Accumulate, WeightGradients
+from pipermoe.modules.weight_gradients import Accumulate, Milestone, WeightGradients
 from pipermoe.runtime.balance import Balance, balancing_loss
 from pipermoe.runtime.optimizer.sharding import Sharding
 from pipermoe.runtime.pipeline.dispatch import Dispatcher, Journey
@@ -280,15 +280,19 @@ class Stage:
         """Weights as in forward; the unit's gradients are reduced as soon as all that this block computes are there."""
         unit = self.units[place]
         with self._weights(place, step=-1):
-            self._in_turn(tape, unit, self.sharding.open_gradients)
+            scatters, stays = self.sharding.scatters(unit), self.sharding.stays(unit)
+            if scatters:
+                self._in_turn(tape, partial(self.sharding.open_gradients, unit))
             yield
-            self._in_turn(tape, unit, self.sharding.reduce_gradients)
+            if scatters:
+                self._in_turn(tape, partial(self.sharding.reduce_gradients, unit))
+            if stays:
+                self._in_turn(tape, Milestone(partial(self.sharding.filled, unit)))
 
-    def _in_turn(self, tape: Tape, unit: str, act: Callable[[str], None]) -> None:
-        """`act` on the unit in the order of its weight gradients: now, or where they are queued."""
-        if self.sharding.scatters(unit):
-            with self.gradients.deferred_to(tape.weight_gradients):
-                self.gradients.add(lambda: act(unit))
+    def _in_turn(self, tape: Tape, act: Accumulate) -> None:
+        """`act` in the order of weight gradients: now, or where they are queued."""
+        with self.gradients.deferred_to(tape.weight_gradients):
+            self.gradients.add(act)
 
     def _moe_forward(self, place: int, layer: MoELayer, x_TD: Tensor, tape: Tape) -> Steps[Tensor]:
         dispatcher, tokens, keep = self.dispatcher(self.units[place]), x_TD.shape[0], self._keeps(tape)
