@@ -23,7 +23,8 @@ def overlapped(schedule: Schedule) -> Schedule:
     bubble beyond the warm-up. A schedule that splits backwards still does so once a rank has no forward left; its
     weight gradients then fill what is idle if F, I and W take equally long.
     """
-    ranks = [_Rank(schedule, rank) for rank in range(schedule.num_ranks)]
+    split = schedule.splits_backward
+    ranks = [_Rank(schedule, rank, split) for rank in range(schedule.num_ranks)]
     slot = 0
     while any(not rank.finished for rank in ranks):
         made = [outcome for rank in ranks for outcome in rank.run_slot(slot)]
@@ -32,7 +33,7 @@ def overlapped(schedule: Schedule) -> Schedule:
                 ranks[schedule.rank_of(stage, microbatch)].ready_at[stage, microbatch, backward] = slot + 1
         slot += 1
     paired = replace(schedule, name=f"{schedule.name}-overlap", ranks=tuple(tuple(rank.done) for rank in ranks))
-    if not schedule.splits_backward:
+    if not split:
         return paired
     return squeeze(paired, Limits.equal(paired, math.inf))
 
@@ -69,11 +70,11 @@ def zb_v_overlap(pipeline_parallel: int, microbatches: int, virtual_stages: int 
 class _Rank:
     """What one rank has done and has left, and from which slot on the data of its work is there."""
 
-    def __init__(self, schedule: Schedule, rank: int) -> None:
+    def __init__(self, schedule: Schedule, rank: int, split: bool) -> None:
         parts = list(schedule.parts(rank))
         self.forwards = deque(part for part in parts if part.kind is Kind.FORWARD)
         self.backwards = deque(part for part in parts if part.kind in (Kind.BACKWARD, Kind.INPUT_GRAD))
-        self.split = schedule.splits_backward
+        self.split = split
         self.last_stage = schedule.num_stages - 1
         self.ready_at = {(0, m, False): 0 for m in range(schedule.microbatches)}
         self.done: list[Action] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -65,16 +66,49 @@ def squeeze(spines: Schedule, limits: Limits, durations: Durations | None = None
 
 
 class _Queue:
-    """One rank: its spine, what is left of it, its pending weight gradients and the memory it holds."""
+    """One rank: its spine, what is left of it, its pending weight gradients and the memory it holds.
 
-    def __init__(self, spine: Sequence[Action], steps: Sequence[Step]) -> None:
-        self.todo = list(zip(spine, steps, strict=True))
+    Spine actions go by their place in the spine. `ready[i]` is when the data of action i is there, None as long as that
+    is not known.
+    """
+
+    def __init__(self, spine: Sequence[Action], steps: Sequence[Step], stage: Sequence[float], last_stage: int) -> None:
+        self.spine, self.steps = spine, steps
+        self.changes = [[_change(part, stage) for part in action.parts] for action in spine]
+        self.extra = [_peak([action], stage) for action in spine]
+        self.seconds = [step.compute + step.exchange for step in steps]
+        self.todo = list(range(len(spine)))
+        # The last stage's backward gets nothing from elsewhere: it needs its own forward.
+        self.turns = {
+            part.microbatch: i
+            for i, action in enumerate(spine)
+            for part in action.parts
+            if part.stage == last_stage and part.kind is not Kind.FORWARD
+        }
+        self.missing = [len(step.needs) for step in steps]
+        for i in self.turns.values():
+            self.missing[i] += 1
+        self.ready: list[float | None] = [None if n else 0.0 for n in self.missing]
+        self.latest = [0.0] * len(spine)
+        self.known = [i for i in self.todo if self.ready[i] is not None]  # of what is left, in order
         self.pending: deque[Action] = deque()
         self.order: list[Action] = []
         self.pending_size = 0.0  # memory that the pending weight gradients would free
-        self.turned: set[int] = set()  # micro-batches that have been forward through the last stage
         self.held = 0.0
         self.free_at = 0.0
+
+    def receive(self, i: int, arrival: float) -> None:
+        """An input of action `i` is there at `arrival`."""
+        self.missing[i] -= 1
+        self.latest[i] = max(self.latest[i], arrival)
+        if not self.missing[i]:
+            self.ready[i] = self.latest[i]
+            insort(self.known, i)
+
+    def take(self, i: int) -> None:
+        """Action `i` runs."""
+        del self.todo[bisect_left(self.todo, i)]
+        del self.known[bisect_left(self.known, i)]
 
 
 class _ListScheduler:
@@ -83,8 +117,10 @@ class _ListScheduler:
         self.limits, self.patience = limits, patience
         self.mail = Mail(program)
         self.weight_grad = durations.per_stage(spines.num_stages).compute[Kind.WEIGHT_GRAD]
-        self.queues = [_Queue(*pair) for pair in zip(spines.ranks, program.steps, strict=True)]
         self.last_stage = spines.num_stages - 1
+        pairs = zip(spines.ranks, program.steps, strict=True)
+        self.queues = [_Queue(*pair, limits.stage, self.last_stage) for pair in pairs]
+        self.reader = {slot: i for steps in program.steps for i, step in enumerate(steps) for slot in step.needs}
         self.window = 4 * spines.num_stages  # how far ahead a rank looks for something ready
         self.events = [(0.0, rank) for rank in range(len(self.queues))]
 
@@ -100,12 +136,12 @@ class _ListScheduler:
         if not queue.todo:
             self._run_weight_grad(queue, rank, now)
             return
-        action, step = queue.todo[0]
-        ready = self._arrival(queue, action, step)
-        if queue.pending and not self._fits(queue, rank, _peak([action], self.limits.stage)):
+        following = queue.todo[0]
+        ready = queue.ready[following]
+        if queue.pending and not self._fits(queue, rank, queue.extra[following]):
             self._run_weight_grad(queue, rank, now)
         elif ready is not None and ready <= now:
-            self._run_spine(queue, rank, 0, now)
+            self._run_spine(queue, rank, following, now)
         else:
             wait = math.inf if ready is None else ready - now
             early = self._ready_later(queue, rank, now, wait)
@@ -116,42 +152,35 @@ class _ListScheduler:
             elif ready is not None:
                 heapq.heappush(self.events, (ready, rank))  # otherwise the delivery wakes the rank
 
-    def _arrival(self, queue: _Queue, action: Action, step: Step) -> float | None:
-        """When the data of a spine action is there; None if that is not known yet."""
-        latest = 0.0
-        for slot in step.needs:
-            arrival = self.mail.arrival[slot]
-            if arrival is None:
-                return None
-            latest = max(latest, arrival)
-        for part in action.parts:  # the last stage's backward gets nothing from elsewhere: it needs its own forward
-            if part.stage == self.last_stage and part.kind is not Kind.FORWARD and part.microbatch not in queue.turned:
-                return None
-        return latest
-
     def _fits(self, queue: _Queue, rank: int, extra: float) -> bool:
         return queue.held + extra <= self.limits.rank[rank] * (1 + 1e-9)
 
     def _ready_later(self, queue: _Queue, rank: int, now: float, wait: float) -> int | None:
-        """Position of a spine action that may overtake those before it: data there, memory enough, not too long."""
-        stage = self.limits.stage
-        rise = highest = 0.0  # memory of the overtaken actions relative to now, after all pending weight gradients
-        for position, (action, step) in enumerate(queue.todo[: self.window]):
-            if position and wait >= self.patience * (step.compute + step.exchange):
-                ready = self._arrival(queue, action, step)
-                if ready is not None and ready <= now:
-                    extra = _peak([action], stage)
-                    stays = max(sum(_change(part, stage) for part in action.parts), 0.0)
-                    later = stays + highest - queue.pending_size
-                    if not extra or (self._fits(queue, rank, extra) and self._fits(queue, rank, later)):
-                        return position
-            for part in action.parts:
-                rise += _change(part, stage)
-                highest = max(highest, rise)
+        """A spine action that may overtake those before it: data there, memory enough, not too long."""
+        todo, at = queue.todo, 0
+        rise = highest = 0.0  # memory of todo[:at] relative to now, after all pending weight gradients
+        beyond = todo[self.window] if self.window < len(todo) else len(queue.spine)
+        for i in queue.known:
+            if i >= beyond:
+                break
+            if i == todo[0] or queue.latest[i] > now or wait < self.patience * queue.seconds[i]:
+                continue
+            if not queue.extra[i]:
+                return i
+            if not self._fits(queue, rank, queue.extra[i]):
+                continue
+            while todo[at] != i:
+                for change in queue.changes[todo[at]]:
+                    rise += change
+                    highest = max(highest, rise)
+                at += 1
+            if self._fits(queue, rank, max(sum(queue.changes[i]), 0.0) + highest - queue.pending_size):
+                return i
         return None
 
-    def _run_spine(self, queue: _Queue, rank: int, position: int, now: float) -> None:
-        action, step = queue.todo.pop(position)
+    def _run_spine(self, queue: _Queue, rank: int, i: int, now: float) -> None:
+        queue.take(i)
+        action, step = queue.spine[i], queue.steps[i]
         for part in action.parts:
             if part.kind is Kind.INPUT_GRAD:
                 queue.pending.append(Action(Kind.WEIGHT_GRAD, part.stage, part.microbatch))
@@ -159,11 +188,14 @@ class _ListScheduler:
             else:
                 queue.held += _change(part, self.limits.stage)
             if part.kind is Kind.FORWARD and part.stage == self.last_stage:
-                queue.turned.add(part.microbatch)
+                queue.receive(queue.turns[part.microbatch], 0.0)
         self._append(queue, rank, action, now + step.compute + step.exchange)
         for give in step.gives:
+            slot, peer, _ = give
             self.mail.deliver(rank, give, queue.free_at)
-            heapq.heappush(self.events, (self.mail.arrival[give[0]] or 0.0, give[1]))
+            arrival = self.mail.arrival[slot] or 0.0
+            self.queues[peer].receive(self.reader[slot], arrival)
+            heapq.heappush(self.events, (arrival, peer))
 
     def _run_weight_grad(self, queue: _Queue, rank: int, now: float) -> None:
         action = queue.pending.popleft()
