@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,17 @@ class Handle:
         return self._future is None or self._future.done()
 
 
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A plan as its transport runs it, and the bytes of this rank's buffers."""
+
+    plan: ExchangePlan
+    prepared: Any
+    input_bytes: int
+    output_bytes: int
+    staging_bytes: int
+
+
 class Exchange:
     """The all-to-alls of one process group. All its ranks make the same calls in the same order.
 
@@ -69,7 +81,7 @@ class Exchange:
         self._plans = Remembered[ExchangePlan](REMEMBERED_PLANS)
         # By id of a plan, which is kept as well, so that its id stays its own.
         self._reversed = Remembered[tuple[ExchangePlan, ExchangePlan]](REMEMBERED_PLANS)
-        self._prepared = Remembered[tuple[ExchangePlan, Any]](2 * REMEMBERED_PLANS)
+        self._ready = Remembered[Ready](2 * REMEMBERED_PLANS)
         self.chooser = Chooser(self.topology)
         self._staging = torch.empty(0, dtype=torch.uint8)
         self._worker: ThreadPoolExecutor | None = None
@@ -90,13 +102,13 @@ class Exchange:
 
     def run(self, plan: ExchangePlan, output: torch.Tensor, input: torch.Tensor) -> None:
         """Moves the bytes of `input` to `output`, both contiguous, sized as the plan's counts say."""
-        self._check_sizes(plan, output, input)
-        self.now(lambda: self._run(plan, output, input))
+        ready = self._ready_for(plan, output, input)
+        self.now(lambda: self._run(ready, output, input))
 
     def start(self, plan: ExchangePlan, output: torch.Tensor, input: torch.Tensor) -> Handle:
         """Like `run`, in the background; exchanges of one Exchange run in the order in which they were started."""
-        self._check_sizes(plan, output, input)
-        return self.later(input, lambda: self._run(plan, output, input))
+        ready = self._ready_for(plan, output, input)
+        return self.later(input, lambda: self._run(ready, output, input))
 
     def run_agreed(self, request: Request, output: torch.Tensor, input: torch.Tensor) -> None:
         """What all ranks ask for, by the cheapest plan; the same UserError on all if they ask for different things.
@@ -104,7 +116,7 @@ class Exchange:
         To be called by `now` or `later`: it is two exchanges, between which no other may come.
         """
         rows = agree(request, self._gather_bytes)
-        self._run(self.plan(rows * row_bytes(input)), output, input)
+        self._run(self._made_ready(self.plan(rows * row_bytes(input))), output, input)
 
     def now(self, act: Callable[[], None]) -> None:
         """Exchanges on this thread, after those that were started before."""
@@ -162,45 +174,50 @@ class Exchange:
         """The bytes of every rank, [P, len(mine)]: an exchange of equal rows, so nothing needs to be agreed before."""
         counts = np.full((self.size, self.size), len(mine), dtype=np.int64)
         plan = self.plan(counts, "hierarchical" if self.topology.num_nodes < self.size else "direct")
+        ready = self._made_ready(plan)
         rows = torch.from_numpy(np.tile(mine, self.size))
         gathered = torch.empty_like(rows)
         if self.transport.name == "device":
             device = torch.device("cuda", torch.cuda.current_device())
             on_device = torch.empty_like(rows, device=device)
-            self._run(plan, on_device, rows.to(device))
+            self._run(ready, on_device, rows.to(device))
             gathered.copy_(on_device)
         else:
-            self._run(plan, gathered, rows)
+            self._run(ready, gathered, rows)
         return gathered.numpy().reshape(self.size, len(mine))
 
-    def _check_sizes(self, plan: ExchangePlan, output: torch.Tensor, input: torch.Tensor) -> None:
-        if plan.num_ranks != self.size:
-            raise UserError(f"the plan is for {plan.num_ranks} ranks, the process group has {self.size}")
-        for name, tensor, expected in (
-            ("input", input, int(plan.counts[self.rank].sum())),
-            ("output", output, int(plan.counts[:, self.rank].sum())),
-        ):
+    def _ready_for(self, plan: ExchangePlan, output: torch.Tensor, input: torch.Tensor) -> Ready:
+        """The plan made ready, for tensors that fit it; else UserError."""
+        ready = self._made_ready(plan)
+        for name, tensor, expected in (("input", input, ready.input_bytes), ("output", output, ready.output_bytes)):
             if not tensor.is_contiguous():
                 raise UserError(f"{name} must be contiguous; call .contiguous() first")
-            if tensor.numel() * tensor.element_size() != expected:
-                actual = tensor.numel() * tensor.element_size()
-                raise UserError(f"{name} has {actual} bytes, the plan moves {expected} on rank {self.rank}")
+            if tensor.nbytes != expected:
+                raise UserError(f"{name} has {tensor.nbytes} bytes, the plan moves {expected} on rank {self.rank}")
+        return ready
 
-    def _run(self, plan: ExchangePlan, output: torch.Tensor, input: torch.Tensor) -> None:
+    def _made_ready(self, plan: ExchangePlan) -> Ready:
+        return self._ready.get(id(plan), lambda: self._make_ready(plan))
+
+    def _make_ready(self, plan: ExchangePlan) -> Ready:
+        if plan.num_ranks != self.size:
+            raise UserError(f"the plan is for {plan.num_ranks} ranks, the process group has {self.size}")
+        sent, received = int(plan.counts[self.rank].sum()), int(plan.counts[:, self.rank].sum())
+        return Ready(plan, self.transport.prepare(plan), sent, received, int(plan.staging_bytes[self.rank]))
+
+    def _run(self, ready: Ready, output: torch.Tensor, input: torch.Tensor) -> None:
         """GPU tensors on a group of CPU processes pass through pinned host memory."""
-        if self.transport.name == "device" or not (input.is_cuda or output.is_cuda):
-            self._move(plan, output, input)
+        if not (input.is_cuda or output.is_cuda) or self.transport.name == "device":
+            self._move(ready, output, input)
             return
         sent = torch.empty(input.shape, dtype=input.dtype, pin_memory=True).copy_(input)
         received = torch.empty(output.shape, dtype=output.dtype, pin_memory=True)
-        self._move(plan, received, sent)
+        self._move(ready, received, sent)
         output.copy_(received)
 
-    def _move(self, plan: ExchangePlan, output: torch.Tensor, input: torch.Tensor) -> None:
-        prepared = self._prepared.get(id(plan), lambda: (plan, self.transport.prepare(plan)))[1]
-        buffers = as_bytes(input), as_bytes(output), self._staging_on(input.device, int(plan.staging_bytes[self.rank]))
+    def _move(self, ready: Ready, output: torch.Tensor, input: torch.Tensor) -> None:
         try:
-            self.transport.run(prepared, buffers)
+            self.transport.run(ready.prepared, (input, output, self._staging_on(input.device, ready.staging_bytes)))
         except MachineError as error:
             raise MachineError(f"the exchange of {self.size} ranks: {error}") from error
 
@@ -218,11 +235,6 @@ def _checked(plan: ExchangePlan) -> ExchangePlan:
 
 def row_bytes(tensor: torch.Tensor) -> int:
     return math.prod(tensor.shape[1:]) * tensor.element_size()
-
-
-def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The memory of a contiguous tensor as bytes."""
-    return tensor.detach().view(-1).view(torch.uint8) if tensor.numel() else tensor.new_empty(0, dtype=torch.uint8)
 
 
 def default_group() -> dist.ProcessGroup:

@@ -30,7 +30,7 @@ class ProcessGroupTransport:
 
     def run(self, prepared: Program, buffers: Sequence[torch.Tensor]) -> None:
         try:
-            self._run(prepared, buffers)
+            self._run(prepared, [as_bytes(buffer) for buffer in buffers])
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise MachineError(f"rank {prepared.rank}: {reason}") from error
@@ -81,6 +81,7 @@ class DeviceTransport:
         return levels
 
     def run(self, prepared: list[list[tuple[bool, Transfer]]], buffers: Sequence[torch.Tensor]) -> None:
+        buffers = [as_bytes(buffer) for buffer in buffers]
         for level in prepared:
             operations, arrivals = [], []
             for sends, transfer in level:
@@ -96,6 +97,11 @@ class DeviceTransport:
                 work.wait()
             for wire, ranges in arrivals:
                 scatter(wire, pieces(buffers, ranges))
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory of a contiguous tensor as bytes."""
+    return tensor.detach().view(-1).view(torch.uint8) if tensor.numel() else tensor.new_empty(0, dtype=torch.uint8)
 
 
 def pieces(buffers: Sequence[torch.Tensor], ranges: Sequence[Range]) -> list[torch.Tensor]:

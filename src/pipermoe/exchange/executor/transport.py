@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from pipermoe.exchange.executor.gather_json import all_gather_json
-from pipermoe.exchange.executor.process_group import DeviceTransport, ProcessGroupTransport
+from pipermoe.exchange.executor.process_group import DeviceTransport, ProcessGroupTransport, as_bytes
 from pipermoe.exchange.host import native, shared_memory, sockets
 from pipermoe.exchange.host.loop import PythonLoop
 from pipermoe.exchange.host.native import NativeLoop
@@ -26,14 +26,14 @@ Wanted = Literal["auto", "sockets", "python", "process_group"]
 
 
 class Transport(Protocol):
-    """Runs plans on tensors of bytes. What `prepare` makes of a plan is worth keeping."""
+    """Runs plans on contiguous tensors. What `prepare` makes of a plan is worth keeping."""
 
     name: str
 
     def prepare(self, plan: ExchangePlan) -> Any: ...
 
     def run(self, prepared: Any, buffers: Sequence[torch.Tensor]) -> None:
-        """`buffers` are INPUT, OUTPUT and STAGING as bytes. Returns when this rank's part is complete, on a GPU when
+        """`buffers` are INPUT, OUTPUT and STAGING. Returns when this rank's part is complete, on a GPU when
         it is queued on the current stream."""
         ...
 
@@ -54,12 +54,12 @@ class HostTransport:
         return native.encode(program, self.local_index) if self.native else program
 
     def run(self, prepared: Any, buffers: Sequence[torch.Tensor]) -> None:
-        arrays = [buffer.numpy() for buffer in buffers]
         if self.native is not None:
             self.sockets.connect(prepared.program.socket_peers)
-            self.native.complete(prepared, arrays)
+            self.native.complete(prepared, *(buffer.data_ptr() for buffer in buffers))
         else:
             self.sockets.connect(prepared.socket_peers)
+            arrays = [as_bytes(buffer).numpy() for buffer in buffers]
             PythonLoop(prepared, arrays, self.node, self.local_index, self.sockets).complete()
 
 

@@ -85,12 +85,9 @@ void exchange_close(Links *l) {
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
 }
 
-/* Starts a program on three buffers and half `turn` of the shared memory. */
-void exchange_begin(Links *l, const Program *program, uint8_t **buffers, uint8_t *half, int turn) {
+static void begin(Links *l, const Program *program) {
     Program *p = &l->program;
     *p = *program;
-    memcpy(l->buffer, buffers, sizeof l->buffer);
-    l->half = half, l->turn = turn, l->half_is_free = 0;
     int64_t messages = p->sends + p->receives;
     if (messages > l->capacity) {
         l->capacity = messages;
@@ -297,6 +294,15 @@ int exchange_progress(Links *l, int milliseconds) {
         if (slept >= milliseconds) return IDLE;
     }
     return MOVED;
+}
+
+/* Starts a program on input, output and staging and half `turn` of the shared memory, and goes on as above. */
+int exchange_run(Links *l, const Program *program, uint8_t *input, uint8_t *output, uint8_t *staging, uint8_t *half,
+                 int turn, int milliseconds) {
+    l->buffer[0] = input, l->buffer[1] = output, l->buffer[2] = staging;
+    l->half = half, l->turn = turn, l->half_is_free = 0;
+    begin(l, program);
+    return exchange_progress(l, milliseconds);
 }
 
 /* The number of a receive that has not arrived, or NOBODY. */

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,7 +25,7 @@ import numpy as np
 from pipermoe.exchange.host.loop import stuck
 from pipermoe.exchange.host.program import Program, Transfer, Way
 from pipermoe.exchange.host.shared_memory import SharedNode
-from pipermoe.exchange.host.sockets import Bytes, Sockets
+from pipermoe.exchange.host.sockets import Sockets
 from pipermoe.exchange.plan import Ints
 from pipermoe.specs.errors import MachineError
 
@@ -81,7 +80,7 @@ def _library() -> ctypes.CDLL:
     pointer, number = ctypes.c_void_p, ctypes.c_int
     library.exchange_open.restype, library.exchange_open.argtypes = pointer, [number, number, number, pointer, pointer]
     library.exchange_connect.argtypes = [pointer, number, number]
-    library.exchange_begin.argtypes = [pointer, pointer, pointer, pointer, number]
+    library.exchange_run.argtypes = [*[pointer] * 6, number, number]
     library.exchange_pending.restype, library.exchange_pending.argtypes = ctypes.c_int64, [pointer]
     library.exchange_progress.argtypes = [pointer, number]
     library.exchange_failed_peer.argtypes = [pointer, pointer]
@@ -95,7 +94,8 @@ class NativeProgram:
 
     program: Program
     structure: _Program
-    arrays: tuple[Ints, ...]  # which the structure points into
+    address: int  # of the structure
+    arrays: tuple[Ints, ...]  # which it points into
 
 
 def encode(program: Program, local_index: dict[int, int]) -> NativeProgram:
@@ -120,7 +120,7 @@ def encode(program: Program, local_index: dict[int, int]) -> NativeProgram:
     columns = (sends, receives, ranges, first, [index for row in followers for index in row])
     arrays = tuple(np.ascontiguousarray(column, dtype=np.int64) for column in columns)
     structure = _Program(len(sends), len(receives), *(array.ctypes.data for array in arrays))
-    return NativeProgram(program, structure, arrays)
+    return NativeProgram(program, structure, ctypes.addressof(structure), arrays)
 
 
 class NativeLoop:
@@ -130,33 +130,44 @@ class NativeLoop:
         self.node, self.sockets = node, sockets
         self._connected: set[int] = set()
         self._library = _library()
+        self._run = self._library.exchange_run
         words, bells, index, size = None, None, 0, 0
         if node is not None:
             words = ctypes.addressof(ctypes.c_uint32.from_buffer(node.control))
             bells, index, size = (ctypes.c_int * node.size)(*node.bells), node.index, node.size
         self._links = self._library.exchange_open(ranks, index, size, words, bells)
 
-    def complete(self, native: NativeProgram, buffers: Sequence[Bytes]) -> None:
-        """Until all has arrived and left. MachineError if nothing at all moves for the sockets' timeout."""
-        for peer in self.sockets.connections.keys() - self._connected:
-            self._library.exchange_connect(self._links, peer, self.sockets.connections[peer].fileno())
-            self._connected.add(peer)
+    def complete(self, native: NativeProgram, input: int, output: int, staging: int) -> None:
+        """Until all has arrived and left, given the buffers' addresses. MachineError if nothing at all moves for the
+        sockets' timeout.
+        """
+        if len(self._connected) < len(self.sockets.connections):
+            self._adopt_connections()
         half, turn = None, 0
         if self.node is not None:
             self.node.begin(native.program.shared_bytes)
-            half, turn = self.node.half.ctypes.data, self.node.turn
-        pointers = (ctypes.c_void_p * 3)(*(buffer.ctypes.data for buffer in buffers))
-        self._library.exchange_begin(self._links, ctypes.byref(native.structure), pointers, half, turn)
+            half, turn = self.node.half_address, self.node.turn
+        status = self._run(self._links, native.address, input, output, staging, half, turn, SLICE_MILLISECONDS)
+        if status != _DONE:
+            self._go_on(native.program, status)
+
+    def _go_on(self, program: Program, status: int) -> None:
         last = 0.0
-        while status := self._library.exchange_progress(self._links, SLICE_MILLISECONDS):
+        while status != _DONE:
             if status < 0:
-                self._fail(native.program.rank, -status)
+                self._fail(program.rank, -status)
             now = time.monotonic()
             last = now if status == _MOVED else last or now - SLICE_MILLISECONDS / 1e3
             if now > last + self.sockets.timeout:
                 pending = self._library.exchange_pending(self._links)
-                peer = native.program.receives[pending].peer if pending >= 0 else None
-                raise MachineError(f"rank {native.program.rank}: {stuck(peer, self.sockets.timeout)}")
+                peer = program.receives[pending].peer if pending >= 0 else None
+                raise MachineError(f"rank {program.rank}: {stuck(peer, self.sockets.timeout)}")
+            status = self._library.exchange_progress(self._links, SLICE_MILLISECONDS)
+
+    def _adopt_connections(self) -> None:
+        for peer in self.sockets.connections.keys() - self._connected:
+            self._library.exchange_connect(self._links, peer, self.sockets.connections[peer].fileno())
+            self._connected.add(peer)
 
     def _fail(self, rank: int, code: int) -> None:
         sending = ctypes.c_int()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 
 import numpy as np
 
@@ -41,7 +42,7 @@ class Transfer:
     copied_to: tuple[Range, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Program:
     """Run it thus: expect all receives; start every send as soon as all that it waits for has arrived or left.
 
@@ -60,7 +61,7 @@ class Program:
     def network_bytes_sent(self) -> int:
         return sum(send.length for send in self.sends if send.way in (Way.SOCKET, Way.GROUP))
 
-    @property
+    @cached_property
     def socket_peers(self) -> set[int]:
         return {transfer.peer for transfer in (*self.sends, *self.receives) if transfer.way == Way.SOCKET}
 

@@ -42,7 +42,8 @@ class SharedNode:
         self.sent, self._taken = [0] * size, [0] * size
         self.capacity = self.turn = 0
         self.half: NDArray[np.uint8] = np.zeros(0, dtype=np.uint8)
-        self._halves = [self.half, self.half]
+        self.half_address = 0
+        self._halves, self._addresses = [self.half, self.half], [0, 0]
         self._free_at = [[0] * size, [0] * size]
         self._arena_at = _pages(self._control_bytes())
 
@@ -73,7 +74,7 @@ class SharedNode:
         if needed > self.capacity:
             self._grow(needed)
         self.turn ^= 1
-        self.half = self._halves[self.turn]
+        self.half, self.half_address = self._halves[self.turn], self._addresses[self.turn]
 
     def end(self) -> None:
         """Remembers up to where the others must have read before this half is written again."""
@@ -113,6 +114,7 @@ class SharedNode:
             raise MachineError(f"{FOLDER}: {2 * self.capacity} bytes of shared memory: {error.strerror}") from error
         both = np.frombuffer(arena, dtype=np.uint8)
         self._halves = [both[: self.capacity], both[self.capacity :]]
+        self._addresses = [half.ctypes.data for half in self._halves]
 
     def _control_bytes(self) -> int:
         return (2 * self.size * self.size + self.size) * WORDS_PER_LINE * 4  # the last R say who sleeps, in native.c

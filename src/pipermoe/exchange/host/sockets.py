@@ -81,6 +81,8 @@ class Sockets:
 
     def connect(self, peers: set[int]) -> None:
         """Makes the missing connections to `peers`, each of whom does the same with this rank."""
+        if peers <= self.connections.keys():
+            return
         for peer in sorted(peers - self.connections.keys()):
             if peer > self.rank:
                 self._call(peer)
