@@ -32,7 +32,7 @@ def strategies(draw) -> Strategy:
         dispatcher=dispatcher,
         ranks_per_copy=draw(degree) if dispatcher == "deduplicated" else 1,
         exchange=draw(st.sampled_from(EXCHANGE_NAMES)),
-        layer_split=tuple(draw(st.lists(degree, max_size=4))),
+        layer_split=tuple(draw(st.lists(st.sampled_from([1, 2, 13]), max_size=12))),
         recompute=recompute,
         recompute_modules=tuple(draw(st.lists(st.sampled_from(RECOMPUTE_MODULES), min_size=1, max_size=3)))
         if recompute == "selective"
@@ -57,6 +57,12 @@ def test_words_come_in_any_order_and_edp_is_what_the_others_leave():
     assert (strategy.expert_data_parallel, strategy.zero_dense, strategy.world_size) == (2, 1, 512)
 
 
+def test_a_long_run_of_equal_stages_is_one_word():
+    strategy = Strategy(pipeline_parallel=8, layer_split=(1, 2, 2, 2, 2, 2, 1, 1))
+    assert strategy_text(strategy).endswith("split:1,5x2,1,1")
+    assert Strategy.parse("pp8 split:1,2,2,2,2,2,2x1") == strategy
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -68,6 +74,7 @@ def test_words_come_in_any_order_and_edp_is_what_the_others_leave():
         ("deduplicated:0", "'deduplicated:0' is no word"),
         ("all_to_all:2", "'all_to_all:2' is no word"),
         ("split:1,,2", "'split:1,,2' is no word"),
+        ("split:0x2", "'split:0x2' is no word"),
         ("dp4 ep8", "data_parallel * context_parallel * tensor_parallel = 4 must equal"),
         ("", "strategy '': must name a degree"),
     ],

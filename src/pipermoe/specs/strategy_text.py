@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 from pydantic import ValidationError
@@ -28,9 +29,11 @@ DEGREES = {
 ACCEPTED = (
     f"a degree ({', '.join(f'{short}N' for short in DEGREES)}), z0 to z3 or z1/0 (dense/expert), deduplicated, "
     f"deduplicated:N (once for every N ranks), planned, full, selective:MODULE,... ({', '.join(RECOMPUTE_MODULES)}), "
-    f"split:N,N,... or a schedule ({', '.join(SCHEDULE_NAMES)})"
+    f"split:N,N,... (SxN: S stages of N layers) or a schedule ({', '.join(SCHEDULE_NAMES)})"
 )
 _DEGREE, _ZERO = re.compile(r"([a-z]+)(\d+)"), re.compile(r"z([0-3])(?:/([0-3]))?")
+_STAGES = r"(?:([1-9]\d{0,4})x)?([1-9]\d{0,5})"
+_LONG_RUN = 4  # stages of equally many layers that are written as one
 
 
 def strategy_text(strategy: Strategy) -> str:
@@ -74,8 +77,20 @@ def word(strategy: Strategy, key: str) -> str:
         once = strategy.ranks_per_copy
         return f"{strategy.dispatcher}:{once}" if once > 1 else strategy.dispatcher
     if key == "layer_split":
-        return f"split:{','.join(map(str, strategy.layer_split)) or 'even'}"
+        return f"split:{_split_text(strategy.layer_split) or 'even'}"
     return str(getattr(strategy, key))
+
+
+def _split_text(split: Sequence[int]) -> str:
+    """`1,29x2,1`: the layers of each stage, long runs of equal stages as one."""
+    runs = [(layers, len(list(run))) for layers, run in groupby(split)]
+    parts = ([f"{count}x{layers}"] if count >= _LONG_RUN else [str(layers)] * count for layers, count in runs)
+    return ",".join(part for each in parts for part in each)
+
+
+def _split_of(text: str) -> tuple[int, ...]:
+    runs = re.findall(_STAGES, text)
+    return tuple(int(layers) for count, layers in runs for _ in range(int(count or 1)))
 
 
 def read_strategy(reference: str) -> Strategy:
@@ -129,8 +144,8 @@ def _meaning(word: str) -> Iterator[tuple[str, Any]]:
     elif word in ("full", "selective") or (name == "selective" and values):
         yield "recompute", name
         yield "recompute_modules", tuple(filter(None, values.split(",")))
-    elif name == "split" and re.fullmatch(r"[1-9]\d{0,5}(,[1-9]\d{0,5})*", values):
-        yield "layer_split", tuple(map(int, values.split(",")))
+    elif name == "split" and re.fullmatch(f"{_STAGES}(,{_STAGES})*", values):
+        yield "layer_split", _split_of(values)
     else:
         close = difflib.get_close_matches(word, SCHEDULE_NAMES, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
