@@ -10,7 +10,7 @@ from tests.distributed.harness import run_ranks
 from tests.runtime.tiny import MODELS, batch_for, engine_for, job_of, reduced_gradients
 
 from pipermoe.runtime.groups import ProcessGroups
-from pipermoe.runtime.optimizer.flat_parameters import FlatParameters
+from pipermoe.runtime.optimizer.flat_parameters import FlatParameters, Landed
 from pipermoe.runtime.optimizer.sharding import Sharding
 from pipermoe.schedule.action import Kind, Schedule
 from pipermoe.schedule.builders import schedule_of
@@ -30,10 +30,10 @@ def reductions(rank: int, model: str, text: str, early: bool) -> tuple[Launched,
     strategy, launched, launch = Strategy.parse(text), [], FlatParameters.launch_reduction
     engine = engine_for(MODELS[model], strategy, ProcessGroups.create(strategy), job_of(model))
 
-    def noted(flat: FlatParameters) -> None:
+    def noted(flat: FlatParameters, *landed: Landed) -> None:
         if flat.ranks > 1:
             launched.append((flat.unit, str(engine.meter.action)))
-        launch(flat)
+        launch(flat, *landed)
 
     with (
         mock.patch.object(FlatParameters, "launch_reduction", noted),

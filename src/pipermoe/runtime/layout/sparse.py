@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pipermoe.layout.expert_layout import EMPTY
 from pipermoe.runtime.layout.carry import Carrier, Parcels, SlotTensors, homeward, sums
 from pipermoe.runtime.layout.placement import Placement
-from pipermoe.runtime.optimizer.flat_parameters import FlatParameters
+from pipermoe.runtime.optimizer.flat_parameters import FlatParameters, Landed
 
 
 class SparseExperts:
@@ -43,7 +43,7 @@ class SparseExperts:
         self._whole_weights: Tensor | None = None
         self._whole_gradients: Tensor | None = None
         self._coming: Parcels | None = None
-        self._leaving: tuple[Parcels, Tensor] | None = None
+        self._leaving: tuple[Parcels, Tensor, Landed] | None = None
         for parameter in self._parameters:
             parameter.grad_dtype = torch.float32
         self.drop()
@@ -104,7 +104,7 @@ class SparseExperts:
             for parameter, view in zip(self._parameters, self._views(self._whole_gradients), strict=True):
                 parameter.grad = view
 
-    def launch_reduction(self) -> None:
+    def launch_reduction(self, landed: Landed = lambda: None) -> None:
         """SparseReduceScatter: start to bring the gradients of copies home."""
         whole_N, self._whole_gradients = self._whole_gradients, None
         if whole_N is None:
@@ -112,13 +112,13 @@ class SparseExperts:
         for parameter in self._parameters:
             parameter.grad = None
         moves = homeward(self._placement.spread(self._layer))
-        self._leaving = self._carrier.launch(moves, self._in_slots(whole_N)), whole_N
+        self._leaving = self._carrier.launch(moves, self._in_slots(whole_N)), whole_N, landed
 
     def settle_reduction(self) -> Tensor | None:
         """Add the gradients of all copies, summed in the order of ranks, to those of the homes."""
         if self._leaving is None:
             return None
-        (parcels, whole_N), self._leaving = self._leaving, None
+        (parcels, whole_N, landed), self._leaving = self._leaving, None
         computed, homes = self._in_slots(whole_N), self._at_home(self._homes.gradients)
         alone = set(self._both())
         for expert, total_V in sums(parcels.wait(), computed, self._carrier.rank):
@@ -126,6 +126,7 @@ class SparseExperts:
             alone.discard(expert)
         for expert in alone:
             homes.add(expert, computed.take(expert))
+        landed()
         return whole_N
 
     def _both(self) -> list[int]:

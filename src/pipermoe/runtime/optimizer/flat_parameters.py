@@ -10,7 +10,7 @@ uses depends on the ZeRO level (Rajbhandari et al. 2020): weights whole below 3,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,8 @@ from pipermoe.modules.names import expert_name, unit_of
 # torch 2.13 renamed both and warns on every rank about the names of 2.11.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+Landed = Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,7 @@ class FlatParameters:
         self._gathering: dist.Work | None = None
         self._whole_weights: Tensor | None = self._adopt_weights()
         self._whole_gradients: Tensor | None = None
-        self._reducing: tuple[dist.Work, Tensor] | None = None
+        self._reducing: tuple[dist.Work, Tensor, Landed] | None = None
         self.weights = self._whole_weights
         if self.zero >= 3:
             self.weights = self._whole_weights[self.owned].clone()
@@ -255,8 +257,11 @@ class FlatParameters:
             for parameter, view in zip(self._parameters, self.views(self._whole_gradients), strict=True):
                 parameter.grad = view
 
-    def launch_reduction(self) -> None:
-        """Start to sum the gradients over the group: everywhere at level 0, into the owned shard above."""
+    def launch_reduction(self, landed: Landed = lambda: None) -> None:
+        """Start to sum the gradients over the group: everywhere at level 0, into the owned shard above.
+
+        `landed` is told when it has been waited for.
+        """
         whole_N = self._whole_gradients
         if whole_N is None or self.ranks == 1:
             return  # the queue of another micro-batch has sent them along with its own
@@ -269,15 +274,16 @@ class FlatParameters:
         else:
             work = _reduce_scatter(whole_N[self.owned], whole_N, group=self.group, async_op=True)
         assert work is not None
-        self._reducing = work, whole_N
+        self._reducing = work, whole_N, landed
 
     def settle_reduction(self) -> Tensor | None:
         """Wait for the reduction in flight, if there is one; what was opened for it is added to the shard and given
         back."""
         if self._reducing is None:
             return None
-        (work, whole_N), self._reducing = self._reducing, None
+        (work, whole_N, landed), self._reducing = self._reducing, None
         work.wait()
+        landed()
         if not self.scatters:
             return None
         self.gradients += whole_N[self.owned]

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from pipermoe.modules.names import is_expert, unit_of
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.meter import Meter
-from pipermoe.runtime.optimizer.flat_parameters import FlatParameters
+from pipermoe.runtime.optimizer.flat_parameters import FlatParameters, Landed
+from pipermoe.runtime.trace import REDUCE
 from pipermoe.specs.strategy import Strategy
 
 RESIDENT = 2  # layers whose gathered weights stay: the one in use, and the next one on its way or the last one used
@@ -69,7 +70,7 @@ class Unit(Protocol):
     def keep_shard(self) -> None: ...
     def drop(self) -> Tensor | None: ...
     def open_gradients(self) -> None: ...
-    def launch_reduction(self) -> None: ...
+    def launch_reduction(self, landed: Landed = ...) -> None: ...
     def settle_reduction(self) -> Tensor | None: ...
 
 
@@ -184,7 +185,7 @@ class Sharding:
         self._settle_reductions()
         self._reducing = self._scattered[unit]
         for flat in self._reducing:
-            flat.launch_reduction()
+            flat.launch_reduction(self._meter.launched(REDUCE))
 
     def filled(self, unit: str) -> None:
         """One more backward has filled the gradients of `unit` that stay; start to sum them if it was the last."""
@@ -192,7 +193,7 @@ class Sharding:
             self._left[flat] -= 1
             if not self._left[flat]:
                 self._left[flat] = self._fills[flat]
-                flat.launch_reduction()
+                flat.launch_reduction(self._meter.launched(REDUCE))
 
     def _settle_reductions(self) -> None:
         with self._meter.term("gradient_sync"):
