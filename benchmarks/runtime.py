@@ -1,12 +1,13 @@
 """Tokens per second of the runtime on this machine: the best plan, pure data and expert parallelism, and transformers.
 
-python -m benchmarks.runtime [--platform machine.toml] [--steps 10] [--passes 4] [--json FILE]
+python -m benchmarks.runtime [--platform machine.toml] [--steps 7] [--minutes 6] [--json FILE]
 
 One model, one text, one start, 4 ranks: (a) the strategy that the planner finds, (b) data parallelism alone, (c) expert
 parallelism alone, (d) the same weights in transformers under torch's DistributedDataParallel (left out where
 `make test-counts` has not made its environment). All train in turn, pass after pass, so that what else the machine does
-meets all of them; ratios are of one pass, their median is printed. Equal losses say that they train the same model.
-Below, how much of the all-to-all is hidden (benchmarks/overlap.py). Without a platform this machine is measured first.
+meets all of them; ratios are of one pass, their median is printed. Equal losses say that they train the same model. As
+many passes run as end within the minutes, one at least. How much of the all-to-all is hidden comes first
+(benchmarks/overlap.py). Without a platform this machine is measured.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import argparse
 import json
 import subprocess
 import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from statistics import median
@@ -28,11 +32,13 @@ from benchmarks import overlap
 from pipermoe.data.batches import load_text
 from pipermoe.measure import measure_platform
 from pipermoe.planner import find_plan
+from pipermoe.planner.given import plan_given
 from pipermoe.runtime.launch import launch
 from pipermoe.runtime.measurement import measured_steps
 from pipermoe.runtime.optimizer.learning_rate import learning_rate
 from pipermoe.runtime.run import Run
 from pipermoe.specs.catalogue import load_model
+from pipermoe.specs.configuration import Configuration
 from pipermoe.specs.documents import load
 from pipermoe.specs.model import MixtureOfExperts, ModelSpec
 from pipermoe.specs.plan import Plan
@@ -40,7 +46,7 @@ from pipermoe.specs.platform import Platform
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.strategy_text import strategy_text
 from pipermoe.specs.train import TrainConfig
-from pipermoe.specs.units import GIB
+from pipermoe.specs.units import GIB, format_seconds
 
 RANKS = 4
 PURE = {"data parallel": "pp1 dp4 ep1 edp4 mbs4 1f1b z0", "expert parallel": "pp1 dp4 ep4 mbs4 1f1b z0"}
@@ -88,12 +94,29 @@ def demo_model() -> ModelSpec:
     return model.model_copy(update={"moe": model.moe.model_copy(update={"shared_width": 0})})
 
 
-def summary_of(runs: dict[str, list[dict]], train: TrainConfig) -> list[dict]:
-    """For every way its tokens per second, and the median over passes of what it makes of the best plan's."""
+def passes_within(seconds: float, ways: dict[str, Callable[[], dict]]) -> dict[str, list[dict]]:
+    """What every way gives, all of them once per pass, for as many passes as end in time, one at least."""
+    started, longest = time.perf_counter(), 0.0
+    runs: dict[str, list[dict]] = {name: [] for name in ways}
+    while not longest or time.perf_counter() - started + longest < seconds:
+        before = time.perf_counter()
+        for name, run in ways.items():
+            runs[name].append(run())
+        longest = max(longest, time.perf_counter() - before)
+    return runs
+
+
+def summary_of(runs: dict[str, list[dict]], plans: dict[str, Plan], train: TrainConfig) -> list[dict]:
+    """For every way its step beside its own prediction, its tokens per second, and the median over passes of what it
+    makes of the best plan's.
+    """
     typical = {name: [median(each["seconds"]) for each in passes] for name, passes in runs.items()}
     return [
         {
             "way": name,
+            "strategy": strategy_text(plans[name].strategy) if name in plans else None,
+            "predicted_seconds": plans[name].prediction.step_seconds if name in plans else None,
+            "measured_seconds": median(seconds),
             "tokens_per_second": train.tokens_per_step / median(seconds),
             "of_best_plan": median(best / own for best, own in zip(typical[PLANNED], seconds, strict=True)),
             "passes": [best / own for best, own in zip(typical[PLANNED], seconds, strict=True)],
@@ -103,15 +126,17 @@ def summary_of(runs: dict[str, list[dict]], train: TrainConfig) -> list[dict]:
     ]
 
 
-def table_of(rows: list[dict], strategies: dict[str, str]) -> Table:
+def table_of(rows: list[dict]) -> Table:
     table = Table(title=f"Training throughput, {RANKS} ranks", title_justify="left")
-    for name in ("way", "strategy", "tokens/s", "of the best plan", "passes", "last loss"):
+    for name in ("way", "strategy", "predicted", "step", "tokens/s", "of the best plan", "passes", "last loss"):
         table.add_column(name, justify="left" if name in ("way", "strategy") else "right", no_wrap=True)
     for row in rows:
         least, most = min(row["passes"]), max(row["passes"])
         table.add_row(
             row["way"],
-            strategies.get(row["way"], ""),
+            row["strategy"] or "",
+            format_seconds(row["predicted_seconds"]) if row["predicted_seconds"] else "",
+            format_seconds(row["measured_seconds"]),
             f"{row['tokens_per_second']:,.0f}",
             f"{row['of_best_plan']:.2f}",
             f"{least:.2f} to {most:.2f}",
@@ -123,12 +148,14 @@ def table_of(rows: list[dict], strategies: dict[str, str]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--platform", type=Path)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--passes", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--minutes", type=float, default=6.0)
     parser.add_argument("--transformers", type=Path, default=TRANSFORMERS, help="a Python that has it")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    console = Console(width=130)
+    started, console = time.perf_counter(), Console(width=150)
+    hidden = [overlap.row_of(text, each) for text in overlap.STRATEGIES for each in overlap.BANDWIDTHS]
+    console.print(overlap.table_of(hidden))
     with tempfile.TemporaryDirectory(prefix="pipermoe-runtime-") as name:
         folder, weights = Path(name), None
         if compares := options.transformers.is_file():
@@ -141,20 +168,16 @@ def main() -> None:
         platform = load(options.platform, Platform) if options.platform else measure_platform(nproc=RANKS, model=model)
         assert platform is not None  # no one else has started these ranks
         best = find_plan(model, platform, train, world_size=RANKS, memory_budget_bytes=GIB).plan
-        plans = {PLANNED: best} | {
-            way: best.model_copy(update={"name": way, "strategy": Strategy.parse(text)}) for way, text in PURE.items()
-        }
-        runs: dict[str, list[dict]] = {way: [] for way in (*plans, *([DDP] if compares else []))}
-        for _ in range(options.passes):
-            for way, plan in plans.items():
-                runs[way].append(run_plan(plan, options.steps, weights))
-            if compares:
-                runs[DDP].append(run_transformers(options.transformers, folder, options.steps))
-    rows = summary_of(runs, train)
-    strategies = {way: strategy_text(plan.strategy) for way, plan in plans.items()}
-    console.print(table_of(rows, strategies))
-    hidden = [overlap.row_of(text, each) for text in overlap.STRATEGIES for each in overlap.BANDWIDTHS]
-    console.print(overlap.table_of(hidden))
+        plans = {PLANNED: best}
+        for way, text in PURE.items():
+            given = Configuration(model=model, train=train, strategy=Strategy.parse(text))
+            plans[way] = plan_given(given, platform, memory_budget_bytes=GIB)
+        ways = {way: partial(run_plan, plan, options.steps, weights) for way, plan in plans.items()}
+        if compares:
+            ways[DDP] = partial(run_transformers, options.transformers, folder, options.steps)
+        runs = passes_within(60 * options.minutes - (time.perf_counter() - started), ways)
+    rows = summary_of(runs, plans, train)
+    console.print(table_of(rows))
     if options.json:
         found = {"torch": torch.__version__, "throughput": rows, "hidden": hidden}
         options.json.write_text(json.dumps(found, indent=2) + "\n")
