@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipermoe.planner.search import Field, Job
+from pipermoe.planner.job import Job
+from pipermoe.planner.search import Field
 from pipermoe.resources.evaluate import evaluate
 from pipermoe.specs.catalogue import load_model
 from pipermoe.specs.platform_file import load_platform

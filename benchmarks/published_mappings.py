@@ -19,9 +19,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from pipermoe.planner.axes import divisors
 from pipermoe.planner.candidate import candidate
-from pipermoe.planner.search import Field, Job
-from pipermoe.planner.space import divisors
+from pipermoe.planner.job import Job
+from pipermoe.planner.search import Field
 from pipermoe.report.plan import WORDS
 from pipermoe.resources.evaluate import evaluate, step_bound
 from pipermoe.resources.step import predict

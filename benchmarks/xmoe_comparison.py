@@ -20,8 +20,8 @@ from rich.table import Table
 
 from pipermoe.planner.candidate import candidate, model_flops
 from pipermoe.planner.find import searched
+from pipermoe.planner.job import Job
 from pipermoe.planner.result import Candidate
-from pipermoe.planner.search import Job
 from pipermoe.resources.step import predict
 from pipermoe.specs.catalogue import load_model
 from pipermoe.specs.platform_file import load_platform

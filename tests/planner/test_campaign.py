@@ -16,7 +16,7 @@ from pipermoe.planner.campaign import (
     parse_tokens,
     sizes,
 )
-from pipermoe.planner.search import Job
+from pipermoe.planner.job import Job
 from pipermoe.resources.goodput import Reliability, checkpoint_interval, goodput
 from pipermoe.specs.errors import NoPlanFits, UserError
 

@@ -7,8 +7,8 @@ from pipermoe.planner import find_plan
 from pipermoe.planner.candidate import candidate
 from pipermoe.planner.explain import explain
 from pipermoe.planner.given import explain_given, plan_given
+from pipermoe.planner.job import Job
 from pipermoe.planner.other_machines import with_flat_network, with_network
-from pipermoe.planner.search import Job
 from pipermoe.resources.step import predict
 from pipermoe.specs.catalogue import load_model
 from pipermoe.specs.configuration import Configuration

@@ -5,9 +5,9 @@ from itertools import pairwise
 from tests.resources.cases import MODEL, TRAIN, machine
 
 from pipermoe.planner import find_plan
+from pipermoe.planner.exact import exact_seconds
 from pipermoe.planner.find import searched
 from pipermoe.planner.pareto import STEP, pareto_front
-from pipermoe.planner.search import exact_seconds
 from pipermoe.planner.sweep import compare_platforms, sweep
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.resources.cases import MODEL, machine
 
-from pipermoe.resources.evaluate import evaluate, peak_bytes, pipeline_bound, step_bound
+from pipermoe.resources.evaluate import evaluate, memory_floor, peak_bytes, pipeline_bound, step_bound
 from pipermoe.resources.step import predict
 from pipermoe.schedule.builders import RECIPES
 from pipermoe.schedule.legality import SCHEDULE_EXISTS
@@ -23,11 +23,14 @@ JOBS = {
     "small": TrainConfig(seq_len=32, global_batch_size=64),
     "mixtral-8x7b": TrainConfig(seq_len=4096, global_batch_size=64, precision="bf16"),
     "deepseek-v2-lite": TrainConfig(seq_len=4096, global_batch_size=64, precision="bf16"),
+    "two predictions": TrainConfig(seq_len=512, global_batch_size=64, precision="bf16"),
 }
 
 
 @cache
 def model_of(name):
+    if name == "two predictions":
+        return load_model("deepseek-v2-lite").model_copy(update={"mtp_layers": 2})
     return MODEL if name == "small" else load_model(name)
 
 
@@ -92,6 +95,15 @@ def test_no_simulation_of_any_strategy_undercuts_its_bound(case):
         exact = predict(model, machine_, train, table.row(row)).step_seconds
         assert within[row] <= bound[row] <= exact * (1 + 1e-12)
         assert bound[row] > 0.3 * exact
+
+
+@settings(deadline=None, max_examples=40)
+@given(cases())
+def test_no_order_of_a_schedule_holds_less_than_the_floor(case):
+    name, _, table = case
+    floor, peak = memory_floor(model_of(name), JOBS[name], table), peak_bytes(model_of(name), JOBS[name], table)
+    assert (floor <= peak).all()
+    assert (floor > 0.05 * peak).all()
 
 
 @settings(deadline=None, max_examples=10)

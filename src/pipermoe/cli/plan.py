@@ -90,6 +90,7 @@ def plan(
     run: RunOptions = WHOLE_RUN,
     pareto: Switch = False,
     plot: Path | None = None,
+    runtime: Literal["pipermoe", "any"] = "pipermoe",
     top: int = 8,
     output: Output = Path("plan.toml"),
     json: Switch = False,
@@ -109,6 +110,8 @@ def plan(
         Also the front of step time against memory.
     plot
         Draw that front into this file (.svg or .png).
+    runtime
+        What has to run the plan: pipermoe itself, or any; then tensor and context parallelism are searched as well.
     top
         Rows in the ranked table.
     output
@@ -133,7 +136,16 @@ def plan(
     how = "memory" if objective == "memory" else "step-time"
     with_front = pareto or plot is not None
     planning = find_plan(
-        spec, machine, task, world_size=size, objective=how, goal=goal, pareto=with_front, top=top, **case
+        spec,
+        machine,
+        task,
+        world_size=size,
+        objective=how,
+        goal=goal,
+        pareto=with_front,
+        runtime=runtime,
+        top=top,
+        **case,
     )
     save(output, planning.plan, header=f"A plan by pipermoe {__version__}: {planning.plan.strategy.compact()}")
     show(planning, lambda console: render_planning(planning, console), as_json=json)
@@ -169,7 +181,7 @@ def _size(
 ) -> int:
     """The number of ranks: as given, or what the goal asks for."""
     from pipermoe.planner.campaign import fewest_device_hours, fewest_ranks
-    from pipermoe.planner.search import Job
+    from pipermoe.planner.job import Job
 
     job = Job(model, platform, train, ranks, memory_budget_bytes or platform.memory_budget_bytes, imbalance)
     if goal is not None and goal.seconds is not None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from pipermoe.planner.job import Job
 from pipermoe.planner.result import Candidate
-from pipermoe.planner.search import Job
 from pipermoe.resources.activations.sizes import Recompute, sizes_of
 from pipermoe.resources.parts import PARTS, Part, part_seconds
 from pipermoe.resources.step import placement_of

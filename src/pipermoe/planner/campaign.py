@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from pipermoe.planner.candidate import candidate
+from pipermoe.planner.job import Job
 from pipermoe.planner.result import Campaign, Candidate
-from pipermoe.planner.search import Field, Job
+from pipermoe.planner.search import Field
 from pipermoe.resources.goodput import Reliability, checkpoint_interval, goodput
 from pipermoe.resources.parameters import total_parameters
 from pipermoe.resources.step import predict

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from pipermoe.planner.job import Job
 from pipermoe.planner.result import Candidate
-from pipermoe.planner.search import Job
 from pipermoe.resources.flops import training_forward_flops
 from pipermoe.resources.step import peak_flops_per_rank
 from pipermoe.specs.model import ModelSpec

@@ -11,9 +11,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from pipermoe.planner.exact import exact_seconds
+from pipermoe.planner.job import Job
 from pipermoe.planner.other_machines import with_flat_network, with_network
 from pipermoe.planner.result import Candidate, Finding, Wall
-from pipermoe.planner.search import Job, exact_seconds
 from pipermoe.resources.activations.sizes import sizes_of
 from pipermoe.resources.compute import expert_work
 from pipermoe.resources.evaluate import peak_bytes

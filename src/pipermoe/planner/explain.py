@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pipermoe.planner.breakdown import breakdown
 from pipermoe.planner.diagnosis import findings, walls
+from pipermoe.planner.job import Job
 from pipermoe.planner.neighbours import alternatives
 from pipermoe.planner.result import Candidate, Explanation, Wall
-from pipermoe.planner.search import Job
 from pipermoe.planner.what_if import what_ifs
 from pipermoe.resources.step import compute_slots
 from pipermoe.specs.strategy import Strategy

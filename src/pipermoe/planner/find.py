@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from typing import Literal
 
 from pipermoe.planner.campaign import Goal, campaign
 from pipermoe.planner.candidate import candidate
@@ -11,22 +12,28 @@ from pipermoe.planner.diagnosis import flat
 from pipermoe.planner.error_band import error_band
 from pipermoe.planner.explain import explain
 from pipermoe.planner.inputs import plan_inputs
+from pipermoe.planner.job import Job
 from pipermoe.planner.nothing_fits import nothing_fits
 from pipermoe.planner.objectives import OBJECTIVES, Objective
 from pipermoe.planner.pareto import pareto_front
 from pipermoe.planner.result import Candidate, Explanation, PlanningResult, SearchCounts
-from pipermoe.planner.search import Field, Job, Ranking
+from pipermoe.planner.search import Field, Ranking
 from pipermoe.planner.space import require_legal_world
 from pipermoe.planner.what_if import MORE_MEMORY
 from pipermoe.resources.parameters import active_parameters, total_parameters
 from pipermoe.resources.priced import require_priced
 from pipermoe.resources.step import compute_slots, predict
 from pipermoe.specs.errors import UserError, describe_value
+from pipermoe.specs.legality import EXECUTABLE, Rule
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.plan import Plan
 from pipermoe.specs.platform import Platform
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.train import TrainConfig
+
+Runtime = Literal["pipermoe", "any"]
+RULES_OF: dict[Runtime, tuple[Rule, ...]] = {"pipermoe": EXECUTABLE, "any": ()}
+TOLERANCE = 0.005  # of the step: far below the error of any prediction, and it spares most simulations
 
 
 def find_plan(
@@ -40,19 +47,20 @@ def find_plan(
     objective: Objective = "step-time",
     goal: Goal | None = None,
     pareto: bool = False,
+    runtime: Runtime = "pipermoe",
     top: int = 8,
 ) -> PlanningResult:
     """The `top` best strategies of `world_size` ranks, exactly ranked, the first of them as a Plan with its reasons.
 
     `memory_budget_bytes` is what tensors of one rank may take at their peak; by default the platform's memory less what
     is reserved. `imbalance` is the busiest rank's rows over the mean. With a `goal`, the whole run of its tokens; with
-    `pareto`, the front of time against memory. Raises UserError when the ranks cannot be arranged, NoPlanFits when
-    nothing fits the budget.
+    `pareto`, the front of time against memory. `runtime` is what has to run the plan. Raises UserError when the ranks
+    cannot be arranged, NoPlanFits when nothing fits the budget.
     """
     started = time.perf_counter()
     if top < 1:
         raise UserError(describe_value("", "top", top, "must be at least 1"))
-    field = searched(model, platform, train, world_size, memory_budget_bytes, imbalance)
+    field = searched(model, platform, train, world_size, memory_budget_bytes, imbalance, runtime)
     job = field.job
     ranking = OBJECTIVES[objective](field, top)
     if not ranking.best:
@@ -99,15 +107,16 @@ def searched(
     world_size: int,
     memory_budget_bytes: int | None = None,
     imbalance: float = 1.0,
+    runtime: Runtime = "pipermoe",
 ) -> Field:
     """The space of a job with its bounds. UserError where it has no price or its ranks no arrangement."""
     if imbalance < 1:
         rule = "is the busiest rank's rows over the mean: at least 1"
         raise UserError(describe_value("", "imbalance", imbalance, rule))
     require_priced(model, platform, train, world_size)
-    require_legal_world(model, train, world_size)
+    require_legal_world(model, train, world_size, RULES_OF[runtime])
     budget = memory_budget_bytes or platform.memory_budget_bytes
-    return Field.of(Job(model, platform, train, world_size, budget, imbalance))
+    return Field.of(Job(model, platform, train, world_size, budget, imbalance, RULES_OF[runtime], TOLERANCE))
 
 
 def _explained(field: Field, chosen: Candidate) -> Explanation:
@@ -131,7 +140,7 @@ def _counts(field: Field, ranking: Ranking) -> SearchCounts:
     return SearchCounts(
         considered=field.space.considered,
         illegal=field.space.illegal,
-        redundant=field.space.redundant(field.space.select()),
+        redundant=field.space.redundant,
         not_fitting=ranking.not_fitting,
         pruned=ranking.pruned,
         simulated=ranking.simulated,

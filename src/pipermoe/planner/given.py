@@ -8,8 +8,8 @@ from pipermoe.planner.candidate import candidate
 from pipermoe.planner.error_band import error_band
 from pipermoe.planner.explain import explain
 from pipermoe.planner.inputs import plan_inputs
+from pipermoe.planner.job import Job
 from pipermoe.planner.result import PlanningResult
-from pipermoe.planner.search import Job
 from pipermoe.resources.parameters import active_parameters, total_parameters
 from pipermoe.resources.priced import require_priced
 from pipermoe.resources.step import compute_slots, predict

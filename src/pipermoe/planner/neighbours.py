@@ -14,8 +14,8 @@ import numpy as np
 from pydantic import ValidationError
 
 from pipermoe.planner.candidate import candidate
+from pipermoe.planner.job import Job
 from pipermoe.planner.result import Alternative, Candidate
-from pipermoe.planner.search import Job
 from pipermoe.resources.evaluate import step_bound
 from pipermoe.resources.step import predict
 from pipermoe.schedule.builders import RECIPES

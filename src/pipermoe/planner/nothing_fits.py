@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from pipermoe.planner.candidate import candidate
-from pipermoe.planner.search import Field, Job
+from pipermoe.planner.job import Job
+from pipermoe.planner.search import Field
 from pipermoe.resources.step import predict
 from pipermoe.specs.errors import NoPlanFits
 from pipermoe.specs.report import MEMORY_CATEGORIES

@@ -1,42 +1,29 @@
-"""The exact search: branch and bound over the heads and tails of a space.
+"""The exact search: best first, over the heads and strategies of a space.
 
-Heads come in the order of their lower bounds. A head that could still win is written out with its tails; of these
-strategies what does not fit is dropped, the rest is simulated in the order of its own bounds, until no bound is below
-the last of the ranking. Because no simulation undercuts its bound, the ranking is that of simulating every strategy.
+Heads come in the order of their bounds. A head that could still win is written out with its tails; a strategy that
+could still win is weighed, and if it fits simulated. The search ends when no bound is below the last of the ranking.
+Because no simulation undercuts its bound, the ranking is that of simulating every strategy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipermoe.planner.exact import schedule_kinds, simulated_seconds
+from pipermoe.planner.job import Job
+from pipermoe.planner.pool import Pool
 from pipermoe.planner.space import Selection, Space, job_space
-from pipermoe.resources.evaluate import evaluate, peak_bytes, pipeline_bound
-from pipermoe.resources.step import step_costs, step_seconds_by_term
-from pipermoe.specs.model import ModelSpec
-from pipermoe.specs.platform import Platform
-from pipermoe.specs.strategy import Strategy
-from pipermoe.specs.strategy_table import StrategyTable
-from pipermoe.specs.train import TrainConfig
+from pipermoe.planner.splits import balanced_splits
+from pipermoe.resources.evaluate import memory_floor, peak_bytes, pipeline_bound, step_bound
 
 ROUNDING = 1e-9  # bounds and simulations add up in different orders
-FIRST_HEADS = 64  # that are written out at once; then twice as many each time
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """Everything that a search is about; `imbalance` is the busiest rank's rows over the mean."""
-
-    model: ModelSpec
-    platform: Platform
-    train: TrainConfig
-    world_size: int
-    memory_budget_bytes: int
-    imbalance: float = 1.0
+HEADS = 512  # that are taken at once
+NEAR = 1.05  # the bounds of strategies of one schedule that are weighed or simulated together
+HEADS_WEIGHED, WEIGHED, WEIGHED_AT_ONCE = 1 << 14, 512, 32  # where nothing fits
 
 
 class Found(NamedTuple):
@@ -67,8 +54,10 @@ class Field:
 
     @classmethod
     def of(cls, job: Job) -> Field:
-        space = job_space(job.model, job.train, job.world_size)
-        return cls(job, space, head_bounds(job, space))
+        space = job_space(job, balanced_splits(job.model, job.platform, job.train, job.world_size))
+        exchanges = np.unique(space.tails.exchange).tolist()
+        bound = pipeline_bound(job.model, job.platform, job.train, space.heads, job.imbalance, exchanges)
+        return cls(job, space, bound)
 
     def best(
         self, count: int = 1, selection: Selection | None = None, memory_budget_bytes: float | None = None
@@ -83,95 +72,103 @@ class Field:
 
     def smallest(self, selection: Selection | None = None) -> int:
         """The place of the strategy that holds least at its peak, the first of equals; -1 if none is selected."""
-        selection = selection or self.space.select()
-        places = self.space.places(np.flatnonzero(selection.heads), selection)
-        peaks = peak_bytes(self.job.model, self.job.train, self.space.table(places), imbalance=self.job.imbalance)
-        return int(places[np.argmin(peaks)]) if len(places) else -1
+        return smallest(self.job, self.space, selection or self.space.select())
 
 
-def head_bounds(job: Job, space: Space) -> NDArray[np.float64]:
-    """Seconds (heads,) that no strategy of a head undercuts: the pipeline without recomputation, however dispatched."""
-    bound = np.full(len(space.heads), np.inf)
-    for dispatcher, exchange in sorted({*zip(space.tails.dispatcher, space.tails.exchange, strict=True)}):
-        columns = {"dispatcher": dispatcher, "exchange": exchange}
-        table = space.heads.with_columns(**{name: np.full(len(bound), code) for name, code in columns.items()})
-        bound = np.minimum(bound, pipeline_bound(job.model, job.platform, job.train, table, job.imbalance))
-    return bound
+def smallest(job: Job, space: Space, selection: Selection) -> int:
+    """Of the smallest selected micro-batch, and what recomputes most, the place that holds least; -1 if there is none.
 
-
-def exact_seconds(job: Job, strategy: Strategy) -> float:
-    """The simulated step seconds of one strategy."""
-    table = StrategyTable.of([strategy])
-    costs = step_costs(job.model, job.platform, job.train, table, job.imbalance)
-    return step_seconds_by_term(job.platform, job.train, strategy, costs)[0]
+    Those that hold least at the least are weighed.
+    """
+    size = space.heads.micro_batch_size
+    least = size == size[selection.heads].min(initial=size.max(initial=1))
+    most = space.tails.recompute == space.tails.recompute[selection.tails].max(initial=0)
+    narrow = Selection(selection.heads & least, selection.tails & most)
+    heads = np.flatnonzero(narrow.heads)
+    candidates = Pool.of()
+    for start in range(0, len(heads), HEADS_WEIGHED):
+        places = space.places(heads[start : start + HEADS_WEIGHED], narrow)
+        candidates.add(places, memory_floor(job.model, job.train, space.table(places), job.imbalance))
+        candidates = Pool(candidates.items[:WEIGHED], candidates.bounds[:WEIGHED])
+    best, peak = -1, np.inf
+    while candidates.least < peak:
+        places = np.sort(candidates.take(WEIGHED_AT_ONCE, np.inf))
+        peaks = peak_bytes(job.model, job.train, space.table(places), imbalance=job.imbalance)
+        if peaks.min() < peak:
+            best, peak = int(places[np.argmin(peaks)]), float(peaks.min())
+    return best
 
 
 class _Search:
-    """One run of branch and bound. Open strategies are written out and fit, but are not simulated yet."""
+    """One run: pools of heads and places in the order of their bounds; those of `fitting` are weighed."""
 
     def __init__(self, field: Field, selection: Selection, budget: float, count: int) -> None:
-        self.field, self.selection, self.budget, self.count = field, selection, budget, count
+        self.job, self.space, self.selection, self.budget, self.count = field.job, field.space, selection, budget, count
+        chosen = np.flatnonzero(selection.heads)
+        self.heads = Pool.of(chosen, field.bound[chosen] * (1 - ROUNDING))
+        self.places, self.fitting = Pool.of(), Pool.of()
         self.best: list[Found] = []
-        self.open_places, self.open_peaks, self.open_bounds = np.zeros(0, dtype=np.int64), np.zeros(0), np.zeros(0)
         self.not_fitting = self.simulated = 0
 
     def run(self) -> Ranking:
-        selection, space = self.selection, self.field.space
-        for heads, next_bound in self._waves(np.flatnonzero(selection.heads)):
-            self._open(heads)
-            self._simulate_below(next_bound)
-            if next_bound * (1 - ROUNDING) > self.worst:
-                break
-        total = int(selection.heads.sum() * selection.tails.sum()) - space.redundant(selection)
-        pruned = total - self.not_fitting - self.simulated
+        while self._advance():
+            self._simulate(self._same_schedule(self.fitting)[0])
+        pruned = self.space.count(self.selection) - self.not_fitting - self.simulated
         return Ranking(tuple(self.best), self.not_fitting, pruned, self.simulated)
 
     def lowest_bound(self) -> int:
         """The place of the strategy with the lowest bound; -1 if none fits."""
-        for heads, next_bound in self._waves(np.flatnonzero(self.selection.heads)):
-            self._open(heads)
-            if len(self.open_places) and self.open_bounds[0] <= next_bound:
-                break
-        return int(self.open_places[0]) if len(self.open_places) else -1
+        return int(self.fitting.items[0]) if self._advance() else -1
 
     @property
     def worst(self) -> float:
-        """What a strategy has to undercut."""
-        return self.best[-1].seconds if len(self.best) == self.count else np.inf
+        """What a bound has to undercut."""
+        return self.best[-1].seconds * (1 - self.job.tolerance) if len(self.best) == self.count else np.inf
 
-    def _waves(self, heads: NDArray) -> Iterator[tuple[NDArray, float]]:
-        """Heads in the order of their bounds, and the bound of the first head that comes after them."""
-        bound = self.field.bound[heads]
-        order = np.argsort(bound, kind="stable")
-        start, size = 0, FIRST_HEADS
-        while start < len(order):
-            following = order[start + size : start + size + 1]
-            yield heads[order[start : start + size]], float(bound[following[0]]) if len(following) else np.inf
-            start, size = start + size, 2 * size
+    def _advance(self) -> bool:
+        """Write out and weigh what could win until a strategy that fits comes first; False if none could win."""
+        pools = (self.fitting, self.places, self.heads)
+        while True:
+            first = min(pools, key=lambda pool: pool.least)
+            if first.least > self.worst or not len(first):
+                return False
+            if first is self.fitting:
+                return True
+            if first is self.places:
+                self._weigh()
+            else:
+                self._open(self.heads.take(HEADS, self.worst))
 
     def _open(self, heads: NDArray) -> None:
-        """Write out the strategies of `heads`; keep those that fit."""
-        job, space = self.field.job, self.field.space
-        places = space.places(heads, self.selection)
-        table = space.table(places)
-        found = evaluate(job.model, job.platform, job.train, table, job.imbalance)
-        fits = found.peak_bytes <= self.budget
+        """Write out the strategies of `heads`, but those that no order of the schedule could make fit."""
+        job, places = self.job, self.space.places(heads, self.selection)
+        table = self.space.table(places)
+        fits = memory_floor(job.model, job.train, table, job.imbalance) <= self.budget
         self.not_fitting += int(np.count_nonzero(~fits))
-        places = np.concatenate([self.open_places, places[fits]])
-        peaks = np.concatenate([self.open_peaks, found.peak_bytes[fits]])
-        bounds = np.concatenate([self.open_bounds, found.bound[fits]])
-        order = np.lexsort((places, peaks, bounds))
-        self.open_places, self.open_peaks, self.open_bounds = places[order], peaks[order], bounds[order]
+        bound = step_bound(job.model, job.platform, job.train, table.take(fits), job.imbalance)
+        self.places.add(places[fits], bound * (1 - ROUNDING))
 
-    def _simulate_below(self, limit: float) -> None:
-        """Simulate the open strategies in the order of their bounds, up to `limit` or the last of the ranking."""
-        done = 0
-        for place, peak, bound in zip(self.open_places, self.open_peaks, self.open_bounds, strict=True):
-            if bound * (1 - ROUNDING) > min(limit, self.worst):
-                break
-            done += 1
-            seconds = exact_seconds(self.field.job, self.field.space.strategy(int(place)))
-            self.best = sorted([*self.best, Found(seconds, float(peak), int(place))])[: self.count]
-        self.simulated += done
-        self.open_places, self.open_peaks = self.open_places[done:], self.open_peaks[done:]
-        self.open_bounds = self.open_bounds[done:]
+    def _weigh(self) -> None:
+        """Weigh the first place, and with it those of the same schedule that could win."""
+        job = self.job
+        places, bounds = self._same_schedule(self.places)
+        peaks = peak_bytes(job.model, job.train, self.space.table(places), imbalance=job.imbalance)
+        fits = peaks <= self.budget
+        self.not_fitting += int(np.count_nonzero(~fits))
+        self.fitting.add(places[fits], bounds[fits])
+
+    def _same_schedule(self, pool: Pool) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """The first item of a pool of places, and with it those of its schedule whose turn may come; they leave it."""
+        near = slice(0, int(np.searchsorted(pool.bounds, min(self.worst, pool.least * NEAR), side="right")))
+        kinds = schedule_kinds(self.job, self.space.table(pool.items[near]))
+        same = np.zeros(len(pool), dtype=bool)
+        same[near] = kinds == kinds[0]
+        return pool.remove(same)
+
+    def _simulate(self, places: NDArray) -> None:
+        job, table = self.job, self.space.table(places)
+        seconds = simulated_seconds(job, table)
+        peaks = peak_bytes(job.model, job.train, table, imbalance=job.imbalance)
+        self.simulated += len(places)
+        found = map(Found, seconds.tolist(), peaks.tolist(), places.tolist())
+        self.best = sorted([*self.best, *found])[: self.count]

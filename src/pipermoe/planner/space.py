@@ -1,27 +1,36 @@
 """The search space: every strategy for a number of ranks, as heads and tails.
 
-A head is an arrangement of ranks with its micro-batch and schedule, a tail says what is recomputed and sharded and how
-tokens travel. Every head goes with every tail, so the space is their product and is never written out as a whole.
+A head is an arrangement of ranks with its micro-batch, its schedule and its cut of the layers; a tail says what is
+recomputed and sharded and who moves the tokens. Every head goes with every tail, so the space is their product, and
+only what could win is ever written out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipermoe.planner.axes import (
+    PIPELINE_COLUMNS,
+    TAIL_COLUMNS,
+    all_bodies,
+    all_pipelines,
+    all_tails,
+    redundant_pipelines,
+    redundant_tails,
+)
+from pipermoe.planner.job import Job
+from pipermoe.resources.kinds import distinct
+from pipermoe.schedule.legality import SCHEDULE_EXISTS
 from pipermoe.specs.errors import UserError, describe_value
-from pipermoe.specs.legality import legal_mask
+from pipermoe.specs.legality import EXECUTABLE, LEGAL, Rule, legal_mask
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.strategy import Strategy
-from pipermoe.specs.strategy_table import RECOMPUTE_NAMES, SCHEDULE_NAMES, StrategyTable
+from pipermoe.specs.strategy_table import StrategyTable
 from pipermoe.specs.train import TrainConfig
-
-ZERO_LEVELS = (0, 1)
-SCHEDULES = ("gpipe", "1f1b")
-TAIL_COLUMNS = ("dispatcher", "exchange", "recompute", "recompute_modules", "zero_dense", "zero_expert")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +43,22 @@ class Selection:
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """The legal heads and the tails of a job; strategy `place` is head `place // tails`, tail `place % tails`.
+    """The heads and the tails of a job; strategy `place` is head `place // tails`, tail `place % tails`.
 
-    `considered` strategies are the product of all heads with all tails, of which `illegal` break a rule of the heads.
+    Of `considered` strategies, all heads with all tails, `illegal` break a rule; of the others those that are as good
+    as another one are left out, heads at once, (head, tail) where `open_tails` says no.
     """
 
     heads: StrategyTable
     tails: StrategyTable
+    open_tails: NDArray[np.bool_]
     considered: int
     illegal: int
+
+    @property
+    def redundant(self) -> int:
+        """How many strategies are as good as another one."""
+        return self.considered - self.illegal - self.count(self.select())
 
     def select(self, **accepted: int | Sequence[int]) -> Selection:
         """Those whose columns have one of the accepted values: `select(recompute=2, micro_batch_size=[1, 2])`."""
@@ -52,84 +68,72 @@ class Space:
             mask &= np.isin(getattr(table, name), values)
         return Selection(heads, tails)
 
+    def count(self, selection: Selection) -> int:
+        """How many strategies are selected that no other one replaces."""
+        return int(np.count_nonzero(self.open_tails[selection.heads] & selection.tails))
+
     def places(self, heads: NDArray, selection: Selection) -> NDArray[np.int64]:
         """The strategies of `heads` (indices) that differ from all others, with the selected tails."""
-        tails = np.flatnonzero(selection.tails)
-        same = redundant_mask(self.heads.take(heads), self.tails.take(tails))
-        return (heads[:, None] * len(self.tails) + tails)[~same]
+        head, tail = np.nonzero(self.open_tails[heads] & selection.tails)
+        return heads[head] * len(self.tails) + tail
 
     def table(self, places: NDArray) -> StrategyTable:
         """The strategies of `places` as a table."""
         head, tail = np.divmod(places, len(self.tails))
-        tails = self.tails.take(tail)
-        return self.heads.take(head).with_columns(**{name: getattr(tails, name) for name in TAIL_COLUMNS})
+        return self.heads.take(head).with_columns(**{name: getattr(self.tails, name)[tail] for name in TAIL_COLUMNS})
 
     def strategy(self, place: int) -> Strategy:
         return self.table(np.array([place])).row(0)
 
-    def redundant(self, selection: Selection) -> int:
-        """How many of the selected strategies do the same as another one."""
-        heads, tails = self.heads.take(selection.heads), self.tails.take(selection.tails)
-        return int(np.count_nonzero(redundant_mask(heads, tails)))
 
+def job_space(job: Job, splits: tuple[tuple[int, ...], ...] = ((),)) -> Space:
+    """The space of all strategies of a job that obey the rules of legality and those of the job.
 
-def job_space(model: ModelSpec, train: TrainConfig, world_size: int) -> Space:
-    """The space of all strategies of a job on `world_size` ranks."""
-    heads, tails = all_heads(train, world_size), all_tails()
-    legal = heads.take(legal_mask(heads, model, train, world_size))
-    return Space(legal, tails, len(heads) * len(tails), (len(heads) - len(legal)) * len(tails))
-
-
-def divisors(number: int) -> list[int]:
-    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
-    return sorted({*small, *(number // d for d in small)})
-
-
-def all_heads(train: TrainConfig, world_size: int) -> StrategyTable:
-    """Every combination of degrees that divide the ranks, micro-batch sizes that divide the batch, and schedules.
-
-    The data-parallel degree is what the pipeline leaves over, the expert-data-parallel degree what the experts leave
-    over; where that is not whole the row breaks the folding rule and falls out with the illegal ones.
+    `splits[n]` is the balanced cut into n stages, () where there is no better one than the even cut.
     """
-    table = StrategyTable.product(
-        pipeline_parallel=divisors(world_size),
-        expert_parallel=divisors(world_size),
-        micro_batch_size=divisors(train.global_batch_size),
-        schedule=map(SCHEDULE_NAMES.index, SCHEDULES),
-    )
-    data_parallel = world_size // table.pipeline_parallel
-    return table.with_columns(data_parallel=data_parallel, expert_data_parallel=data_parallel // table.expert_parallel)
+    everything, pipelines = all_bodies(job.train, job.world_size), all_pipelines(job.platform, job.world_size)
+    tails = all_tails(job.model, job.platform)
+    rules = (*LEGAL, *job.rules)
+    bodies = everything.take(legal_mask(everything, job.model, job.train, job.world_size, rules))
+    legal = _legal_pipelines(replace(bodies, splits=splits), pipelines, job)
+    body, pipeline = np.nonzero(legal & ~redundant_pipelines(bodies, pipelines))
+    heads = _heads(replace(bodies.take(body), splits=splits), pipelines.take(pipeline))
+    considered = len(everything) * len(pipelines) * len(tails)
+    illegal = considered - int(np.count_nonzero(legal)) * len(tails)
+    return Space(heads, tails, ~redundant_tails(heads, tails), considered, illegal)
 
 
-def all_tails() -> StrategyTable:
-    """What is recomputed and sharded."""
-    return StrategyTable.product(
-        recompute=[RECOMPUTE_NAMES.index("none"), RECOMPUTE_NAMES.index("full")],
-        zero_dense=ZERO_LEVELS,
-        zero_expert=ZERO_LEVELS,
-    )
+def _heads(bodies: StrategyTable, pipelines: StrategyTable) -> StrategyTable:
+    """Bodies with the pipelines beside them; a balanced cut (1) becomes the index of the cut into so many stages."""
+    table = bodies.with_columns(**{name: getattr(pipelines, name) for name in PIPELINE_COLUMNS})
+    return table.with_columns(layer_split=table.layer_split * table.num_stages)
 
 
-def redundant_mask(heads: StrategyTable, tails: StrategyTable) -> NDArray[np.bool_]:
-    """(heads, tails) that do as another does: sharding over one rank, GPipe without a pipeline (1F1B holds less)."""
-    alone, experts_alone = heads.data_parallel * heads.context_parallel == 1, heads.expert_data_parallel == 1
-    unpiped = (heads.pipeline_parallel == 1) & (heads.schedule == SCHEDULE_NAMES.index("gpipe"))
-    return (
-        (alone[:, None] & (tails.zero_dense > 0))
-        | (experts_alone[:, None] & (tails.zero_expert > 0))
-        | unpiped[:, None]
-    )
+def _legal_pipelines(bodies: StrategyTable, pipelines: StrategyTable, job: Job) -> NDArray[np.bool_]:
+    """(bodies, pipelines): which schedules and cuts exist for the ranks and micro-batches of each body."""
+    kinds = distinct([bodies.pipeline_parallel, bodies.microbatches(job.train.global_batch_size)])
+    body, pipeline = (each.ravel() for each in np.indices((len(kinds.rows), len(pipelines))))
+    table = _heads(bodies.take(kinds.rows[body]), pipelines.take(pipeline))
+    known = np.array([bool(split) for split in bodies.splits])
+    cut = table.layer_split
+    exists = (cut == 0) | ((cut < len(known)) & known[np.minimum(cut, len(known) - 1)])
+    table = table.with_columns(layer_split=np.where(exists, cut, 0))
+    rules = (*LEGAL, *job.rules, SCHEDULE_EXISTS)
+    legal = legal_mask(table, job.model, job.train, job.world_size, rules)
+    return (legal & exists).reshape(len(kinds.rows), -1)[kinds.of]
 
 
-def require_legal_world(model: ModelSpec, train: TrainConfig, world_size: int, nearby: int = 4) -> None:
+def require_legal_world(
+    model: ModelSpec, train: TrainConfig, world_size: int, rules: tuple[Rule, ...] = EXECUTABLE, nearby: int = 4
+) -> None:
     """UserError when no arrangement of `world_size` ranks is legal; it names the nearest numbers that are."""
-    if _has_legal(model, train, world_size):
+    if _has_legal(model, train, world_size, rules):
         return
     limit = model.num_layers * train.global_batch_size  # more ranks than this have no layer or no sequence of their own
     candidates = sorted(range(1, min(limit, 2 * world_size) + 1), key=lambda n: (abs(n - world_size), n))
     legal = []
     for number in candidates:
-        if _has_legal(model, train, number):
+        if _has_legal(model, train, number, rules):
             legal.append(number)
         if len(legal) == nearby:
             break
@@ -141,5 +145,5 @@ def require_legal_world(model: ModelSpec, train: TrainConfig, world_size: int, n
     raise UserError(describe_value("", "ranks", world_size, rule))
 
 
-def _has_legal(model: ModelSpec, train: TrainConfig, world_size: int) -> bool:
-    return bool(legal_mask(all_heads(train, world_size), model, train, world_size).any())
+def _has_legal(model: ModelSpec, train: TrainConfig, world_size: int, rules: tuple[Rule, ...]) -> bool:
+    return bool(legal_mask(all_bodies(train, world_size), model, train, world_size, (*LEGAL, *rules)).any())

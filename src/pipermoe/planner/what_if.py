@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from pipermoe.planner.diagnosis import OVERLAP
+from pipermoe.planner.exact import exact_seconds
+from pipermoe.planner.job import Job
 from pipermoe.planner.other_machines import with_network
 from pipermoe.planner.result import Candidate, WhatIf
-from pipermoe.planner.search import Job, exact_seconds
 from pipermoe.resources.evaluate import peak_bytes
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.strategy_table import StrategyTable

@@ -204,27 +204,27 @@ def send_seconds(platform: Platform, table: StrategyTable, sent_bytes: Any, stag
 
     A message between two stages of one rank takes no time.
     """
-    hops = hop_levels(platform, table.ranks_per_stage, stages_of)
+    hops = hop_levels([level.ranks for level in platform.levels], table.ranks_per_stage, stages_of)
     seconds = np.zeros(hops.shape)
     for index in range(len(platform.levels)):
         seconds += np.where(hops == index, level_send_seconds(platform, index, np.asarray(sent_bytes)[:, None]), 0.0)
     return seconds
 
 
-def hop_levels(platform: Platform, ranks_per_stage: Any, stages_of: StagesOf) -> NDArray[np.int64]:
+def hop_levels(levels: Sequence[int], ranks_per_stage: Any, stages_of: StagesOf) -> NDArray[np.int64]:
     """The level of the network between each stage and the next, -1 on one rank: (rows, stages - 1), a column at least.
 
-    Ranks of a pipeline lie `ranks_per_stage` (rows,) apart.
+    Ranks of a pipeline lie `ranks_per_stage` (rows,) apart; `levels[i]` ranks meet on level i.
     """
     home = {stage: rank for rank, stages in enumerate(stages_of) for stage in stages}
     hops = [(home[stage], home[stage + 1]) for stage in range(len(home) - 1)] or [(0, 0)]
     low, high = (np.array([pick(hop) for hop in hops]) for pick in (min, max))
     per_stage = np.asarray(ranks_per_stage)[:, None]
     first, last = low * per_stage, (high + 1) * per_stage - 1
-    outermost = len(platform.levels) - 1
+    outermost = len(levels) - 1
     level = np.full(first.shape, outermost)
     for index in reversed(range(outermost)):
-        size = platform.levels[index].ranks
+        size = levels[index]
         level = np.where(first // size == last // size, index, level)
     return np.where(high > low, level, -1)
 

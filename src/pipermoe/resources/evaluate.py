@@ -7,9 +7,9 @@ others. Every figure of a row is made of its own numbers in the same order, so i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 from pipermoe.resources.activations.sizes import RUNTIME, MemoryProfile
 from pipermoe.resources.chains import Chains, chains
 from pipermoe.resources.communication import hop_levels
-from pipermoe.resources.instants import Instants, instants
+from pipermoe.resources.instants import Feature, instants
 from pipermoe.resources.kinds import BLOCK, Kinds, distinct
 from pipermoe.resources.memory import peak_activations, pipeline_of, prices
 from pipermoe.resources.sharded_units import whole_unit_bytes
 from pipermoe.resources.stages import StageShapes, stage_shapes
 from pipermoe.resources.states import state_bytes, state_elements
 from pipermoe.resources.step import closing_costs, compute_slots
-from pipermoe.resources.unit_seconds import unit_seconds
+from pipermoe.resources.unit_seconds import columns, exchange_units, unit_seconds
 from pipermoe.schedule.traits import schedule_traits, stages_of_ranks
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.platform import Platform
@@ -40,6 +40,16 @@ INSIDE = (
 PIPELINE = ("schedule", "pipeline_parallel", "virtual_stages", "layer_split")
 DEGREES = ("data_parallel", "context_parallel", "tensor_parallel", "expert_parallel", "expert_tensor_parallel")
 STATES = ("expert_data_parallel", "zero_dense", "zero_expert")
+
+KEPT = (  # of one micro-batch by each part of a stage, in the order of StageShapes
+    (Feature.KEPT_MOE,),
+    (Feature.KEPT_DENSE,),
+    (Feature.KEPT_EMBEDDING,),
+    (Feature.KEPT_HEAD,),
+    (Feature.KEPT_MOE, Feature.KEPT_HEAD, Feature.KEPT_JOIN),
+)
+
+Parts = tuple[tuple[int, ...], ...]  # of every stage, in the order of StageShapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +85,40 @@ def peak_bytes(
     return _peak_bytes(model, train, _Groups(model, train, table), profile, imbalance)
 
 
+def memory_floor(
+    model: ModelSpec, train: TrainConfig, table: StrategyTable, imbalance: float = 1.0
+) -> NDArray[np.float64]:
+    """Bytes (rows,) that the peak does not undercut, whatever the order of the schedule.
+
+    States, and what one micro-batch keeps on every stage of a rank: all have passed when the first backward begins.
+    """
+    if not len(table):
+        return np.zeros(0)
+    groups = _Groups(model, train, table)
+    combos, pipe = groups.combos, groups.pipe
+    pipelines = combos.take(pipe.rows)
+    holds = [_holds(groups.parts[row], *_numbers(pipelines, row)) for row in range(len(pipelines))]
+    width = max(map(len, holds))
+    total = prices(model, train, combos.take(groups.inside.rows), RUNTIME, imbalance).total
+    price = np.stack([total[:, list(kept)].sum(axis=1) for kept in KEPT], axis=1)[groups.inside.of]
+    activations = _per_group(pipe.of, len(holds), width, lambda rows, g: price[rows] @ holds[g].T)
+    chosen = groups.table.take(groups.state.rows)
+    states = _per_group(
+        pipe.of[groups.both.of[groups.state.rows]],
+        len(holds),
+        width,
+        lambda rows, g: _states(model, train, holds[g], chosen.take(rows), defers=True),
+    )
+    return groups.largest_sum(activations, states)
+
+
+@lru_cache(maxsize=8192)
+def _holds(parts: Parts, name: str, ranks: int, chunks: int) -> NDArray[np.int64]:
+    """What the classes of ranks of a pipeline hold: (classes, parts)."""
+    count = np.array(parts, dtype=np.int64)
+    return np.unique([count[list(stages)].sum(axis=0) for stages in stages_of_ranks(name, ranks, chunks)], axis=0)
+
+
 def step_bound(
     model: ModelSpec, platform: Platform, train: TrainConfig, table: StrategyTable, imbalance: float = 1.0
 ) -> NDArray[np.float64]:
@@ -89,13 +133,38 @@ def step_bound(
 
 
 def pipeline_bound(
-    model: ModelSpec, platform: Platform, train: TrainConfig, table: StrategyTable, imbalance: float = 1.0
+    model: ModelSpec,
+    platform: Platform,
+    train: TrainConfig,
+    table: StrategyTable,
+    imbalance: float = 1.0,
+    exchanges: Sequence[int] = (),
 ) -> NDArray[np.float64]:
-    """The part of `step_bound` that ZeRO does not change: the longest chain of the pipeline alone."""
+    """The part of `step_bound` that ZeRO does not change: the longest chain of the pipeline alone, (rows,).
+
+    With `exchanges`, codes of that column, every collective takes what it takes with the cheapest of them.
+    """
     if not len(table):
         return np.zeros(0)
     groups = _Groups(model, train, table)
-    return _chain_seconds(model, platform, train, groups, imbalance).max(axis=1)[groups.both.of]
+    return _chain_seconds(model, platform, train, groups, imbalance, exchanges).max(axis=1)[groups.both.of]
+
+
+def _cheapest(
+    model: ModelSpec,
+    platform: Platform,
+    train: TrainConfig,
+    table: StrategyTable,
+    imbalance: float,
+    exchanges: Sequence[int],
+) -> NDArray[np.float64]:
+    """`unit_seconds` of every row as it is, or each price with the cheapest of `exchanges`."""
+    price = unit_seconds(model, platform, train, table, imbalance)
+    for code in exchanges:
+        other = table.with_columns(exchange=np.full(len(table), code))
+        for work, seconds in exchange_units(model, platform, train, other, imbalance).items():
+            price[:, columns(work)] = np.minimum(price[:, columns(work)], seconds)
+    return price
 
 
 class _Groups:
@@ -109,6 +178,34 @@ class _Groups:
         self.microbatches = self.combos.microbatches(train.global_batch_size)
         self.inside = distinct([getattr(self.combos, name) for name in INSIDE])
         self.pipe = distinct([getattr(self.combos, name) for name in PIPELINE])
+
+    def chains(self, platform: Platform) -> tuple[Kinds, list[Chains]]:
+        """The chains of every pipeline, which depend on how far apart its ranks lie."""
+        pipe = distinct([self.pipe.of, self.combos.ranks_per_stage])
+        pipelines = self.combos.take(pipe.rows)
+        levels = tuple(level.ranks for level in platform.levels)
+        found = []
+        for row in range(len(pipelines)):
+            name, ranks, chunks = _numbers(pipelines, row)
+            hops = _hops(name, ranks, chunks, int(pipelines.ranks_per_stage[row]), levels)
+            found.append(chains(name, ranks, chunks, self.parts[int(self.pipe.of[pipe.rows[row]])], hops, len(levels)))
+        return pipe, found
+
+    @cached_property
+    def parts(self) -> list[Parts]:
+        """What the stages of every pipeline hold."""
+        pipelines = self.combos.take(self.pipe.rows)
+        numbers = zip(pipelines.num_stages.tolist(), pipelines.layer_split.tolist(), strict=True)
+        known: dict[tuple[int, int], Parts] = {}
+        found = []
+        for stages, split in numbers:
+            if (stages, split) not in known:
+                shapes = stage_shapes(self.model, stages, pipelines.splits[split])
+                known[stages, split] = tuple(
+                    zip(*(getattr(shapes, field.name).tolist() for field in fields(shapes)), strict=True)
+                )
+            found.append(known[stages, split])
+        return found
 
     @cached_property
     def layout(self) -> NDArray[np.int64]:
@@ -141,6 +238,12 @@ class _Groups:
             for one in each:
                 np.maximum(total[rows], one, out=total[rows])
         return total
+
+
+@lru_cache(maxsize=8192)
+def _hops(name: str, ranks: int, chunks: int, ranks_per_stage: int, levels: tuple[int, ...]) -> tuple[int, ...]:
+    """The levels of the network between each stage and the next, `levels[i]` ranks being on one of level i."""
+    return tuple(hop_levels(levels, np.array([ranks_per_stage]), stages_of_ranks(name, ranks, chunks))[0].tolist())
 
 
 def _layout(model: ModelSpec, pipelines: StrategyTable, row: int) -> tuple:
@@ -192,22 +295,24 @@ def _peak_bytes(
         pipe.of[groups.both.of[groups.state.rows]],
         len(found),
         width,
-        lambda rows, g: _states(model, train, found[g], chosen.take(rows)),
+        lambda rows, g: _states(model, train, found[g].holds, chosen.take(rows), defers=found[g].defers),
     )
     return groups.largest_sum(activations, states)
 
 
-def _states(model: ModelSpec, train: TrainConfig, found: Instants, table: StrategyTable) -> NDArray[np.float64]:
+def _states(
+    model: ModelSpec, train: TrainConfig, holds: NDArray[np.int64], table: StrategyTable, *, defers: bool
+) -> NDArray[np.float64]:
     """Bytes of weights, gradients and optimizer state, whole units included: (rows, classes)."""
-    shapes, per_parameter = StageShapes(*found.holds.T), train.recipe.state
+    shapes, per_parameter = StageShapes(*holds.T), train.recipe.state
     held = state_bytes(state_elements(model, shapes, table), per_parameter)
-    return sum(held.values()) + whole_unit_bytes(model, shapes, table, per_parameter, defers=found.defers)
+    return sum(held.values()) + whole_unit_bytes(model, shapes, table, per_parameter, defers=defers)
 
 
 def _bound(
     model: ModelSpec, platform: Platform, train: TrainConfig, groups: _Groups, imbalance: float
 ) -> NDArray[np.float64]:
-    pipe, found = _chains(model, platform, groups)
+    pipe, found = groups.chains(platform)
     ends = _chain_seconds(model, platform, train, groups, imbalance)
     chosen = groups.table.take(groups.state.rows)
     width = ends.shape[1]
@@ -220,27 +325,18 @@ def _bound(
     return groups.largest_sum(ends, closing[:, :width]) + closing[:, width].take(groups.state.of)
 
 
-def _chains(model: ModelSpec, platform: Platform, groups: _Groups) -> tuple[Kinds, list[Chains]]:
-    """The chains of every pipeline, which depend on how far apart its ranks lie."""
-    per_stage = groups.combos.ranks_per_stage
-    pipe = distinct([groups.pipe.of, per_stage])
-    pipelines = groups.combos.take(pipe.rows)
-    found = []
-    for row in range(len(pipelines)):
-        name, ranks, chunks = _numbers(pipelines, row)
-        hops = hop_levels(platform, pipelines.ranks_per_stage[row : row + 1], stages_of_ranks(name, ranks, chunks))
-        shapes = stage_shapes(model, ranks * chunks, pipelines.splits[int(pipelines.layer_split[row])])
-        parts = tuple(zip(*(getattr(shapes, field.name).tolist() for field in fields(shapes)), strict=True))
-        found.append(chains(name, ranks, chunks, parts, tuple(hops[0].tolist()), len(platform.levels)))
-    return pipe, found
-
-
 def _chain_seconds(
-    model: ModelSpec, platform: Platform, train: TrainConfig, groups: _Groups, imbalance: float
+    model: ModelSpec,
+    platform: Platform,
+    train: TrainConfig,
+    groups: _Groups,
+    imbalance: float,
+    exchanges: Sequence[int] = (),
 ) -> NDArray[np.float64]:
     """Seconds of the longest chain of every combo: first of what its cores compute, then of every class of ranks."""
-    combos, (pipe, found) = groups.combos, _chains(model, platform, groups)
-    price = unit_seconds(model, platform, train, combos.take(groups.inside.rows), imbalance)[groups.inside.of]
+    combos, (pipe, found) = groups.combos, groups.chains(platform)
+    insides = combos.take(groups.inside.rows)
+    price = _cheapest(model, platform, train, insides, imbalance, exchanges)[groups.inside.of]
     shares = _shares(platform, combos)
 
     def seconds(rows: NDArray, g: int) -> NDArray[np.float64]:

@@ -46,6 +46,8 @@ from pipermoe.specs.train import TrainConfig
 # The measured pass "gradient_norm" takes the norm of gradients, scales and zeroes them: each goes over them once.
 NORM_SHARE = 1 / 3
 
+CostRow = dict[str, list[float]]  # of one strategy: a field of StepCosts and its numbers
+
 
 @dataclass(frozen=True, slots=True)
 class ClosingCosts:
@@ -165,19 +167,30 @@ def step_seconds_by_term(
 ) -> tuple[float, list[dict[Term, float]]]:
     """The simulated step of a single row of costs: its seconds, and for every pipeline rank the seconds by term."""
     schedule = schedule_of(strategy, train.global_batch_size)
-    cost = {field.name: getattr(costs, field.name)[0].tolist() for field in fields(StepCosts)}
+    [cost] = cost_rows(costs)
     slots = compute_slots(platform, strategy.world_size)
-    durations = Durations(
-        forward=cost["forward"],
-        input_grad=cost["input_grad"],
-        weight_grad=cost["weight_grad"],
-        forward_exchange=cost["forward_exchange"],
-        backward_exchange=cost["backward_exchange"],
-        transfer=_per_sending_stage(cost["send"], strategy.num_stages),
-    )
+    durations = durations_of(cost, strategy.num_stages)
     timeline = simulate_shared_host(schedule, durations, slots, strategy.ranks_per_stage)
     work = durations.per_stage(strategy.num_stages)
     return _after_pipeline(timeline, work, cost, slots, strategy.ranks_per_stage)
+
+
+def cost_rows(costs: StepCosts) -> list[CostRow]:
+    """The costs of each row by name."""
+    columns = {field.name: getattr(costs, field.name).tolist() for field in fields(StepCosts)}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def durations_of(cost: CostRow, stages: int) -> Durations:
+    """What a simulation reads of the costs of one row."""
+    return Durations(
+        forward=tuple(cost["forward"]),
+        input_grad=tuple(cost["input_grad"]),
+        weight_grad=tuple(cost["weight_grad"]),
+        forward_exchange=tuple(cost["forward_exchange"]),
+        backward_exchange=tuple(cost["backward_exchange"]),
+        transfer=tuple(_per_sending_stage(cost["send"], stages)),
+    )
 
 
 def _per_sending_stage(boundaries: list[float], stages: int) -> list[float]:
@@ -187,16 +200,12 @@ def _per_sending_stage(boundaries: list[float], stages: int) -> list[float]:
 
 
 def _after_pipeline(
-    timeline: Timeline, work: WorkTable, cost: dict[str, list[float]], slots: float, ranks_per_stage: int
+    timeline: Timeline, work: WorkTable, cost: CostRow, slots: float, ranks_per_stage: int
 ) -> tuple[float, list[dict[Term, float]]]:
-    """The end of the step: reduce, agree on the norm, update, gather; and everything by term, per stage."""
+    """The end of the step, and everything by term, per stage."""
     stages = range(timeline.schedule.num_ranks)
-    crowding = max(1.0, len(stages) * ranks_per_stage / slots)
     ends = [max(timeline.end[s]) for s in stages]
-    norms = [cost["norm"][s] * crowding for s in stages]
-    agreed = max(ends[s] + cost["reduce"][s] + norms[s] for s in stages) + cost["flags"][0]
-    updates = shared_seconds(cost["update"], ranks_per_stage, slots)
-    done = [agreed + updates[s] + cost["gather"][s] for s in stages]
+    agreed, updates, done = close_step(ends, cost, slots, ranks_per_stage)
     step = max(done)
     terms = []
     for s in stages:
@@ -214,6 +223,21 @@ def _after_pipeline(
             }
         )
     return step, terms
+
+
+def close_step(
+    ends: list[float], cost: CostRow, slots: float, ranks_per_stage: int
+) -> tuple[float, list[float], list[float]]:
+    """After the pipeline ranks' `ends`: reduce, agree on the norm, update, gather.
+
+    When all have agreed; the seconds of each rank's update; when each rank is done.
+    """
+    ranks = range(len(ends))
+    crowding = max(1.0, len(ends) * ranks_per_stage / slots)
+    norms = [cost["norm"][r] * crowding for r in ranks]
+    agreed = max(ends[r] + cost["reduce"][r] + norms[r] for r in ranks) + cost["flags"][0]
+    updates = shared_seconds(cost["update"], ranks_per_stage, slots)
+    return agreed, updates, [agreed + updates[r] + cost["gather"][r] for r in ranks]
 
 
 def _computed(timeline: Timeline, rank: int, work: WorkTable) -> tuple[float, float, float]:

@@ -51,15 +51,33 @@ def unit_seconds(
     They depend on the micro-batch, the degrees inside a stage, recomputation and dispatch only.
     """
     sizes = sizes_of(model, train, table, imbalance=imbalance)
-    compute = stage_seconds(layer_seconds(platform.device, train.precision, sizes, Recompute.of(table)), ONE_OF_EACH)
-    forward_exchange, backward_exchange = exchange_seconds(platform, exchanges(sizes, ONE_OF_EACH), table)
     by_work = {
-        Work.FORWARD: compute.forward,
-        Work.FORWARD_EXCHANGE: forward_exchange,
-        Work.INPUT_GRAD: compute.input_grad,
-        Work.BACKWARD_EXCHANGE: backward_exchange,
-        Work.WEIGHT_GRAD: compute.weight_grad,
+        **compute_units(model, platform, train, table, imbalance),
+        **exchange_units(model, platform, train, table, imbalance),
     }
     sends = [level_send_seconds(platform, level, message_bytes(sizes)) for level in range(len(platform.levels))]
     parts = [np.broadcast_to(by_work[work], (len(table), PARTS)) for work in Work]
     return np.concatenate([*parts, np.stack(sends, axis=1)], axis=1)
+
+
+def compute_units(
+    model: ModelSpec, platform: Platform, train: TrainConfig, table: StrategyTable, imbalance: float = 1.0
+) -> dict[Work, NDArray[np.float64]]:
+    """The computing among them: seconds (rows, PARTS), recomputation in the input gradient."""
+    sizes = sizes_of(model, train, table, imbalance=imbalance)
+    layers = layer_seconds(platform.device, train.precision, sizes, Recompute.of(table))
+    compute = stage_seconds(layers, ONE_OF_EACH)
+    return {
+        Work.FORWARD: compute.forward,
+        Work.INPUT_GRAD: compute.input_grad,
+        Work.WEIGHT_GRAD: compute.weight_grad,
+    }
+
+
+def exchange_units(
+    model: ModelSpec, platform: Platform, train: TrainConfig, table: StrategyTable, imbalance: float = 1.0
+) -> dict[Work, NDArray[np.float64]]:
+    """The collectives among them: seconds (rows, PARTS) of either direction."""
+    sizes = sizes_of(model, train, table, imbalance=imbalance)
+    forward, backward = exchange_seconds(platform, exchanges(sizes, ONE_OF_EACH), table)
+    return {Work.FORWARD_EXCHANGE: forward, Work.BACKWARD_EXCHANGE: backward}

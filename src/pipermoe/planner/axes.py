@@ -1,0 +1,120 @@
+"""The axes of the search space: every value that a strategy may have on them, before any rule is asked."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pipermoe.resources.step import compute_slots
+from pipermoe.schedule.builders import RECIPES
+from pipermoe.schedule.traits import schedule_traits
+from pipermoe.specs.model import ModelSpec
+from pipermoe.specs.platform import Platform
+from pipermoe.specs.strategy import RECOMPUTE_MODULES, RecomputeModule
+from pipermoe.specs.strategy_table import EXCHANGE_NAMES, RECOMPUTE_NAMES, SCHEDULE_NAMES, StrategyTable
+from pipermoe.specs.train import TrainConfig
+
+PIPELINE_COLUMNS = ("schedule", "virtual_stages", "layer_split")
+TAIL_COLUMNS = ("dispatcher", "exchange", "recompute", "recompute_modules", "zero_dense", "zero_expert")
+CHUNKS = (2, 4, 8)  # per rank, where a schedule takes any number
+ZERO_LEVELS = ((0, 0), (1, 1), (2, 2), (3, 3), (1, 3), (3, 1))  # of dense parameters and of experts
+MOST_TOKENS = 1 << 16  # of a micro-batch of several sequences
+
+# Selective recomputation: what is cheapest to rebuild for its bytes, then with attention, then all that can be dropped.
+SUBSETS: tuple[tuple[RecomputeModule, ...], ...] = (
+    ("norm", "moe_act"),
+    ("norm", "attention", "moe_act"),
+    RECOMPUTE_MODULES,
+)
+
+
+def divisors(number: int) -> list[int]:
+    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
+def all_bodies(train: TrainConfig, world_size: int) -> StrategyTable:
+    """Every arrangement `pp x dp x cp x tp`, folded as `pp x edp x ep x etp`, with every micro-batch size."""
+    shapes = []
+    for pp in divisors(world_size):
+        per_stage = world_size // pp
+        attention = [(cp, tp) for cp in divisors(per_stage) for tp in divisors(per_stage // cp)]
+        experts = [(ep, etp) for ep in divisors(per_stage) for etp in divisors(per_stage // ep)]
+        shapes += [(pp, cp, tp, ep, etp) for cp, tp in attention for ep, etp in experts]
+    sizes = [
+        n
+        for n in divisors(train.global_batch_size)
+        if n & (n - 1) == 0 and n * train.seq_len <= max(MOST_TOKENS, train.seq_len)
+    ]
+    pp, cp, tp, ep, etp = np.repeat(np.array(shapes), len(sizes), axis=0).T
+    table = StrategyTable.product(micro_batch_size=np.tile(sizes, len(shapes)))
+    return table.with_columns(
+        pipeline_parallel=pp,
+        data_parallel=world_size // (pp * cp * tp),
+        context_parallel=cp,
+        tensor_parallel=tp,
+        expert_parallel=ep,
+        expert_data_parallel=world_size // (pp * ep * etp),
+        expert_tensor_parallel=etp,
+    )
+
+
+def all_pipelines(platform: Platform, world_size: int) -> StrategyTable:
+    """Every schedule with its chunks per rank, the layers cut evenly (`layer_split` 0) or balanced (1).
+
+    Where ranks share cores there is no computing beside which an exchange could hide, so none is overlapped.
+    """
+    crowded = compute_slots(platform, world_size) < world_size
+    rows = []
+    for code, name in enumerate(SCHEDULE_NAMES):
+        least, most = RECIPES[name].virtual_stages
+        if crowded and schedule_traits(name, 2, least).overlaps:
+            continue
+        rows += [(code, chunks, cut) for chunks in ((least,) if most else CHUNKS) for cut in (0, 1)]
+    schedule, chunks, cut = np.array(rows).T
+    return StrategyTable.product(schedule=schedule).with_columns(virtual_stages=chunks, layer_split=cut)
+
+
+def all_tails(model: ModelSpec, platform: Platform) -> StrategyTable:
+    """What is recomputed and sharded, and who moves the bytes of an all-to-all.
+
+    Exchange plans are priced from what a network is made of, so they are there where it is described by its links.
+    """
+    present = {"dense_mlp": bool(model.dense_layers), "shared_experts": model.moe.shared_width > 0}
+    masks = {_mask(tuple(m for m in modules if present.get(m, True))) for modules in SUBSETS}
+    recompute = [("none", 0), *(("selective", mask) for mask in sorted(masks)), ("full", 0)]
+    exchanges = EXCHANGE_NAMES if all(level.link for level in platform.levels) else ("library",)
+    table = StrategyTable.product(
+        recompute=range(len(recompute)),
+        exchange=[EXCHANGE_NAMES.index(name) for name in exchanges],
+        zero_dense=range(len(ZERO_LEVELS)),
+    )
+    levels = np.array(ZERO_LEVELS)[table.zero_dense]
+    kinds = np.array([(RECOMPUTE_NAMES.index(name), mask) for name, mask in recompute])[table.recompute]
+    return table.with_columns(
+        recompute=kinds[:, 0], recompute_modules=kinds[:, 1], zero_dense=levels[:, 0], zero_expert=levels[:, 1]
+    )
+
+
+def _mask(modules: tuple[RecomputeModule, ...]) -> int:
+    return sum(1 << RECOMPUTE_MODULES.index(module) for module in modules)
+
+
+def redundant_pipelines(bodies: StrategyTable, pipelines: StrategyTable) -> np.ndarray:
+    """(bodies, pipelines) that take as long as another and hold no less: without a pipeline 1F1B is as good as any."""
+    plain = np.array(
+        [not schedule_traits(name, 2, RECIPES[name].virtual_stages[0]).overlaps for name in SCHEDULE_NAMES]
+    )
+    other = plain[pipelines.schedule] & (pipelines.schedule != SCHEDULE_NAMES.index("1f1b"))
+    return (bodies.pipeline_parallel == 1)[:, None] & other
+
+
+def redundant_tails(bodies: StrategyTable, tails: StrategyTable) -> np.ndarray:
+    """(bodies, tails) that do as another does: sharding over one rank, exchanging with nobody."""
+    alone, experts_alone = bodies.data_parallel * bodies.context_parallel == 1, bodies.expert_data_parallel == 1
+    here = bodies.expert_parallel == 1
+    mixed, shards = tails.zero_dense != tails.zero_expert, tails.zero_dense > 0
+    return (
+        ((alone | experts_alone)[:, None] & mixed)
+        | ((alone & experts_alone)[:, None] & shards)
+        | (here[:, None] & ((tails.exchange > 0) | (tails.dispatcher > 0)))
+    )
