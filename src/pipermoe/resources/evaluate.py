@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ from pipermoe.resources.stages import StageShapes, stage_shapes
 from pipermoe.resources.states import state_bytes, state_elements
 from pipermoe.resources.step import closing_costs, compute_slots
 from pipermoe.resources.unit_seconds import columns, exchange_units, unit_seconds
+from pipermoe.schedule.ramps import ramps
 from pipermoe.schedule.traits import schedule_traits, stages_of_ranks
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.platform import Platform
@@ -88,35 +89,60 @@ def peak_bytes(
 def memory_floor(
     model: ModelSpec, train: TrainConfig, table: StrategyTable, imbalance: float = 1.0
 ) -> NDArray[np.float64]:
-    """Bytes (rows,) that the peak does not undercut, whatever the order of the schedule.
-
-    States, and what one micro-batch keeps on every stage of a rank: all have passed when the first backward begins.
-    """
+    """Bytes (rows,) that the peak does not undercut: states, and the activations that the schedule's ramp holds."""
     if not len(table):
         return np.zeros(0)
     groups = _Groups(model, train, table)
-    combos, pipe = groups.combos, groups.pipe
+    combos, pipe = groups.combos, distinct([groups.pipe.of, groups.microbatches])
     pipelines = combos.take(pipe.rows)
-    holds = [_holds(groups.parts[row], *_numbers(pipelines, row)) for row in range(len(pipelines))]
-    width = max(map(len, holds))
+    parts, microbatches = groups.pipe.of[pipe.rows], groups.microbatches[pipe.rows]
+    found = [
+        _floor(groups.parts[parts[row]], *_numbers(pipelines, row), int(microbatches[row]))
+        for row in range(len(pipelines))
+    ]
+    width = max(len(each.holds) for each in found)
     total = prices(model, train, combos.take(groups.inside.rows), RUNTIME, imbalance).total
     price = np.stack([total[:, list(kept)].sum(axis=1) for kept in KEPT], axis=1)[groups.inside.of]
-    activations = _per_group(pipe.of, len(holds), width, lambda rows, g: price[rows] @ holds[g].T)
+    activations = _per_group(
+        pipe.of,
+        len(found),
+        width,
+        lambda rows, g: np.maximum.reduceat(price[rows] @ found[g].kept.T, found[g].starts, axis=1),
+    )
     chosen = groups.table.take(groups.state.rows)
     states = _per_group(
         pipe.of[groups.both.of[groups.state.rows]],
-        len(holds),
+        len(found),
         width,
-        lambda rows, g: _states(model, train, holds[g], chosen.take(rows), defers=True),
+        lambda rows, g: _states(model, train, found[g].holds, chosen.take(rows), defers=True),
     )
     return groups.largest_sum(activations, states)
 
 
+class _Floor(NamedTuple):
+    """What the classes of ranks of a pipeline hold, (classes, parts), and what of it they keep at least: (instants,
+    parts) in micro-batches, sorted by class, of which class c begins at `starts[c]`.
+    """
+
+    holds: NDArray[np.int64]
+    kept: NDArray[np.float64]
+    starts: NDArray[np.int64]
+
+
 @lru_cache(maxsize=8192)
-def _holds(parts: Parts, name: str, ranks: int, chunks: int) -> NDArray[np.int64]:
-    """What the classes of ranks of a pipeline hold: (classes, parts)."""
+def _floor(parts: Parts, name: str, ranks: int, chunks: int, microbatches: int) -> _Floor:
     count = np.array(parts, dtype=np.int64)
-    return np.unique([count[list(stages)].sum(axis=0) for stages in stages_of_ranks(name, ranks, chunks)], axis=0)
+    stages_of = stages_of_ranks(name, ranks, chunks)
+    holds, class_of = np.unique([count[list(stages)].sum(axis=0) for stages in stages_of], axis=0, return_inverse=True)
+    found = [
+        (owner, *(np.array(kept) @ count[list(stages)]))
+        for owner, stages, ramp in zip(
+            class_of.ravel().tolist(), stages_of, ramps(name, ranks, chunks, microbatches), strict=True
+        )
+        for kept in ramp.kept
+    ]
+    rows = np.unique(np.array(found), axis=0)
+    return _Floor(holds, rows[:, 1:].astype(np.float64), np.searchsorted(rows[:, 0], np.arange(len(holds))))
 
 
 def step_bound(
@@ -180,15 +206,17 @@ class _Groups:
         self.pipe = distinct([getattr(self.combos, name) for name in PIPELINE])
 
     def chains(self, platform: Platform) -> tuple[Kinds, list[Chains]]:
-        """The chains of every pipeline, which depend on how far apart its ranks lie."""
-        pipe = distinct([self.pipe.of, self.combos.ranks_per_stage])
+        """The chains of every pipeline, which depend on how far apart its ranks lie and on few micro-batches."""
+        few = np.minimum(self.microbatches, 2 * self.combos.pipeline_parallel)  # what ramps up
+        pipe = distinct([self.pipe.of, self.combos.ranks_per_stage, few])
         pipelines = self.combos.take(pipe.rows)
         levels = tuple(level.ranks for level in platform.levels)
         found = []
         for row in range(len(pipelines)):
             name, ranks, chunks = _numbers(pipelines, row)
             hops = _hops(name, ranks, chunks, int(pipelines.ranks_per_stage[row]), levels)
-            found.append(chains(name, ranks, chunks, self.parts[int(self.pipe.of[pipe.rows[row]])], hops, len(levels)))
+            parts = self.parts[int(self.pipe.of[pipe.rows[row]])]
+            found.append(chains(name, ranks, chunks, parts, hops, len(levels), int(few[pipe.rows[row]])))
         return pipe, found
 
     @cached_property

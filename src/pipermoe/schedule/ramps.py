@@ -1,0 +1,135 @@
+"""How a named schedule ramps up and down: what every rank holds at least, and which of its passes no other one hides.
+
+Closed forms of the builders' orders, so that many pipelines are bounded without building any. Counts are micro-batches
+of a rank's chunks, in the order of `stages_of_ranks`; p ranks, v chunks, m micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+Chunks = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ramp:
+    """One rank. `kept`: for some instants, the whole activations that it holds at least, while a pair runs none of its
+    forward.
+
+    Of its lowest stage it never holds more than `most` (0: not known), so the backward of a micro-batch comes before
+    the forward of the `most`-th after it. In schedules of pairs, `alone_forward` and `alone_backward` passes are in no
+    pair, and none at all of a chunk that is `never_paired` (1).
+    """
+
+    kept: tuple[Chunks, ...]
+    most: int = 0
+    alone_forward: Chunks = ()
+    alone_backward: Chunks = ()
+    never_paired: Chunks = ()
+
+
+@lru_cache(maxsize=8192)
+def ramps(name: str, pipeline_parallel: int, virtual_stages: int, microbatches: int) -> tuple[Ramp, ...]:
+    """The ramps of all ranks of a named schedule."""
+
+    def capped(counts: Chunks) -> Chunks:
+        return tuple(min(count, microbatches) for count in counts)
+
+    found = (_RAMPS[name](pipeline_parallel, virtual_stages, microbatches, rank) for rank in range(pipeline_parallel))
+    return tuple(
+        Ramp(
+            tuple(map(capped, ramp.kept)),
+            min(ramp.most, microbatches),
+            capped(ramp.alone_forward),
+            capped(ramp.alone_backward),
+            ramp.never_paired,
+        )
+        for ramp in found
+    )
+
+
+def _all_forwards_first(p: int, v: int, m: int, rank: int) -> Ramp:
+    return Ramp(((m,) * v,))
+
+
+def _one_by_one(p: int, v: int, m: int, rank: int) -> Ramp:
+    """1F1B: a rank is as many micro-batches ahead as there are ranks behind it."""
+    return Ramp(((p - rank,),), most=p - rank)
+
+
+def _zb_h2(p: int, v: int, m: int, rank: int) -> Ramp:
+    return Ramp(((2 * (p - rank) - 1,),), most=2 * (p - rank) - 1)
+
+
+def _pairs(p: int, v: int, m: int, rank: int) -> Ramp:
+    """A forward for every slot of the round trip, then pairs."""
+    alone = (2 * (p - rank) - 1,)
+    return Ramp((alone,), 2 * (p - rank), alone, alone)
+
+
+def _interleaved(p: int, v: int, m: int, rank: int) -> Ramp:
+    """Rounds of at least p micro-batches go through chunk after chunk, up and down."""
+    size = min(p, m)
+    warm_up = _in_rounds((v - 1) * size + 2 * (p - 1 - rank) + 1, v, size)
+    return Ramp((warm_up,), 0, warm_up, warm_up)
+
+
+def _in_rounds(passes: int, chunks: int, size: int) -> Chunks:
+    """How the first `passes` fall to the chunks."""
+    whole, rest = divmod(passes, chunks * size)
+    return tuple(whole * size + min(max(rest - chunk * size, 0), size) for chunk in range(chunks))
+
+
+def _v(p: int, v: int, m: int, rank: int) -> Ramp:
+    """ZB-V and DualPipe-V: down and up again."""
+    down, up = (2 * p - 1 - rank, p), (p, 2 * p - 1 - rank)
+    return Ramp(((2 * p - 1 - rank, rank + 1),), 2 * p - rank, down, up)
+
+
+def _dualpipe(p: int, v: int, m: int, rank: int) -> Ramp:
+    near, half = min(rank, p - 1 - rank), p // 2
+    ahead = max(p - 1 - near, half + 1)
+    return Ramp(((p - 1 - near, 1 + near),), p - near, (ahead, half), (half, ahead))
+
+
+def _v_half(p: int, v: int, m: int, rank: int) -> Ramp:
+    odd = p % 2
+    down, up = (p - rank // 2, 1 + rank // 2) if odd else (p + 1 - (rank + 1) // 2, 1 + (rank + 1) // 2)
+    return Ramp(((down, up),), most=down)
+
+
+def _v_half_pairs(p: int, v: int, m: int, rank: int) -> Ramp:
+    """On every second rank the passes down are in pairs, on the others those up."""
+    never = (0, 1) if rank % 2 == 0 else (1, 0)
+    return Ramp(((p - rank // 2, (rank + 2) // 2),), p + 1 - (rank + 1) // 2, (0, 0), (0, 0), never)
+
+
+def _v_min(p: int, v: int, m: int, rank: int) -> Ramp:
+    """The slots of the pattern, which repeats every six; closing its gaps only lets more begin."""
+    shift = 2 if p % 3 == 0 else 0
+    turning = ((2 * p + shift - 1) // 6 + 1, (2 * rank + shift) // 6 + 1)
+    ending = ((4 * p + shift - 2 * rank - 1) // 6 + 1, (2 * rank + shift + 1) // 6)
+    return Ramp((turning, ending), most=2 * ((p + 1) // 3 + 1))
+
+
+_RAMPS: dict[str, Callable[[int, int, int, int], Ramp]] = {
+    "gpipe": _all_forwards_first,
+    "1f1b": _one_by_one,
+    "1f1b-overlap": _pairs,
+    "breadth-first": _all_forwards_first,
+    "interleaved-1f1b": _interleaved,
+    "interleaved-1f1b-overlap": _interleaved,
+    "zb-h1": _one_by_one,
+    "zb-h2": _zb_h2,
+    "zb-h1-overlap": _pairs,
+    "zb-h2-overlap": _pairs,
+    "zb-v": _v,
+    "zb-v-overlap": _v,
+    "v-half": _v_half,
+    "v-half-overlap": _v_half_pairs,
+    "v-min": _v_min,
+    "dualpipe": _dualpipe,
+    "dualpipe-v": _v,
+}

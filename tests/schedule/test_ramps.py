@@ -1,0 +1,59 @@
+"""The closed forms of what a schedule's ranks hold and do beside no other pass, against the built schedules."""
+
+import pytest
+
+from pipermoe.schedule.action import Action, Kind
+from pipermoe.schedule.builders import RECIPES, build, illegal
+from pipermoe.schedule.ramps import ramps
+
+CASES = [
+    (name, p, chunks, m)
+    for name, recipe in RECIPES.items()
+    for p in (1, 2, 3, 4, 5, 6, 7, 8)
+    for chunks in ([recipe.virtual_stages[0]] if recipe.virtual_stages[1] else [2, 3])
+    for m in (2, p + 1, 2 * p, 3 * p + 1)
+    if not illegal(name, p, m, chunks)
+]
+
+
+def of_each(stages: tuple[int, ...], passes: list[Action]) -> tuple[int, ...]:
+    return tuple(sum(part.stage == stage for part in passes) for stage in stages)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_rank_holds_what_is_said(name):
+    for _, p, chunks, m in (case for case in CASES if case[0] == name):
+        schedule, found = build(name, p, m, chunks), ramps(name, p, chunks, m)
+        for rank, ramp in enumerate(found):
+            stages = schedule.stages_of(rank)
+            held, seen, most = dict.fromkeys(stages, 0), set(), 0
+            for action in schedule.ranks[rank]:
+                if action.pair:
+                    seen.add(tuple(held.values()))
+                for part in action.parts:
+                    if part.kind is not Kind.WEIGHT_GRAD:
+                        held[part.stage] += 1 if part.kind is Kind.FORWARD else -1
+                        most = max(most, held[stages[0]])
+                if not action.pair:
+                    seen.add(tuple(held.values()))
+            for kept in ramp.kept:
+                at_least = [all(a >= b for a, b in zip(each, kept, strict=True)) for each in seen]
+                assert any(at_least), (name, p, chunks, m, rank, kept)
+            assert not ramp.most or most <= ramp.most, (name, p, chunks, m, rank, most)
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if "overlap" in name or name.startswith("dualpipe")])
+def test_passes_that_are_said_to_be_alone_are_in_no_pair(name):
+    for _, p, chunks, m in (case for case in CASES if case[0] == name):
+        schedule, found = build(name, p, m, chunks), ramps(name, p, chunks, m)
+        for rank, ramp in enumerate(found):
+            stages = schedule.stages_of(rank)
+            single = [action for action in schedule.ranks[rank] if not action.pair]
+            forward = of_each(stages, [part for part in single if part.kind is Kind.FORWARD])
+            backward = of_each(stages, [p for p in single if p.kind in (Kind.BACKWARD, Kind.INPUT_GRAD)])
+            everything = of_each(stages, [part for part in schedule.parts(rank) if part.kind is Kind.FORWARD])
+            for alone, said in ((forward, ramp.alone_forward), (backward, ramp.alone_backward)):
+                least = map(min, said, everything)
+                assert all(a >= b for a, b in zip(alone, least, strict=True)), (p, chunks, m, rank)
+            never = zip(forward, everything, ramp.never_paired or [0] * len(stages), strict=True)
+            assert all(alone == n for alone, n, at_all in never if at_all), (p, chunks, m, rank)
