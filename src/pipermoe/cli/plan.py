@@ -91,6 +91,7 @@ def plan(
     pareto: Switch = False,
     plot: Path | None = None,
     runtime: Literal["pipermoe", "any"] = "pipermoe",
+    within: float = 0.0,
     top: int = 8,
     output: Output = Path("plan.toml"),
     json: Switch = False,
@@ -112,8 +113,10 @@ def plan(
         Draw that front into this file (.svg or .png).
     runtime
         What has to run the plan: pipermoe itself, or any; then tensor and context parallelism are searched as well.
+    within
+        By how many per cent another strategy may be faster, which takes less to prove; 0 is none.
     top
-        Rows in the ranked table.
+        Rows in the table.
     output
         The plan file to write (TOML): what `pipermoe train` runs.
     json
@@ -144,6 +147,7 @@ def plan(
         goal=goal,
         pareto=with_front,
         runtime=runtime,
+        within=within / 100,
         top=top,
         **case,
     )

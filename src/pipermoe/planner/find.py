@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from typing import Literal
 
 from pipermoe.planner.campaign import Goal, campaign
@@ -33,7 +34,7 @@ from pipermoe.specs.train import TrainConfig
 
 Runtime = Literal["pipermoe", "any"]
 RULES_OF: dict[Runtime, tuple[Rule, ...]] = {"pipermoe": EXECUTABLE, "any": ()}
-TOLERANCE = 0.005  # of the step: far below the error of any prediction, and it spares most simulations
+ROUGHLY = 0.02  # how nearly the best for more memory, or another machine, is found
 
 
 def find_plan(
@@ -48,9 +49,13 @@ def find_plan(
     goal: Goal | None = None,
     pareto: bool = False,
     runtime: Runtime = "pipermoe",
+    within: float = 0.0,
     top: int = 8,
 ) -> PlanningResult:
-    """The `top` best strategies of `world_size` ranks, exactly ranked, the first of them as a Plan with its reasons.
+    """The best strategy of `world_size` ranks as a Plan with its reasons, and up to `top` that come near.
+
+    No strategy is faster than the best, or by the share `within` at most, which takes less to prove; the others are the
+    fastest of what was simulated for the proof.
 
     `memory_budget_bytes` is what tensors of one rank may take at their peak; by default the platform's memory less what
     is reserved. `imbalance` is the busiest rank's rows over the mean. With a `goal`, the whole run of its tokens; with
@@ -60,7 +65,7 @@ def find_plan(
     started = time.perf_counter()
     if top < 1:
         raise UserError(describe_value("", "top", top, "must be at least 1"))
-    field = searched(model, platform, train, world_size, memory_budget_bytes, imbalance, runtime)
+    field = searched(model, platform, train, world_size, memory_budget_bytes, imbalance, runtime, within)
     job = field.job
     ranking = OBJECTIVES[objective](field, top)
     if not ranking.best:
@@ -108,25 +113,29 @@ def searched(
     memory_budget_bytes: int | None = None,
     imbalance: float = 1.0,
     runtime: Runtime = "pipermoe",
+    within: float = 0.0,
 ) -> Field:
     """The space of a job with its bounds. UserError where it has no price or its ranks no arrangement."""
     if imbalance < 1:
         rule = "is the busiest rank's rows over the mean: at least 1"
         raise UserError(describe_value("", "imbalance", imbalance, rule))
+    if not 0 <= within < 1:
+        raise UserError(describe_value("", "within", f"{within:.0%}", "must be at least 0 and less than 100 %"))
     require_priced(model, platform, train, world_size)
     require_legal_world(model, train, world_size, RULES_OF[runtime])
     budget = memory_budget_bytes or platform.memory_budget_bytes
-    return Field.of(Job(model, platform, train, world_size, budget, imbalance, RULES_OF[runtime], TOLERANCE))
+    return Field.of(Job(model, platform, train, world_size, budget, imbalance, RULES_OF[runtime], within))
 
 
 def _explained(field: Field, chosen: Candidate) -> Explanation:
     """With what only a search can say: what more memory, or a flat network, would choose."""
+    rough = replace(field, job=replace(field.job, tolerance=max(ROUGHLY, field.job.tolerance)))
     return explain(
         field.job,
         chosen,
-        unlimited=_fastest(field, math.inf),
-        roomier=_fastest(field, field.job.memory_budget_bytes * MORE_MEMORY)[0],
-        blind=_fastest(Field.of(flat(field.job)))[0],
+        unlimited=_fastest(rough, math.inf),
+        roomier=_fastest(rough, field.job.memory_budget_bytes * MORE_MEMORY)[0],
+        blind=_fastest(Field.of(flat(rough.job)))[0],
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 from pipermoe.planner.search import Field, Ranking
@@ -13,7 +14,8 @@ NEARLY = 1.05  # of the fastest step
 
 def fastest(field: Field, count: int) -> Ranking:
     """The fastest steps; at a given number of devices also the most tokens per second of each, and the fewest hours."""
-    return field.best(count)
+    ranking = field.best()
+    return replace(ranking, best=(ranking.best + ranking.others)[:count])
 
 
 def most_headroom(field: Field, count: int) -> Ranking:
@@ -26,7 +28,7 @@ def most_headroom(field: Field, count: int) -> Ranking:
     while found.best and found.best[0].seconds <= ranking.best[0].seconds * NEARLY:
         rows.append(found.best[0])
         found = field.best(memory_budget_bytes=found.best[0].peak_bytes - 1)
-    return Ranking(tuple(reversed(rows))[:count], ranking.not_fitting, ranking.pruned, ranking.simulated)
+    return replace(ranking, best=tuple(reversed(rows))[:count])
 
 
 OBJECTIVES: dict[Objective, Callable[[Field, int], Ranking]] = {"step-time": fastest, "memory": most_headroom}

@@ -30,11 +30,12 @@ class Alternative(Frozen):
     """A strategy that differs from the chosen one in what `change` says, and what that costs.
 
     It is slower by `slower_seconds` (below 0: faster) and holds `more_bytes`. What does not fit lacks `missing_bytes`
-    on `rank`, most of it for `category`; what fits loses or wins most by `term`.
+    on `rank`, most of it for `category`; what fits loses or wins most by `term`. It `runs` where the plan has to.
     """
 
     change: str
     strategy: Strategy
+    runs: bool
     fits: bool
     rank: int
     missing_bytes: int = 0
@@ -94,7 +95,7 @@ class ErrorBand(Frozen):
 class SearchCounts(Frozen):
     """Where the strategies of the search space went; `considered` is the sum of the others.
 
-    `pruned` were never simulated because their lower bound already exceeds the last strategy of the ranking.
+    `pruned` were never simulated because their lower bound already exceeds the best step.
     """
 
     considered: int

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipermoe.planner.exact import schedule_kinds, simulated_seconds
+from pipermoe.planner.exact import schedule_kinds
 from pipermoe.planner.job import Job
+from pipermoe.planner.judge import Judge
 from pipermoe.planner.pool import Pool
 from pipermoe.planner.space import Selection, Space, job_space
 from pipermoe.planner.splits import balanced_splits
@@ -36,9 +37,13 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """The fastest strategies, best first, and what became of all others of the selection."""
+    """The fastest strategies, best first, and what became of all others of the selection.
+
+    No other one precedes those of `best`; `others` are the fastest of what was simulated to prove it.
+    """
 
     best: tuple[Found, ...]
+    others: tuple[Found, ...]
     not_fitting: int
     pruned: int
     simulated: int
@@ -51,13 +56,14 @@ class Field:
     job: Job
     space: Space
     bound: NDArray[np.float64]
+    judge: Judge
 
     @classmethod
     def of(cls, job: Job) -> Field:
         space = job_space(job, balanced_splits(job.model, job.platform, job.train, job.world_size))
         exchanges = np.unique(space.tails.exchange).tolist()
         bound = pipeline_bound(job.model, job.platform, job.train, space.heads, job.imbalance, exchanges)
-        return cls(job, space, bound)
+        return cls(job, space, bound, Judge(job, space))
 
     def best(
         self, count: int = 1, selection: Selection | None = None, memory_budget_bytes: float | None = None
@@ -103,18 +109,20 @@ class _Search:
     """One run: pools of heads and places in the order of their bounds; those of `fitting` are weighed."""
 
     def __init__(self, field: Field, selection: Selection, budget: float, count: int) -> None:
-        self.job, self.space, self.selection, self.budget, self.count = field.job, field.space, selection, budget, count
+        self.job, self.space, self.judge = field.job, field.space, field.judge
+        self.selection, self.budget, self.count = selection, budget, count
         chosen = np.flatnonzero(selection.heads)
         self.heads = Pool.of(chosen, field.bound[chosen] * (1 - ROUNDING))
         self.places, self.fitting = Pool.of(), Pool.of()
-        self.best: list[Found] = []
-        self.not_fitting = self.simulated = 0
+        self.found: list[Found] = []
+        self.not_fitting = 0
 
     def run(self) -> Ranking:
         while self._advance():
             self._simulate(self._same_schedule(self.fitting)[0])
-        pruned = self.space.count(self.selection) - self.not_fitting - self.simulated
-        return Ranking(tuple(self.best), self.not_fitting, pruned, self.simulated)
+        pruned = self.space.count(self.selection) - self.not_fitting - len(self.found)
+        best, others = self.found[: self.count], self.found[self.count :]
+        return Ranking(tuple(best), tuple(others), self.not_fitting, pruned, len(self.found))
 
     def lowest_bound(self) -> int:
         """The place of the strategy with the lowest bound; -1 if none fits."""
@@ -123,7 +131,9 @@ class _Search:
     @property
     def worst(self) -> float:
         """What a bound has to undercut."""
-        return self.best[-1].seconds * (1 - self.job.tolerance) if len(self.best) == self.count else np.inf
+        if len(self.found) < self.count:
+            return np.inf
+        return self.found[self.count - 1].seconds * (1 - self.job.tolerance)
 
     def _advance(self) -> bool:
         """Write out and weigh what could win until a strategy that fits comes first; False if none could win."""
@@ -146,14 +156,13 @@ class _Search:
         fits = memory_floor(job.model, job.train, table, job.imbalance) <= self.budget
         self.not_fitting += int(np.count_nonzero(~fits))
         bound = step_bound(job.model, job.platform, job.train, table.take(fits), job.imbalance)
+        bound = np.maximum(bound, self.judge.at_least(places[fits]))
         self.places.add(places[fits], bound * (1 - ROUNDING))
 
     def _weigh(self) -> None:
         """Weigh the first place, and with it those of the same schedule that could win."""
-        job = self.job
         places, bounds = self._same_schedule(self.places)
-        peaks = peak_bytes(job.model, job.train, self.space.table(places), imbalance=job.imbalance)
-        fits = peaks <= self.budget
+        fits = self.judge.peaks(places) <= self.budget
         self.not_fitting += int(np.count_nonzero(~fits))
         self.fitting.add(places[fits], bounds[fits])
 
@@ -166,9 +175,6 @@ class _Search:
         return pool.remove(same)
 
     def _simulate(self, places: NDArray) -> None:
-        job, table = self.job, self.space.table(places)
-        seconds = simulated_seconds(job, table)
-        peaks = peak_bytes(job.model, job.train, table, imbalance=job.imbalance)
-        self.simulated += len(places)
+        seconds, peaks = self.judge.seconds(places), self.judge.peaks(places)
         found = map(Found, seconds.tolist(), peaks.tolist(), places.tolist())
-        self.best = sorted([*self.best, *found])[: self.count]
+        self.found = sorted([*self.found, *found])

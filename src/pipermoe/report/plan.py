@@ -195,7 +195,8 @@ def _memory(result: PlanningResult) -> Iterator[RenderableType]:
 def _why_not(result: PlanningResult) -> Table:
     grid = _grid("bold", "default")
     for other in result.explanation.alternatives[:MOST_ALTERNATIVES]:
-        grid.add_row(f"  {other.change}", reason(other, result.chosen.step_seconds))
+        unable = "" if other.runs else "; not run by this runtime"
+        grid.add_row(f"  {other.change}", reason(other, result.chosen.step_seconds) + unable)
     return grid
 
 
