@@ -10,9 +10,10 @@ import pytest
 from tests.export.plans import plan_for
 
 from pipermoe.export import export_plan
-from pipermoe.export.deepspeed.names import EXPERT_PARALLEL, PRESETS
+from pipermoe.export.deepspeed.names import EXPERT_PARALLEL
 from pipermoe.specs.catalogue import load_model
 from pipermoe.specs.mesh import groups
+from pipermoe.specs.runtimes.deepspeed import PRESETS
 
 pytestmark = pytest.mark.slow
 if find_spec("deepspeed") is None:

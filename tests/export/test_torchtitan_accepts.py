@@ -6,14 +6,13 @@ import pytest
 from tests.export.plans import plan_for
 
 from pipermoe.export import export_plan
-from pipermoe.export.limits import microbatches
 from pipermoe.export.torchtitan.module import module_text
-from pipermoe.export.torchtitan.names import MODELS, Registered
 from pipermoe.resources.parameters import total_parameters
 from pipermoe.schedule.builders import build
 from pipermoe.specs.catalogue import load_model
 from pipermoe.specs.configuration import Configuration
 from pipermoe.specs.mesh import Axis, groups
+from pipermoe.specs.runtimes.torchtitan import MODELS, Registered
 
 pytestmark = pytest.mark.slow
 if find_spec("torchtitan") is None:
@@ -86,5 +85,5 @@ def test_torchtitan_builds_the_whole_trainer_with_our_order_of_actions(tmp_path,
     oracle.write_assets(tmp_path)
     extra = ("--comm.mode=fake_backend", "--training.steps", "1", "--parallelism.spmd_backend", "partial_dtensor")
     order = oracle.pipeline_order(oracle.accept(tmp_path, extra), plan.strategy.world_size)
-    wanted = build(plan.strategy.schedule, 2, microbatches(small), plan.strategy.virtual_stages)
+    wanted = build(plan.strategy.schedule, 2, small.microbatches, plan.strategy.virtual_stages)
     assert order == [[str(action) for action in actions] for actions in wanted.ranks]

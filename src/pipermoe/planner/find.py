@@ -29,6 +29,7 @@ from pipermoe.specs.legality import EXECUTABLE, Rule
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.plan import Plan
 from pipermoe.specs.platform import Platform
+from pipermoe.specs.runtimes import runs_on
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.train import TrainConfig
 
@@ -99,6 +100,7 @@ def find_plan(
             train=train,
             strategy=ranked[0].strategy,
             prediction=predictions[0],
+            runs_on=runs_on(model, train, ranked[0].strategy),
             inputs=plan_inputs(model, platform, train, world_size, memory_budget_bytes, imbalance),
         ),
         search_seconds=search_seconds,

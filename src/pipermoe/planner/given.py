@@ -19,6 +19,7 @@ from pipermoe.specs.errors import UserError
 from pipermoe.specs.legality import LEGAL, violations
 from pipermoe.specs.plan import Plan
 from pipermoe.specs.platform import Platform
+from pipermoe.specs.runtimes import runs_on
 
 
 def plan_given(
@@ -37,6 +38,7 @@ def plan_given(
         train=train,
         strategy=strategy,
         prediction=predict(model, platform, train, strategy, imbalance),
+        runs_on=runs_on(model, train, strategy),
         inputs=plan_inputs(model, platform, train, strategy.world_size, memory_budget_bytes, imbalance),
     )
 

@@ -97,6 +97,7 @@ def _header(result: PlanningResult) -> Table:
     )
     routing = "balanced (--imbalance)" if result.imbalance == 1 else f"{result.imbalance:g}x busiest rank over mean"
     grid.add_row("Routing", f"{routing}")
+    grid.add_row("Runs on", ", ".join(result.plan.runs_on) or "no runtime that pipermoe knows")
     if result.campaign:
         grid.add_row("Run", campaign_text(result.campaign, result.world_size))
     if counts:

@@ -15,3 +15,8 @@ class Configuration(Frozen):
     train: TrainConfig
     strategy: Strategy
     remarks: tuple[str, ...] = ()
+
+    @property
+    def microbatches(self) -> int:
+        """Micro-batches of a data-parallel rank in a step."""
+        return self.strategy.microbatches(self.train.global_batch_size)

@@ -28,12 +28,28 @@ class Job:
     world_size: int
 
 
+Changes = dict[str, object]  # fields of Strategy and their new values
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """`holds(table, job)` is a mask over rows; `explain(strategy, job)` gives (key, value, rule and way out)."""
+    """`holds(table, job)` is a mask over rows; `explain(strategy, job)` gives (key, value, rule and way out).
+
+    `change(strategy, job)`, where there is one, leads to the nearest strategy that obeys the rule.
+    """
 
     holds: Callable[[StrategyTable, Job], NDArray[np.bool_]]
     explain: Callable[[Strategy, Job], tuple[str, object, str]]
+    change: Callable[[Strategy, Job], Changes] | None = None
+
+    def accepts(self, strategy: Strategy, job: Job) -> bool:
+        """Whether one strategy obeys the rule."""
+        return bool(self.holds(StrategyTable.of([strategy]), job)[0])
+
+    def sentence(self, strategy: Strategy, job: Job) -> tuple[str, object, str]:
+        """What `explain` says, its key as in a plan file: `strategy.schedule`, `train.precision`, `model.name`."""
+        key, value, rule = self.explain(strategy, job)
+        return key if key.startswith(("train.", "model.")) else f"strategy.{key}", value, rule
 
 
 def divides(divisor, number) -> NDArray[np.bool_]:
@@ -213,10 +229,5 @@ def violations(
     strategy: Strategy, model: ModelSpec, train: TrainConfig, world_size: int, rules: tuple[Rule, ...] = RULES
 ) -> list[str]:
     """A line for every broken rule: `strategy.expert_parallel = 12: must divide num_experts = 128; nearest: 8, 16`."""
-    table, job = StrategyTable.of([strategy]), Job(model, train, world_size)
-    lines = []
-    for rule in rules:
-        if not rule.holds(table, job)[0]:
-            key, value, sentence = rule.explain(strategy, job)
-            lines.append(describe_value("", key if key.startswith("train.") else f"strategy.{key}", value, sentence))
-    return lines
+    job = Job(model, train, world_size)
+    return [describe_value("", *rule.sentence(strategy, job)) for rule in rules if not rule.accepts(strategy, job)]

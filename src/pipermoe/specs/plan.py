@@ -7,6 +7,7 @@ from pydantic import Field
 from pipermoe.specs.base import Frozen
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.report import StepReport
+from pipermoe.specs.runtimes import RuntimeName
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.train import TrainConfig
 
@@ -19,7 +20,7 @@ class PlanInput(Frozen):
 
 
 class Plan(Frozen):
-    """A strategy for a job on a machine, with what it is predicted to cost and every input's source."""
+    """A strategy for a job on a machine, with its predicted cost, what can execute it, and every input's source."""
 
     name: str
     platform: str
@@ -28,6 +29,7 @@ class Plan(Frozen):
     train: TrainConfig
     strategy: Strategy
     prediction: StepReport
+    runs_on: tuple[RuntimeName, ...] = ()
     inputs: dict[str, PlanInput] = {}
 
 

@@ -6,10 +6,10 @@ import json
 from typing import Any
 
 from pipermoe import __version__
-from pipermoe.export.deepspeed.names import OURS, PRECISIONS, PRESETS, TARGET
-from pipermoe.export.limits import microbatches
+from pipermoe.export.deepspeed.names import OURS
 from pipermoe.export.shell import Cluster, launch_script
 from pipermoe.specs.configuration import Configuration
+from pipermoe.specs.runtimes.deepspeed import PRECISIONS, PRESETS, TARGET
 from pipermoe.specs.strategy_text import strategy_text
 
 BACKENDS = {"all_to_all": "comm", "deduplicated": "deepep"}
@@ -46,7 +46,7 @@ def configuration(plan: Configuration) -> dict[str, Any]:
         },
         "train_batch_size": train.global_batch_size,
         "train_micro_batch_size_per_gpu": strategy.micro_batch_size,
-        "gradient_accumulation_steps": microbatches(plan),
+        "gradient_accumulation_steps": plan.microbatches,
         "gradient_clipping": optimizer.gradient_clip,
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {"stage": level}

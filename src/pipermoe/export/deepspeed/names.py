@@ -1,28 +1,10 @@
-"""What DeepSpeed calls things: versions, presets of models, the keys that it knows.
+"""What DeepSpeed calls things: the keys that it knows. Presets of models: specs/runtimes/deepspeed.py.
 
 DeepSpeed ignores sections, and keys of `expert_parallel`, that it does not know; by these lists we refuse them.
 Sources: deepspeed/runtime/config.py and deepspeed/module_inject/auto_ep_config.py of 0.19.8.
 """
 
 from __future__ import annotations
-
-VERSION = "0.19.8"
-TARGET = f"DeepSpeed {VERSION}"
-
-# AutoEP's preset of the catalogue's models.
-PRESETS = {
-    "deepseek-v2": "deepseek_v2",
-    "deepseek-v2-lite": "deepseek_v2",
-    "deepseek-v3": "deepseek_v3",
-    "mixtral-8x22b": "mixtral",
-    "mixtral-8x7b": "mixtral",
-    "qwen1.5-moe-a2.7b": "qwen3_moe",
-    "qwen2-57b-a14b": "qwen3_moe",
-    "qwen3-235b-a22b": "qwen3_moe",
-    "qwen3-30b-a3b": "qwen3_moe",
-    "qwen3-coder-480b-a35b": "qwen3_moe",
-}
-PRECISIONS = {"fp32": "", "bf16": "bf16", "fp16": "fp16"}  # the section that switches it on
 
 OURS = "pipermoe"  # a section of ours, which DeepSpeed ignores: what JSON has no comment for
 WRITTEN = (

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from pipermoe.export.deepspeed.config import BACKENDS
-from pipermoe.export.deepspeed.names import EXPERT_PARALLEL, IGNORED, OURS, TARGET, WRITTEN
+from pipermoe.export.deepspeed.names import EXPERT_PARALLEL, IGNORED, OURS, WRITTEN
 from pipermoe.specs.catalogue import load_model
 from pipermoe.specs.configuration import Configuration
 from pipermoe.specs.documents import read_mapping, validate
 from pipermoe.specs.errors import UserError, describe_value
+from pipermoe.specs.runtimes.deepspeed import TARGET
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.train import TrainConfig
 

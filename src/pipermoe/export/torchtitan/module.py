@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pipermoe.export.limits import microbatches
 from pipermoe.export.shell import Cluster, header, launch_script
-from pipermoe.export.torchtitan.names import MODELS, NUMBERS, RESHARD, SCHEDULES, TARGET, Registered
+from pipermoe.export.torchtitan.names import RESHARD, SCHEDULES
 from pipermoe.schedule.action import Schedule
 from pipermoe.schedule.builders import schedule_of
 from pipermoe.schedule.torch_csv import to_csv
 from pipermoe.specs.configuration import Configuration
 from pipermoe.specs.mesh import split_layers
+from pipermoe.specs.runtimes.torchtitan import MODELS, NUMBERS, TARGET, Registered
 from pipermoe.specs.strategy_text import strategy_text
 
 
@@ -116,8 +116,8 @@ def _schedule_file(plan: Configuration) -> str:
     strategy = plan.strategy
     if strategy.pipeline_parallel == 1:
         return ""
-    rounds = max(1, microbatches(plan) // strategy.pipeline_parallel)
-    uneven = strategy.schedule == "interleaved-1f1b" and microbatches(plan) % rounds
+    rounds = max(1, plan.microbatches // strategy.pipeline_parallel)
+    uneven = strategy.schedule == "interleaved-1f1b" and plan.microbatches % rounds
     return f"{strategy.schedule}.csv" if uneven or strategy.schedule not in SCHEDULES else ""
 
 

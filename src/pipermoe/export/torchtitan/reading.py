@@ -6,12 +6,13 @@ import ast
 import posixpath
 from typing import Any
 
-from pipermoe.export.torchtitan.names import MODELS, NUMBERS, SCHEDULES
+from pipermoe.export.torchtitan.names import SCHEDULES
 from pipermoe.specs.catalogue import load_model
 from pipermoe.specs.configuration import Configuration
 from pipermoe.specs.documents import validate
 from pipermoe.specs.errors import UserError
 from pipermoe.specs.mesh import split_layers
+from pipermoe.specs.runtimes.torchtitan import MODELS, NUMBERS
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.strategy_table import SCHEDULE_NAMES
 from pipermoe.specs.train import TrainConfig
