@@ -17,6 +17,7 @@
 enum { COPY, MEMORY, SOCKET };
 enum { DONE = 0, MOVED = 1, IDLE = 2 }; /* of exchange_progress; errors are negative */
 enum { PIECES = 64, EVENTS = 64, TURNS = 4096, READS = 16, LINE = 16, NOBODY = -1 };
+enum { DRY = 0, READABLE = 1, ENDED = 2 }; /* of a connection: after its end every read tells of it */
 
 typedef struct { int64_t buffer, offset, length; } Range;
 typedef struct { int64_t way, peer, first, last, to_first, to_last, slot, waits; } Send; /* ranges first..last - 1 */
@@ -73,8 +74,8 @@ Links *exchange_open(int ranks, int index, int size, uint32_t *words, const int 
 }
 
 int exchange_connect(Links *l, int peer, int descriptor) {
-    struct epoll_event both = {.events = EPOLLIN | EPOLLOUT | EPOLLET, .data.u32 = peer};
-    l->connection[peer] = descriptor, l->readable[peer] = 1;
+    struct epoll_event both = {.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET, .data.u32 = peer};
+    l->connection[peer] = descriptor, l->readable[peer] = READABLE;
     return epoll_ctl(l->epoll, EPOLL_CTL_ADD, descriptor, &both) ? -errno : 0;
 }
 
@@ -190,10 +191,12 @@ static int read_from(Links *l, int peer) {
         struct msghdr message = {.msg_iov = piece, .msg_iovlen = pieces(l, at, receive->last, piece)};
         ssize_t count = recvmsg(l->connection[peer], &message, MSG_DONTWAIT);
         if (count < 0 && errno == EINTR) continue;
-        if (count < 0 && errno == EAGAIN) return l->readable[peer] = 0, moved;
+        if (count < 0 && errno == EAGAIN) return l->readable[peer] = DRY, moved;
         if (count <= 0) return l->failed_peer = peer, l->failed_sending = 0, count ? -errno : -ECONNRESET;
         advance(l, at, count), moved = 1;
-        if (at->range == receive->last) {
+        if (at->range != receive->last) {
+            if (message.msg_iovlen < PIECES && l->readable[peer] == READABLE) l->readable[peer] = DRY; /* a short read */
+        } else {
             int64_t done = at->message;
             at->message = l->next[done], at->done = 0;
             if (at->message != NOBODY) at->range = l->program.receive[at->message].first;
@@ -259,7 +262,7 @@ static int handle(Links *l, const struct epoll_event *event) {
     char silenced[64];
     int peer = event->data.u32;
     if (peer == l->ranks) return read(l->bell[l->index], silenced, sizeof silenced) > 0;
-    l->readable[peer] = 1;
+    l->readable[peer] = event->events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR) ? ENDED : READABLE;
     return l->out[peer].message == NOBODY ? 0 : write_to(l, peer);
 }
 
