@@ -175,6 +175,24 @@ def even_drop_in(rank):
     return torch.equal(output, want)
 
 
+def fill_and_destroy_groups(rank: int) -> list[int]:
+    """How many files of exchanges are open after one group of two ranks, and after three more."""
+    found = []
+    for _ in range(4):
+        group = dist.new_group([0, 1])
+        assert isinstance(group, dist.ProcessGroup)
+        api.all_to_all_single(torch.empty(2), torch.ones(2), group=group)
+        found.append(sum("pipermoe" in os.path.realpath(link) for link in glob.glob("/proc/self/fd/*")))
+        dist.destroy_process_group(group)
+    return found
+
+
+def test_the_exchange_of_a_destroyed_group_is_given_back():
+    for first, *later in run_ranks(fill_and_destroy_groups, 2):
+        assert first > 0
+        assert later == [first] * 3
+
+
 def test_the_drop_in_divides_evenly_without_splits():
     assert all(run_ranks(even_drop_in, 3))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -36,15 +35,28 @@ def all_to_all_single(
     return None
 
 
-_EXCHANGES: WeakKeyDictionary[dist.ProcessGroup, Exchange] = WeakKeyDictionary()
+_EXCHANGES: dict[dist.ProcessGroup, Exchange] = {}
 
 
 def exchange_of(group: dist.ProcessGroup | None = None) -> Exchange:
-    """The Exchange of a process group, made at the first call, which is collective."""
+    """The Exchange of a process group, made at the first call, which is collective.
+
+    It lives as long as the group: those of groups that have been destroyed are closed when the next one is made.
+    """
     group = group if group is not None else default_group()
     if group not in _EXCHANGES:
+        for gone in [other for other in _EXCHANGES if not _exists(other)]:
+            _EXCHANGES.pop(gone).close()
         _EXCHANGES[group] = Exchange(group)
     return _EXCHANGES[group]
+
+
+def _exists(group: dist.ProcessGroup) -> bool:
+    try:
+        dist.get_backend(group)
+    except ValueError:
+        return False
+    return True
 
 
 def _request(size: int, output, input, output_split_sizes, input_split_sizes) -> Request:

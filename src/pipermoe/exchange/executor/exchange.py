@@ -186,6 +186,12 @@ class Exchange:
             self._run(ready, gathered, rows)
         return gathered.numpy().reshape(self.size, len(mine))
 
+    def close(self) -> None:
+        """Gives back connections and shared memory, once the exchanges that were started have ended."""
+        if self._worker is not None:
+            self._worker.shutdown()
+        self.transport.close()
+
     def _ready_for(self, plan: ExchangePlan, output: torch.Tensor, input: torch.Tensor) -> Ready:
         """The plan made ready, for tensors that fit it; else UserError."""
         ready = self._made_ready(plan)

@@ -59,6 +59,9 @@ class ProcessGroupTransport:
         for message in list(under_way):
             finish(message)
 
+    def close(self) -> None:
+        """Nothing of its own is open."""
+
 
 class DeviceTransport:
     """For NCCL and RCCL: every level of a plan's dependencies is one group of sends and receives.
@@ -97,6 +100,9 @@ class DeviceTransport:
                 work.wait()
             for wire, ranges in arrivals:
                 scatter(wire, pieces(buffers, ranges))
+
+    def close(self) -> None:
+        """Nothing of its own is open."""
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:

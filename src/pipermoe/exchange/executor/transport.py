@@ -37,6 +37,8 @@ class Transport(Protocol):
         it is queued on the current stream."""
         ...
 
+    def close(self) -> None: ...
+
 
 class HostTransport:
     """Shared memory inside nodes, sockets between them; the loop in C ("native") or in Python."""
@@ -61,6 +63,12 @@ class HostTransport:
             self.sockets.connect(prepared.socket_peers)
             arrays = [as_bytes(buffer).numpy() for buffer in buffers]
             PythonLoop(prepared, arrays, self.node, self.local_index, self.sockets).complete()
+
+    def close(self) -> None:
+        self.native = None
+        self.sockets.close()
+        if self.node is not None:
+            self.node.close()
 
 
 def gather_places(group: dist.ProcessGroup) -> list[Any]:

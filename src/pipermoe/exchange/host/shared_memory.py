@@ -69,6 +69,11 @@ class SharedNode:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._path())
 
+    def close(self) -> None:
+        """The memory goes when the last rank has closed it."""
+        for descriptor in (self._file, *self.bells):
+            os.close(descriptor)
+
     def begin(self, needed: int) -> None:
         """Starts an exchange that needs `needed` bytes of shared memory, the same on all ranks of the node."""
         if needed > self.capacity:
