@@ -7,16 +7,19 @@ import torch
 from tests.distributed.harness import run_ranks
 from tests.runtime.tiny import MODELS, TRAIN, batch_for
 
-from pipermoe.dryrun.dry_run import dry_run
+from pipermoe.dryrun.dry_run import dry_run, move_to_planned_layout
 from pipermoe.dryrun.planned_routing import planned_counts
+from pipermoe.layout.policy import Nodes
 from pipermoe.runtime.counting import counted
 from pipermoe.runtime.groups import ProcessGroups
+from pipermoe.runtime.layout.lay_out import laid_out_in_order
 from pipermoe.runtime.optimizer.adamw import Optimizer
 from pipermoe.runtime.pipeline.engine import Engine
 from pipermoe.runtime.step import training_step
 from pipermoe.schedule.builders import schedule_of
 from pipermoe.schedule.communication import with_communication
 from pipermoe.specs.strategy import Strategy
+from pipermoe.specs.train import Balance, TrainConfig
 
 pytestmark = pytest.mark.distributed
 
@@ -47,7 +50,23 @@ CASES = [
 ]
 
 
-def measure(rank: int, model_name: str, strategy: Strategy, routing: str) -> dict:
+BALANCES = {
+    "bound": Balance(policy="balanced", mechanism="bound", spare_slots=1),
+    "decoupled": Balance(policy="balanced", mechanism="decoupled", spare_slots=1),
+    "sparse": Balance(policy="balanced", mechanism="sparse", spare_slots=1),
+    "spill": Balance(spill_above=1.0),
+}
+BALANCED_CASES = [
+    pytest.param("decoupled", "pp2 dp2 ep2 z1 1f1b"),
+    pytest.param("bound", "pp1 dp4 ep4", marks=slow),
+    pytest.param("decoupled", "pp1 dp4 ep2 edp2 z1 full", marks=slow),
+    pytest.param("sparse", "pp1 dp4 ep4 z1/0", marks=slow),
+    pytest.param("spill", "pp2 dp2 ep2 zb-h1", marks=slow),
+    pytest.param("spill", "pp1 dp4 ep4 z3 full", marks=slow),
+]
+
+
+def measure(rank: int, model_name: str, strategy: Strategy, routing: str, train: TrainConfig = TRAIN) -> dict:
     """What one rank of a real run counts in its second step."""
     model, moe = MODELS[model_name], MODELS[model_name].moe
     tokens = strategy.micro_batch_size * TRAIN.seq_len
@@ -56,8 +75,10 @@ def measure(rank: int, model_name: str, strategy: Strategy, routing: str) -> dic
     )
     groups = ProcessGroups.create(strategy)
     schedule = with_communication(schedule_of(strategy, TRAIN.global_batch_size))
-    engine = Engine(model, TRAIN, strategy, schedule, groups, planned_counts=counts.tolist())
-    optimizer = Optimizer(engine.flats, TRAIN.optimizer)
+    laid_out = laid_out_in_order(model, train, Nodes(groups.ep.size(), groups.ep.size()))
+    engine = Engine(model, train, strategy, schedule, groups, planned_counts=counts.tolist(), laid_out=laid_out)
+    optimizer = Optimizer(engine.flats, train.optimizer)
+    move_to_planned_layout(engine, optimizer, counts.sum(0))
     batch = batch_for(strategy, groups.coordinates.dp, 0)
 
     def agree(totals: torch.Tensor) -> float:
@@ -76,4 +97,14 @@ def test_a_dry_run_of_every_rank_equals_the_real_run(model_name: str, text: str,
     real = run_ranks(measure, strategy.world_size, model_name, strategy, routing)
     for rank, measured in enumerate(real):
         footprint = dry_run(MODELS[model_name], TRAIN, strategy, rank=rank, routing=routing)
+        assert footprint.report.model_dump() == measured
+
+
+@pytest.mark.parametrize(("balance", "text"), BALANCED_CASES)
+def test_a_dry_run_of_a_job_that_balances_equals_the_real_run(balance: str, text: str):
+    strategy, routing = Strategy.parse(text), "lognormal:max=1.8"
+    job = TRAIN.model_copy(update={"balance": BALANCES[balance]})
+    real = run_ranks(measure, strategy.world_size, "rich", strategy, routing, job)
+    for rank, measured in enumerate(real):
+        footprint = dry_run(MODELS["rich"], job, strategy, rank=rank, routing=routing)
         assert footprint.report.model_dump() == measured

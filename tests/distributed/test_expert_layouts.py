@@ -120,9 +120,19 @@ def check_equal(results: list[list[dict]], which: int, *, bitwise: bool, where: 
         if bitwise:
             np.testing.assert_array_equal(moved[key], expected, err_msg=f"{key}, {where}")
         else:
-            error = np.linalg.norm(moved[key] - expected) / max(np.linalg.norm(expected), 1e-12)
-            most = 1e-6 if key[0] == "weights" else 5e-6  # sums of rounding errors of four steps
-            assert error < most, f"{key}, {where}: relative error {error:.1e}"
+            error = relative_error(moved[key], expected)
+            # After a step all agree to 2e-7. In later ones the moments of some attention vectors differ by more than
+            # rounding: the gradient of a norm of queries or keys is a sum that nearly cancels.
+            cancels = key[0] != "weights" and ".attention." in key[1]
+            assert error < (5e-6 if cancels else 1e-6), f"{key}, {where}: relative error {error:.1e}"
+    for kind in ("weights", "exp_avg", "exp_avg_sq"):
+        every = sorted(key for key in static if key[0] == kind)
+        error = relative_error(*(np.concatenate([state[key] for key in every]) for state in (moved, static)))
+        assert error < 1e-6, f"all {kind}, {where}: relative error {error:.1e}"
+
+
+def relative_error(found: NDArray, expected: NDArray) -> float:
+    return float(np.linalg.norm(found - expected) / max(np.linalg.norm(expected), 1e-12))
 
 
 UNCLIPPED = job_of("rich").model_copy(
@@ -137,6 +147,16 @@ def test_moving_whole_experts_changes_nothing_at_all_on_four_ranks():
     results = run_ranks(run, 4, strategy, UNCLIPPED, MECHANISMS, layouts)
     for i, mechanism in enumerate(MECHANISMS, 1):
         check_equal(results, i, bitwise=mechanism != "sparse", where=mechanism)
+
+
+@pytest.mark.slow
+def test_neither_does_it_in_bf16_over_exchange_plans():
+    strategy = Strategy(data_parallel=4, expert_parallel=4, exchange="planned")
+    layouts = [random_layout(seed, 3, 4, 8, copies=False) for seed in range(3)]
+    bf16 = UNCLIPPED.model_copy(update={"precision": "bf16"})
+    results = run_ranks(run, 4, strategy, bf16, MECHANISMS, layouts)
+    for i, mechanism in enumerate(MECHANISMS, 1):
+        check_equal(results, i, bitwise=True, where=mechanism)
 
 
 def test_copies_share_an_experts_rows_and_sum_its_gradients():

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
@@ -19,12 +20,15 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from pipermoe.dryrun.attribution import AttributedFlops, AttributedTraffic
 from pipermoe.dryrun.planned_routing import planned_counts
 from pipermoe.dryrun.shapes import ShapeMode
+from pipermoe.layout.policies import POLICIES
+from pipermoe.layout.policy import Nodes
 from pipermoe.runtime.counters import Counters, MemoryCounter
 from pipermoe.runtime.groups import ProcessGroups
+from pipermoe.runtime.layout.lay_out import laid_out_in_order
 from pipermoe.runtime.optimizer.adamw import Optimizer
 from pipermoe.runtime.pipeline.engine import Engine
 from pipermoe.runtime.step import AFTER_PIPELINE, training_step
-from pipermoe.runtime.support import check_model
+from pipermoe.runtime.support import check_supported
 from pipermoe.schedule.action import Action
 from pipermoe.schedule.builders import schedule_of
 from pipermoe.schedule.communication import with_communication
@@ -65,8 +69,10 @@ def dry_run(
     schedule = with_communication(schedule_of(strategy, train.global_batch_size))
     with fake_world(rank, strategy.world_size), ShapeMode() as shapes:
         groups = ProcessGroups.create(strategy)
-        engine = Engine(model, train, strategy, schedule, groups, planned_counts=counts_PE.tolist())
+        laid_out = laid_out_in_order(model, train, Nodes(strategy.expert_parallel, strategy.expert_parallel))
+        engine = Engine(model, train, strategy, schedule, groups, planned_counts=counts_PE.tolist(), laid_out=laid_out)
         optimizer = Optimizer(engine.flats, train.optimizer)
+        move_to_planned_layout(engine, optimizer, counts_PE.sum(0))
         report, memory, flops, traffic = _counted_step(rank, engine, optimizer, shapes)
     actions = tuple(
         _footprint_of(action, memory, flops, traffic) for action in (*engine.training.parts, *AFTER_PIPELINE)
@@ -87,6 +93,18 @@ def dry_run(
     )
 
 
+def move_to_planned_layout(engine: Engine, optimizer: Optimizer, load_E: NDArray) -> None:
+    """Move experts to where the job's policy wants them for this load of every layer, if the job says so. Collective
+    over the expert-parallel group.
+    """
+    balance, placement = engine.train.balance, engine.placement
+    if placement is not None and balance.moves:
+        load_LE = np.tile(load_E, (placement.layout.shape[0], 1))
+        planned = POLICIES[balance.policy].plan(placement.layout, load_LE, placement.nodes)
+        optimizer.adopt(placement.adopt(planned))
+        optimizer.gather_weights()
+
+
 @contextmanager
 def fake_world(rank: int, world_size: int) -> Iterator[None]:
     """This process as `rank` of `world_size` ranks, of which the others do not exist."""
@@ -100,7 +118,7 @@ def fake_world(rank: int, world_size: int) -> Iterator[None]:
 def _check(model: ModelSpec, train: TrainConfig, strategy: Strategy, rank: int, world_size: int) -> None:
     if broken := violations(strategy, model, train, world_size):
         raise UserError("\n".join(broken))
-    check_model(model)
+    check_supported(model, train, strategy)
     if not 0 <= rank < world_size:
         raise UserError(f"--rank = {rank}: must be between 0 and {world_size - 1}, the job has {world_size} ranks")
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipermoe.layout.expert_layout import EMPTY, ExpertLayout
@@ -92,43 +94,51 @@ class DecoupledExperts(FlatParameters):
         parts = self._by_parameter(self.weights)
         experts_P = [self._experts(layout, rank) for rank in range(len(self._stage))]
         sent = torch.cat([part_EC[experts].flatten() for experts in experts_P for part_EC in parts])
-        sizes = [len(experts) * sum(self._columns) for experts in experts_P]
-        received = self.weights.new_empty(len(slots) * sum(self._columns) * len(self._stage))
+        sizes = [experts.numel() * sum(self._columns) for experts in experts_P]
+        received = self.weights.new_empty(slots.numel() * sum(self._columns) * len(self._stage))
         self._transport.all_to_all(received, sent, [len(received) // len(self._stage)] * len(self._stage), sizes).wait()
-        blocks = received.view(len(self._stage), -1).split([len(slots) * columns for columns in self._columns], 1)
+        blocks = received.view(len(self._stage), -1).split([slots.numel() * columns for columns in self._columns], 1)
         for block, view, columns in zip(blocks, self.views(self._slot_weights), self._columns, strict=True):
-            rows_HV = block.reshape(len(self._stage), len(slots), columns).transpose(0, 1).flatten(1)
-            view[slots] = rows_HV[:, : view[0].numel()].reshape(len(slots), *view.shape[1:])
+            rows_HV = block.reshape(len(self._stage), slots.numel(), columns).transpose(0, 1).flatten(1)
+            view[slots] = rows_HV[:, : view[0].numel()].reshape(slots.numel(), *view.shape[1:])
 
     def _collect(self, slot_tensors: Tensor, total: Tensor, layout: ExpertLayout, edp: Sequence[int]) -> None:
         """Add to `total` this rank's part of what lies in all slots of `layout` on the ranks with these edp places."""
-        slots = self._filled(layout, self._part) if self._stage[self._part].edp in edp else []
+        nothing = torch.empty(0, dtype=torch.int64, device=total.device)
+        slots = self._filled(layout, self._part) if self._stage[self._part].edp in edp else nothing
         blocks = []
         for view, columns in zip(self.views(slot_tensors), self._columns, strict=True):
             rows_HV = view[slots].flatten(1)
             padded_HV = nn.functional.pad(rows_HV, (0, columns * len(self._stage) - rows_HV.shape[1]))
-            blocks.append(padded_HV.view(len(slots), len(self._stage), columns).transpose(0, 1).flatten(1))
+            blocks.append(padded_HV.view(slots.numel(), len(self._stage), columns).transpose(0, 1).flatten(1))
         sent = torch.cat(blocks, 1)
-        experts_P = [self._experts(layout, rank) if here.edp in edp else [] for rank, here in enumerate(self._stage)]
-        sizes = [len(experts) * sum(self._columns) for experts in experts_P]
+        experts_P = [
+            self._experts(layout, rank) if here.edp in edp else nothing for rank, here in enumerate(self._stage)
+        ]
+        sizes = [experts.numel() * sum(self._columns) for experts in experts_P]
         received = sent.new_empty(sum(sizes))
         self._transport.all_to_all(received, sent.flatten(), sizes, [sent.shape[1]] * len(self._stage)).wait()
         parts = self._by_parameter(total)
         for experts, block in zip(experts_P, received.split(sizes), strict=True):
-            rows = block.split([len(experts) * columns for columns in self._columns])
+            rows = block.split([experts.numel() * columns for columns in self._columns])
             for part_EC, rows_HC in zip(parts, rows, strict=True):
-                part_EC[experts] += rows_HC.view(len(experts), part_EC.shape[1])
+                part_EC[experts] += rows_HC.view(experts.numel(), part_EC.shape[1])
 
     def _by_parameter(self, part: Tensor) -> list[Tensor]:
         """The views (E, C) of a vector like `weights`, one for each parameter."""
         sizes = [self._num_experts * columns for columns in self._columns]
         return [each.view(self._num_experts, -1) for each in part.split(sizes)]
 
-    def _filled(self, layout: ExpertLayout, rank: int) -> list[int]:
-        """The slots with an expert on a rank of the stage."""
+    def _filled(self, layout: ExpertLayout, rank: int) -> Tensor:
+        """The slots with an expert on a rank of the stage (H,)."""
         slots_S = layout.slots_LNS[self._layer, self._stage[rank].ep]
-        return (slots_S != EMPTY).nonzero()[0].tolist()
+        return self._index(np.flatnonzero(slots_S != EMPTY))
 
-    def _experts(self, layout: ExpertLayout, rank: int) -> list[int]:
-        """The experts in those slots."""
-        return layout.slots_LNS[self._layer, self._stage[rank].ep, self._filled(layout, rank)].tolist()
+    def _experts(self, layout: ExpertLayout, rank: int) -> Tensor:
+        """The experts in those slots (H,)."""
+        slots_S = layout.slots_LNS[self._layer, self._stage[rank].ep]
+        return self._index(slots_S[slots_S != EMPTY])
+
+    def _index(self, places: NDArray[np.int64]) -> Tensor:
+        """As a tensor, made by an operation, so that it counts as memory in real runs and dry ones."""
+        return torch.from_numpy(places.astype(np.int64)).to(self.weights.device, copy=True)

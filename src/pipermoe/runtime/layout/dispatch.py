@@ -49,6 +49,8 @@ class LayoutDispatch:
         return self.group.choices(experts_TK, weights_TK, copies_E)
 
     def exchange_counts(self, choices: Choices) -> Flight[list[int]]:
+        if (planned_PE := self._planned_counts(len(choices.experts_TK))) is not None:
+            return Arrived(planned_PE.ravel().tolist())
         own_PE = choices.kept_E.repeat(self.group.ranks)
         if self.group.ranks == 1:
             return Arrived(own_PE.tolist() * 2)
@@ -56,9 +58,18 @@ class LayoutDispatch:
         work = self.group.transport.all_to_all(received_PE, own_PE, None, None)
         return NumbersFlying(work, own_PE, received_PE, self.group.meter)
 
+    def _planned_counts(self, tokens: int) -> NDArray[np.int64] | None:
+        """What an exchange of the planned counts would give (P, E)."""
+        if self.group.planned_counts is None:
+            return None
+        counts_PE, capacity = np.array(self.group.planned_counts, dtype=np.int64), self.group.capacity(tokens)
+        return (
+            counts_PE if capacity is None else np.minimum(counts_PE, capacity * self._placement.copies_LE[self._layer])
+        )
+
     def journey(self, choices: Choices, counts: Flight[list[int]], experts: Experts, *, keep: bool) -> Journey:
         group, slots_PS = self.group, self._placement.slots_NS(self._layer)
-        received = counts.wait()[group.ranks * group.num_experts :]
+        received = counts.wait()[-group.ranks * group.num_experts :]
         counts_PE = np.array(received, dtype=np.int64).reshape(group.ranks, group.num_experts)
         rows_PS = water_filling(slots_PS, counts_PE.sum(0))
         copies = spill(slots_PS, rows_PS, self._spill) if self._spill else ()

@@ -25,9 +25,10 @@ from pipermoe.runtime.optimizer.flat_parameters import FlatParameters
 from pipermoe.runtime.optimizer.sharding import Unit
 from pipermoe.specs.errors import UserError, describe_value
 from pipermoe.specs.mesh import coordinates, group_of
+from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.plan import Plan
 from pipermoe.specs.strategy import Strategy
-from pipermoe.specs.train import Balance, Mechanism
+from pipermoe.specs.train import Balance, Mechanism, TrainConfig
 
 
 class Draw(Protocol):
@@ -59,16 +60,21 @@ class LaidOut:
 
 
 def first_layout(plan: Plan, groups: ProcessGroups) -> LaidOut | None:
-    """The layout that a run of `plan` begins with: experts in order, and slots to spare. Collective over the world."""
-    balance = plan.train.balance
+    """The layout that a run of `plan` begins with. Collective over the world."""
+    if not plan.train.balance.lays_out:
+        return None
+    hosts, ranks = all_gather_json(socket.gethostname(), groups.ep), groups.ep.size()
+    on_each = set(Counter(hosts).values())
+    return laid_out_in_order(plan.model, plan.train, Nodes(ranks, on_each.pop() if len(on_each) == 1 else ranks))
+
+
+def laid_out_in_order(model: ModelSpec, train: TrainConfig, nodes: Nodes) -> LaidOut | None:
+    """Experts in order over the ranks of `nodes`, and slots to spare; None where a job does not balance."""
+    balance, experts = train.balance, model.moe.num_experts
     if not balance.lays_out:
         return None
-    experts, ranks = plan.model.moe.num_experts, groups.ep.size()
-    slots = experts // ranks + (balance.spare_slots if balance.moves else 0)
-    hosts = all_gather_json(socket.gethostname(), groups.ep)
-    on_each = set(Counter(hosts).values())
-    nodes = Nodes(ranks, on_each.pop() if len(on_each) == 1 else ranks)
-    layout = ExpertLayout.static(len(plan.model.routers), ranks, experts, slots)
+    slots = experts // nodes.ranks + balance.spare_slots * balance.moves
+    layout = ExpertLayout.static(len(model.routers), nodes.ranks, experts, slots)
     return LaidOut(layout, balance.mechanism if balance.moves else None, nodes, spill_rule(balance))
 
 
