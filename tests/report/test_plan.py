@@ -31,7 +31,10 @@ def test_a_row_says_all_that_is_unusual_about_its_strategy():
     assert schedule(plain.model_copy(update={"schedule": "1f1b-overlap"})) == "1f1b-overlap"
     assert unusual(plain) == []
     assert unusual(Strategy.parse("pp1 dp4 ep4 mbs1 deduplicated planned")) == ["deduplicated", "planned"]
-    assert recompute(Strategy.parse("pp1 dp4 ep4 selective:norm,moe_act")) == "norm,moe_act"
+    assert recompute(Strategy.parse("pp1 dp4 ep4 selective:norm,moe_act")) == "norm, moe_act"
+    most = "selective:norm,attention,moe_act,experts,shared_experts"
+    assert recompute(Strategy.parse(f"pp1 dp4 ep4 {most}")) == "all but dense_mlp"
+    assert recompute(Strategy.parse(f"pp1 dp4 ep4 {most},dense_mlp")) == "all modules"
 
 
 def test_the_result_survives_json():

@@ -13,12 +13,13 @@ from pipermoe.planner.result import Alternative, PlanningResult, Wall
 from pipermoe.report.bars import bar
 from pipermoe.report.campaign import campaign_text, front_table
 from pipermoe.specs.report import MEMORY_CATEGORIES, Term
-from pipermoe.specs.strategy import Strategy
+from pipermoe.specs.strategy import RECOMPUTE_MODULES, Strategy
 from pipermoe.specs.strategy_text import unusual
 from pipermoe.specs.units import GIB, MIB, format_bytes, format_count, format_seconds
 
 WIDTH = 100
 MOST_ALTERNATIVES = 12
+WIDEST_WORD = 24  # of a layout that a column is made wide enough for
 
 WORDS: dict[Term, str] = {
     "forward": "forward",
@@ -113,16 +114,21 @@ def _header(result: PlanningResult) -> Table:
 def _ranking(result: PlanningResult) -> RenderableType:
     unit, name = (GIB, "GiB") if result.memory_budget_bytes >= GIB else (MIB, "MiB")
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for title in ("#", "layout", "schedule", "recompute"):
-        table.add_column(title, overflow="fold")
-    for title in ("mbs", name, "free", "step", "tok/s/rank", "MFU", ""):
+    layouts = [" ".join([row.strategy.compact(), *unusual(row.strategy)]) for row in result.ranked]
+    longest = max(len(word) for layout in layouts for word in layout.split())
+    table.add_column("#")
+    table.add_column("layout", overflow="fold", min_width=min(longest, WIDEST_WORD))
+    table.add_column("schedule", no_wrap=True)
+    table.add_column("recompute", overflow="fold")
+    for title in ("mbs", name, "free", "step", "tok/s\n/rank", "MFU"):
         table.add_column(title, justify="right", no_wrap=True)
-    for place, row in enumerate(result.ranked, start=1):
+    table.add_column(justify="right", no_wrap=True, min_width=len("CHOSEN"))
+    for place, (row, layout) in enumerate(zip(result.ranked, layouts, strict=True), start=1):
         slower = row.step_seconds / result.chosen.step_seconds - 1
         chosen = ("CHOSEN" if result.counts else "GIVEN") if place == 1 else f"{slower:+.1%}"
         table.add_row(
             str(place),
-            " ".join([row.strategy.compact(), *unusual(row.strategy)]),
+            layout,
             schedule(row.strategy) or "-",
             recompute(row.strategy),
             str(row.strategy.micro_batch_size),
@@ -144,8 +150,14 @@ def schedule(strategy: Strategy) -> str:
 
 
 def recompute(strategy: Strategy) -> str:
-    """`-`, `full`, or the modules that are computed again."""
-    return "-" if strategy.recompute == "none" else ",".join(strategy.recompute_modules) or strategy.recompute
+    """`-`, `full`, or the modules that are computed again, by those that are not where these are fewer."""
+    if strategy.recompute != "selective":
+        return "-" if strategy.recompute == "none" else strategy.recompute
+    again = strategy.recompute_modules
+    kept = [module for module in RECOMPUTE_MODULES if module not in again]
+    if len(kept) >= len(again):
+        return ", ".join(again)
+    return f"all but {', '.join(kept)}" if kept else "all modules"
 
 
 def _known_error(result: PlanningResult) -> Text:
