@@ -7,8 +7,8 @@ Optimizer, ZeRO levels up to 1 and checkpoints know the homes alone.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from pipermoe.layout.expert_layout import EMPTY
 from pipermoe.runtime.layout.carry import Carrier, Parcels, SlotTensors, homeward, sums
 from pipermoe.runtime.layout.placement import Placement
 from pipermoe.runtime.optimizer.flat_parameters import FlatParameters, Landed
+from pipermoe.runtime.optimizer.lent_weights import LentWeights
 
 
 class SparseExperts:
@@ -39,63 +40,34 @@ class SparseExperts:
         self._parameters = [named[span.name] for span in homes.spans]
         self.unit = homes.unit
         self._homes, self._layer, self._placement, self._carrier = homes, layer, placement, carrier
-        self._users = 0
-        self._whole_weights: Tensor | None = None
         self._whole_gradients: Tensor | None = None
-        self._coming: Parcels | None = None
         self._leaving: tuple[Parcels, Tensor, Landed] | None = None
         for parameter in self._parameters:
             parameter.grad_dtype = torch.float32
-        self.drop()
+        self.lent = LentWeights(self._parameters)
+        self.lent.drop()
 
     def launch_gather(self) -> None:
         """SparseAllGather: start to bring the weights of other homes, unless they are here or on their way."""
-        if self._whole_weights is None:
-            size = sum(parameter.numel() for parameter in self._parameters)
-            self._whole_weights = self._homes.weights.new_empty(size)
-            weights = self._at_home(self._homes.weights)
-            self._coming = self._carrier.launch(self._placement.spread(self._layer), weights)
+        if self.lent.whole is None:
+            whole_N = self._homes.weights.new_empty(sum(parameter.numel() for parameter in self._parameters))
+            parcels = self._carrier.launch(self._placement.spread(self._layer), self._at_home(self._homes.weights))
+            self.lent.launch(whole_N, partial(self._fill, whole_N, parcels))
 
-    def await_weights(self) -> None:
-        if self._coming is not None:
-            assert self._whole_weights is not None
-            weights, homes = self._in_slots(self._whole_weights), self._at_home(self._homes.weights)
-            for expert in self._both():
-                weights.put(expert, homes.take(expert))
-            for move, parcel_V in self._coming.wait():
-                weights.put(move.expert, parcel_V)
-            self._coming = None
-            for parameter, view in zip(self._parameters, self._views(self._whole_weights), strict=True):
-                parameter.data = view
-
-    def acquire(self) -> None:
-        self._users += 1
-
-    def release(self) -> None:
-        self._users -= 1
-
-    @property
-    def in_use(self) -> bool:
-        return self._users > 0
+    def _fill(self, whole_N: Tensor, parcels: Parcels) -> None:
+        """Put the weights of homes here and elsewhere into the slots."""
+        weights, homes = self._in_slots(whole_N), self._at_home(self._homes.weights)
+        for expert in self._both():
+            weights.put(expert, homes.take(expert))
+        for move, parcel_V in parcels.wait():
+            weights.put(move.expert, parcel_V)
 
     def keep_shard(self) -> None:
         """Take over what was written into the slots of homes."""
-        assert self._whole_weights is not None
-        weights, homes = self._in_slots(self._whole_weights), self._at_home(self._homes.weights)
+        assert self.lent.whole is not None
+        weights, homes = self._in_slots(self.lent.whole), self._at_home(self._homes.weights)
         for expert in self._both():
             homes.put(expert, weights.take(expert))
-
-    def drop(self) -> Tensor | None:
-        """Let go of all slots; the parameters keep their shapes, and whoever reads them reads NaN."""
-        if self._coming is not None:
-            for _ in self._coming.wait():
-                pass
-            self._coming = None
-        dropped, self._whole_weights = self._whole_weights, None
-        nothing = torch.full((), math.nan, dtype=self._homes.weights.dtype, device=self._homes.weights.device)
-        for parameter in self._parameters:
-            parameter.data = nothing.expand(parameter.shape)
-        return dropped
 
     def open_gradients(self) -> None:
         if self._whole_gradients is None:

@@ -9,7 +9,6 @@ uses depends on the ZeRO level (Rajbhandari et al. 2020): weights whole below 3,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from pipermoe.layout.expert_layout import EMPTY
 from pipermoe.layout.transfer import Transfer
 from pipermoe.modules.names import expert_name, unit_of
+from pipermoe.runtime.optimizer.lent_weights import LentWeights
 
 # torch 2.13 renamed both and warns on every rank about the names of 2.11.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -57,9 +57,9 @@ class FlatParameters:
     the level, `updated` what its optimizer updates: everything at level 0, the shard above; both in elements of N.
     Parameters with weight decay come first, up to element `decayed`. Gradients are fp32 whatever the weights are.
 
-    Between `await_weights` and `drop` the parameters hold their weights, between `open_gradients` and
-    `launch_reduction` their gradients; where those stay whole, always. Below level 2 they are reduced once a step, in
-    place, and nothing may be added between `launch_reduction` and `reduce_gradients`.
+    While `lent` has them the parameters hold their weights, between `open_gradients` and `launch_reduction` their
+    gradients; where those stay whole, always. Below level 2 they are reduced once a step, in place, and nothing may be
+    added between `launch_reduction` and `reduce_gradients`.
 
     Of routed experts `experts` names the logical expert of each row of every parameter; `EMPTY` rows are nobody's.
 
@@ -88,15 +88,13 @@ class FlatParameters:
         self.owned = slice(start, start + shard)
         self.updated = self.owned if self.zero else slice(0, self.size)
         self._parameters = [parameter for _, parameter in ordered]
-        self._users = 0
-        self._gathering: dist.Work | None = None
-        self._whole_weights: Tensor | None = self._adopt_weights()
+        self.weights = self._adopt_weights()
+        self.lent = LentWeights(self._parameters, self.weights)
         self._whole_gradients: Tensor | None = None
         self._reducing: tuple[dist.Work, Tensor, Landed] | None = None
-        self.weights = self._whole_weights
         if self.zero >= 3:
-            self.weights = self._whole_weights[self.owned].clone()
-            self.drop()
+            self.weights = self.weights[self.owned].clone()
+            self.lent.drop()
         if self.zero < 2:
             self.open_gradients()
             assert self._whole_gradients is not None
@@ -146,7 +144,7 @@ class FlatParameters:
     @property
     def whole_buffers(self) -> tuple[Tensor, ...]:
         """The buffers of all N elements that exist now, laid out as `spans` says."""
-        return tuple(each for each in (self._whole_weights, self._whole_gradients) if each is not None)
+        return tuple(each for each in (self.lent.whole, self._whole_gradients) if each is not None)
 
     def stretches(self, held: slice) -> Iterator[Stretch]:
         """What lies in `held`, by the names of checkpoints: those of `spans`, and of each expert by its logical id."""
@@ -207,46 +205,17 @@ class FlatParameters:
 
     def launch_gather(self) -> None:
         """Start to gather the weights, unless they are here or on their way."""
-        if self._whole_weights is None:
-            self._whole_weights = torch.empty(self.size, dtype=self.weights.dtype, device=self.weights.device)
-            self._gathering = _all_gather(self._whole_weights, self.weights, group=self.group, async_op=True)
-
-    def await_weights(self) -> None:
-        """Wait for the weights and let the parameters hold them."""
-        if self._gathering is not None:
-            assert self._whole_weights is not None
-            self._gathering.wait()
-            self._gathering = None
-            for parameter, view in zip(self._parameters, self.views(self._whole_weights), strict=True):
-                parameter.data = view
-
-    def acquire(self) -> None:
-        """Keep the weights from being dropped, as often as `release` has not been called."""
-        self._users += 1
-
-    def release(self) -> None:
-        self._users -= 1
-
-    @property
-    def in_use(self) -> bool:
-        return self._users > 0
+        if self.lent.whole is None:
+            whole_N = torch.empty(self.size, dtype=self.weights.dtype, device=self.weights.device)
+            work = _all_gather(whole_N, self.weights, group=self.group, async_op=True)
+            assert work is not None
+            self.lent.launch(whole_N, work.wait)
 
     def keep_shard(self) -> None:
         """Take over what was written into the gathered weights."""
         if self.zero >= 3:
-            assert self._whole_weights is not None
-            self.weights.copy_(self._whole_weights[self.owned])
-
-    def drop(self) -> Tensor | None:
-        """Let go of the gathered weights; the parameters keep their shapes, and whoever reads them reads NaN."""
-        if self._gathering is not None:
-            self._gathering.wait()
-            self._gathering = None
-        dropped, self._whole_weights = self._whole_weights, None
-        nothing = torch.full((), math.nan, dtype=self.weights.dtype, device=self.weights.device)
-        for parameter in self._parameters:
-            parameter.data = nothing.expand(parameter.shape)
-        return dropped
+            assert self.lent.whole is not None
+            self.weights.copy_(self.lent.whole[self.owned])
 
     # Reduction: after the last backward of a step that fills a layer's gradients; at level 2 and 3 after every one.
 

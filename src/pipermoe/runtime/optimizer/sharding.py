@@ -19,6 +19,7 @@ from pipermoe.modules.names import is_expert, unit_of
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.meter import Meter
 from pipermoe.runtime.optimizer.flat_parameters import FlatParameters, Landed
+from pipermoe.runtime.optimizer.lent_weights import LentWeights
 from pipermoe.runtime.trace import REDUCE
 from pipermoe.specs.strategy import Strategy
 
@@ -62,13 +63,9 @@ class Unit(Protocol):
     @property
     def scatters(self) -> bool: ...
     @property
-    def in_use(self) -> bool: ...
+    def lent(self) -> LentWeights: ...
     def launch_gather(self) -> None: ...
-    def await_weights(self) -> None: ...
-    def acquire(self) -> None: ...
-    def release(self) -> None: ...
     def keep_shard(self) -> None: ...
-    def drop(self) -> Tensor | None: ...
     def open_gradients(self) -> None: ...
     def launch_reduction(self, landed: Landed = ...) -> None: ...
     def settle_reduction(self) -> Tensor | None: ...
@@ -133,17 +130,17 @@ class Sharding:
         held = self._gathered.get(unit, ())
         self._gather(unit)
         for flat in held:
-            flat.acquire()
+            flat.lent.acquire()
         if following is not None:
             self._gather(following)
         with self._meter.term("gradient_sync"):
             for flat in held:
-                flat.await_weights()
+                flat.lent.wait()
         try:
             yield
         finally:
             for flat in held:
-                flat.release()
+                flat.lent.release()
 
     def _gather(self, unit: str) -> None:
         if not self._gathered.get(unit):
@@ -151,7 +148,7 @@ class Sharding:
         if unit in self._here:
             self._here.remove(unit)
         else:
-            unused = [each for each in self._here if not any(flat.in_use for flat in self._gathered[each])]
+            unused = [each for each in self._here if not any(flat.lent.in_use for flat in self._gathered[each])]
             for each in unused[: len(self._here) + 1 - RESIDENT]:
                 self._drop(each)
         self._here.append(unit)
@@ -162,7 +159,7 @@ class Sharding:
     def _drop(self, unit: str) -> None:
         self._here.remove(unit)
         for flat in self._gathered[unit]:
-            dropped = flat.drop()
+            dropped = flat.lent.drop()
             if dropped is not None:
                 self._meter.release(dropped)
 
