@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipermoe.planner.axes import divisors
 from pipermoe.resources.stages import stage_shapes
@@ -30,25 +31,30 @@ def balanced_splits(model: ModelSpec, platform: Platform, train: TrainConfig, wo
     [price] = unit_seconds(model, platform, train, reference)
     part = np.sum([price[columns(work)] for work in Work], axis=0)
     whole = stage_shapes(model, model.num_layers)  # a stage of every layer
-    seconds = np.stack([getattr(whole, name) for name in whole.__slots__], axis=1) @ part
-    return tuple(_unless_even(seconds, stages) for stages in range(model.num_layers + 1))
+    seconds = (np.stack([getattr(whole, name) for name in whole.__slots__], axis=1) @ part).tolist()
+    sums = consecutive_sums(seconds)
+    return tuple(_unless_even(seconds, sums, stages) for stages in range(model.num_layers + 1))
 
 
-def _unless_even(seconds: Sequence[float], stages: int) -> Split:
+def consecutive_sums(seconds: Sequence[float]) -> NDArray[np.float64]:
+    """The sums of all stretches of consecutive layers, ascending."""
+    return np.unique(np.concatenate([np.cumsum(seconds[first:]) for first in range(len(seconds))]))
+
+
+def _unless_even(seconds: Sequence[float], sums: NDArray[np.float64], stages: int) -> Split:
     if stages < 2:
         return ()
     even = tuple(map(len, split_layers(len(seconds), stages)))
-    balanced = balanced_split(seconds, stages)
+    balanced = balanced_split(seconds, sums, stages)
     return balanced if _longest(seconds, balanced) < _longest(seconds, even) else ()
 
 
-def balanced_split(seconds: Sequence[float], stages: int) -> Split:
+def balanced_split(seconds: Sequence[float], sums: NDArray[np.float64], stages: int) -> Split:
     """The layers of every stage, at least one each, such that the longest of the stages is as short as possible.
 
     A limit is enough if filling stages up to it, one after the other, takes no more of them; the least that is enough
-    is found among the sums of consecutive layers.
+    is one of the `sums` of consecutive layers.
     """
-    sums = sorted({sum(seconds[i:j]) for i in range(len(seconds)) for j in range(i + 1, len(seconds) + 1)})
     low, high = 0, len(sums) - 1
     while low < high:
         middle = (low + high) // 2

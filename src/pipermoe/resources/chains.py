@@ -9,7 +9,7 @@ all stages behind before the K-th after it may set out. Nothing here depends on 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from pipermoe.resources.stages import StageShapes
 from pipermoe.resources.unit_seconds import SENDS, Work, columns
+from pipermoe.schedule.builders import Homes
 from pipermoe.schedule.ramps import Chunks, Ramp, ramps
 from pipermoe.schedule.traits import Traits, schedule_traits
 
@@ -63,21 +64,18 @@ def chains(
     """
     traits = schedule_traits(schedule, pipeline_parallel, virtual_stages)
     count = np.array(parts, dtype=np.int64)
-    held = np.stack([count[list(stages)].sum(axis=0) for stages in traits.stages_of])
-    holds, class_of, ranks = np.unique(held, axis=0, return_inverse=True, return_counts=True)
-    found: list[list[tuple[Counts, Counts]]] = [[] for _ in holds]
+    ranks = _Ranks.of(traits.stages_of, ramps(schedule, pipeline_parallel, virtual_stages, microbatches))
+    holds, class_of, alike = np.unique(ranks.held @ count, axis=0, return_inverse=True, return_counts=True)
     stages = _Stages.of(count, hops, levels, splits=traits.splits_backward)
-    found_ramps = ramps(schedule, pipeline_parallel, virtual_stages, microbatches)
-    for end, once, each in _paths(traits, stages, found_ramps):
-        found[class_of.ravel()[end]].append((once, each))
-    kept = [_longest(paths) for paths in found]
+    ends, once, each = (np.concatenate(found) for found in zip(*_paths(traits, stages, ranks), strict=True))
+    owner, once, each = _longest(class_of.ravel()[ends], once, each)
     return Chains(
-        once=np.concatenate([once for once, _ in kept]),
-        each=np.concatenate([each for _, each in kept]),
-        starts=np.cumsum([0, *(len(once) for once, _ in kept)])[:-1],
+        once=once,
+        each=each,
+        starts=np.searchsorted(owner, np.arange(len(holds))),
         computed=(stages.computed_forward + stages.computed_backward + stages.postponed).sum(axis=0),
         holds=holds,
-        ranks=ranks,
+        ranks=alike,
     )
 
 
@@ -121,75 +119,98 @@ class _Stages:
             drain=_before(backward + exchanged_backward + messages),
         )
 
-    def sum(self, name: str, stages: tuple[int, ...], times: Chunks | None = None) -> Counts:
-        """What the stages do together, each once or so many `times`."""
-        each = getattr(self, name)[list(stages)]
-        return each.sum(axis=0) if times is None else np.array(times) @ each
-
-    def round_trip(self, stage: int) -> Counts:
-        """A micro-batch from the start of its forward on a stage to the end of its backward there."""
+    @property
+    def round_trip(self) -> Counts:
+        """(stages, prices): a micro-batch from the start of its forward to the end of its backward."""
         work = self.computed_forward + self.exchanged_forward + self.computed_backward + self.exchanged_backward
-        ahead, back = self.fill[-1] - self.fill[stage], self.drain[-1] - self.drain[stage]
-        return ahead + back + work[-1]
+        return self.fill[-1] - self.fill + self.drain[-1] - self.drain + work[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class _Ranks:
+    """Of every rank and stage, (ranks, stages): whether it is `held`, how many passes are alone, as `Ramp` says.
+
+    `first` (ranks,) is the lowest stage of a rank, `most` what it holds of that at any time.
+    """
+
+    held: NDArray[np.int64]
+    first: NDArray[np.int64]
+    most: NDArray[np.int64]
+    alone_forward: NDArray[np.int64]
+    alone_backward: NDArray[np.int64]
+    never_paired: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, stages_of: Homes, found: Sequence[Ramp]) -> _Ranks:
+        def spread(counts: Iterable[Chunks]) -> NDArray[np.int64]:
+            matrix = np.zeros((len(stages_of), 1 + max(map(max, stages_of))), dtype=np.int64)
+            for row, held, each in zip(matrix, stages_of, counts, strict=True):
+                row[list(held)] = each or 0
+            return matrix
+
+        return cls(
+            held=spread((1,) * len(held) for held in stages_of),
+            first=np.array([min(held) for held in stages_of]),
+            most=np.array([ramp.most for ramp in found]),
+            alone_forward=spread(ramp.alone_forward for ramp in found),
+            alone_backward=spread(ramp.alone_backward for ramp in found),
+            never_paired=spread(ramp.never_paired for ramp in found),
+        )
 
 
 def _before(each: Counts) -> Counts:
     return np.cumsum(each, axis=0) - each
 
 
-def _paths(traits: Traits, stages: _Stages, found: tuple[Ramp, ...]) -> Iterator[tuple[int, Counts, Counts]]:
-    """(rank on which it ends, counts of a step, counts of every micro-batch) of paths through every rank."""
-    first_home = next(rank for rank, held in enumerate(traits.stages_of) if 0 in held)
+def _paths(traits: Traits, stages: _Stages, ranks: _Ranks) -> Iterator[tuple[NDArray[np.int64], Counts, Counts]]:
+    """(ranks on which they end, counts of a step, counts of every micro-batch) of paths through every rank."""
+    first = ranks.first
     share = 0.5 if traits.mirrored else 1.0  # of the micro-batches that a rank works through
-    for rank, (held, ramp) in enumerate(zip(traits.stages_of, found, strict=True)):
-        first = min(held)  # the first action of a rank is a forward of it, the last but weight gradients its backward
-        there_and_back = stages.fill[first] + stages.drain[first] + stages.postponed[0]
-        for once, each, later in _work(traits, stages, held, ramp):
-            yield rank, stages.fill[first] + once, share * (each + later)
-            if first:
-                yield first_home, once + there_and_back, share * each
-        if ramp.most:
-            yield first_home, there_and_back, share / ramp.most * stages.round_trip(first)
+    here, first_home = np.arange(len(first)), np.full(len(first), first.argmin())
+    # The first action of a rank is a forward of its first stage, the last but weight gradients a backward of that.
+    there_and_back = stages.fill[first] + stages.drain[first] + stages.postponed[0]
+    for once, each, later in _work(traits, stages, ranks):
+        yield here, stages.fill[first] + once, share * (each + later)
+        yield first_home, there_and_back + once, share * each
+    known = ranks.most > 0
+    trips = share / ranks.most[known, None] * stages.round_trip[first[known]]
+    yield first_home[known], there_and_back[known], trips
 
 
-def _work(
-    traits: Traits, stages: _Stages, held: tuple[int, ...], ramp: Ramp
-) -> Iterator[tuple[Counts, Counts, Counts]]:
-    """(once, each, postponed) of what a rank does; `each` and `postponed` for every micro-batch.
+def _work(traits: Traits, stages: _Stages, ranks: _Ranks) -> Iterator[tuple[Counts, Counts, Counts]]:
+    """(once, each, postponed) of what the ranks do; `each` and `postponed` for every micro-batch.
 
     A pair takes at least: all its computing, all its exchanging, either part alone. In each sum the other work counts
     where it is in no pair. Of a schedule that postpones weight gradients some may be in pairs.
     """
-    forward, exchanged_forward = stages.sum("computed_forward", held), stages.sum("exchanged_forward", held)
-    backward, exchanged_backward = stages.sum("computed_backward", held), stages.sum("exchanged_backward", held)
-    postponed, nothing = stages.sum("postponed", held), 0 * forward
+    forward, exchanged_forward = stages.computed_forward, stages.exchanged_forward
+    backward, exchanged_backward = stages.computed_backward, stages.exchanged_backward
+    postponed, nothing = stages.postponed, 0 * forward
     if not traits.overlaps:
-        yield nothing, forward + exchanged_forward + backward + exchanged_backward, postponed
+        each = forward + exchanged_forward + backward + exchanged_backward
+        yield ranks.held @ nothing, ranks.held @ each, ranks.held @ postponed
         return
-
-    def alone(forwards: tuple[str, ...], backwards: tuple[str, ...]) -> tuple[Counts, Counts]:
-        """Of these works what is in no pair: once, and of every micro-batch."""
-        once = sum(stages.sum(name, held, ramp.alone_forward) for name in forwards)
-        once += sum(stages.sum(name, held, ramp.alone_backward) for name in backwards)
-        if not ramp.never_paired:
-            return once + nothing, nothing
-        return once + nothing, nothing + sum(stages.sum(name, held, ramp.never_paired) for name in forwards + backwards)
-
     sums = (
-        (forward + backward, postponed, ("exchanged_forward",), ("exchanged_backward",)),
-        (exchanged_forward + exchanged_backward, nothing, ("computed_forward",), ("computed_backward",)),
-        (forward + exchanged_forward, nothing, (), ("computed_backward", "exchanged_backward")),
-        (backward + exchanged_backward, postponed, ("computed_forward", "exchanged_forward"), ()),
+        (forward + backward, postponed, exchanged_forward, exchanged_backward),
+        (exchanged_forward + exchanged_backward, nothing, forward, backward),
+        (forward + exchanged_forward, nothing, nothing, backward + exchanged_backward),
+        (backward + exchanged_backward, postponed, forward + exchanged_forward, nothing),
     )
-    for each, later, forwards, backwards in sums:
-        once, always = alone(forwards, backwards)
-        yield once, each + always, later
+    for each, later, other_forward, other_backward in sums:
+        once = ranks.alone_forward @ other_forward + ranks.alone_backward @ other_backward
+        always = ranks.never_paired @ (other_forward + other_backward)
+        yield once, ranks.held @ each + always, ranks.held @ later
 
 
-def _longest(paths: list[tuple[Counts, Counts]]) -> tuple[Counts, Counts]:
-    """Those that no other one contains."""
-    width = paths[0][0].size
-    both = np.unique(np.array([np.concatenate(path) for path in paths]), axis=0)
-    contained = np.all(both[:, None] <= both[None], axis=2) & ~np.eye(len(both), dtype=bool)
-    kept = both[~np.any(contained, axis=1)]
-    return kept[:, :width], kept[:, width:]
+def _longest(owner: NDArray[np.int64], once: Counts, each: Counts) -> tuple[NDArray[np.int64], Counts, Counts]:
+    """The paths, sorted by owner, without those that are contained in the longest of the same owner and `each`."""
+    alike: dict[tuple[int, bytes], list[int]] = {}
+    for path, key in enumerate(zip(owner.tolist(), map(bytes, each), strict=True)):
+        alike.setdefault(key, []).append(path)
+    kept = np.zeros(len(owner), dtype=bool)
+    for paths in alike.values():
+        longest = paths[int(once[paths].sum(axis=1).argmax())]
+        kept[paths] = (once[paths] > once[longest]).any(axis=1)
+        kept[longest] = True
+    order = np.flatnonzero(kept)[np.argsort(owner[kept], kind="stable")]
+    return owner[order], once[order], each[order]

@@ -109,9 +109,9 @@ def memory_floor(
         width,
         lambda rows, g: np.maximum.reduceat(price[rows] @ found[g].kept.T, found[g].starts, axis=1),
     )
-    chosen = groups.table.take(groups.state.rows)
+    chosen, alike = groups.table.take(groups.state.rows), _alike(found)
     states = _per_group(
-        pipe.of[groups.both.of[groups.state.rows]],
+        alike[pipe.of[groups.both.of[groups.state.rows]]],
         len(found),
         width,
         lambda rows, g: _states(model, train, found[g].holds, chosen.take(rows), defers=True),
@@ -119,12 +119,20 @@ def memory_floor(
     return groups.largest_sum(activations, states)
 
 
+def _alike(found: Sequence[_Floor] | Sequence[Chains]) -> NDArray[np.int64]:
+    """Of every pipeline the first one whose classes of ranks hold the same, as many of each."""
+    known: dict[bytes, int] = {}
+    keys = (each.holds.tobytes() + each.ranks.tobytes() for each in found)
+    return np.array([known.setdefault(key, place) for place, key in enumerate(keys)])
+
+
 class _Floor(NamedTuple):
-    """What the classes of ranks of a pipeline hold, (classes, parts), and what of it they keep at least: (instants,
-    parts) in micro-batches, sorted by class, of which class c begins at `starts[c]`.
+    """What the classes of ranks of a pipeline hold, (classes, parts), how many ranks each has, and what they keep at
+    least: (instants, parts) in micro-batches, sorted by class, of which class c begins at `starts[c]`.
     """
 
     holds: NDArray[np.int64]
+    ranks: NDArray[np.int64]
     kept: NDArray[np.float64]
     starts: NDArray[np.int64]
 
@@ -133,7 +141,8 @@ class _Floor(NamedTuple):
 def _floor(parts: Parts, name: str, ranks: int, chunks: int, microbatches: int) -> _Floor:
     count = np.array(parts, dtype=np.int64)
     stages_of = stages_of_ranks(name, ranks, chunks)
-    holds, class_of = np.unique([count[list(stages)].sum(axis=0) for stages in stages_of], axis=0, return_inverse=True)
+    held = [count[list(stages)].sum(axis=0) for stages in stages_of]
+    holds, class_of, alike = np.unique(held, axis=0, return_inverse=True, return_counts=True)
     found = [
         (owner, *(np.array(kept) @ count[list(stages)]))
         for owner, stages, ramp in zip(
@@ -142,7 +151,7 @@ def _floor(parts: Parts, name: str, ranks: int, chunks: int, microbatches: int) 
         for kept in ramp.kept
     ]
     rows = np.unique(np.array(found), axis=0)
-    return _Floor(holds, rows[:, 1:].astype(np.float64), np.searchsorted(rows[:, 0], np.arange(len(holds))))
+    return _Floor(holds, alike, rows[:, 1:].astype(np.float64), np.searchsorted(rows[:, 0], np.arange(len(holds))))
 
 
 def step_bound(
@@ -342,10 +351,10 @@ def _bound(
 ) -> NDArray[np.float64]:
     pipe, found = groups.chains(platform)
     ends = _chain_seconds(model, platform, train, groups, imbalance)
-    chosen = groups.table.take(groups.state.rows)
+    chosen, alike = groups.table.take(groups.state.rows), _alike(found)
     width = ends.shape[1]
     closing = _per_group(
-        pipe.of[groups.both.of[groups.state.rows]],
+        alike[pipe.of[groups.both.of[groups.state.rows]]],
         len(found),
         width + 1,
         lambda rows, g: _closing(model, platform, train, found[g], chosen.take(rows), width),

@@ -14,7 +14,7 @@ import numpy as np
 from pipermoe.resources.communication import Call
 from pipermoe.resources.states import units_of
 from pipermoe.schedule.action import Action, Kind, Schedule
-from pipermoe.schedule.builders import build
+from pipermoe.schedule.builders import schedule_of
 from pipermoe.specs.mesh import split_layers
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.strategy import Strategy
@@ -28,12 +28,6 @@ FORWARD, BACKWARD = (Kind.FORWARD,), (Kind.BACKWARD, Kind.INPUT_GRAD)
 def weight_gathers(model: ModelSpec, train: TrainConfig, strategy: Strategy) -> dict[str, Call]:
     """The gathers of dense and of expert weights at ZeRO-3, calls and bytes (1, pipeline ranks) by `Call.key`."""
     table = StrategyTable.of([strategy])
-    schedule = build(
-        strategy.schedule,
-        strategy.pipeline_parallel,
-        int(table.microbatches(train.global_batch_size)[0]),
-        strategy.virtual_stages,
-    )
     dense_copies, expert_copies = strategy.data_parallel * strategy.context_parallel, strategy.expert_data_parallel
     padded = units_of(model, table).padded(dense_copies, expert_copies)
     routed = {f"layers.{layer}": int(padded.experts.item()) for layer in model.routers}
@@ -46,6 +40,9 @@ def weight_gathers(model: ModelSpec, train: TrainConfig, strategy: Strategy) -> 
         sizes["dp"] = dense
     if strategy.zero_expert == 3 and expert_copies > 1:
         sizes["edp"] = routed
+    if not sizes:
+        return {}
+    schedule = schedule_of(strategy, train.global_batch_size)
     stages, sharded = units_of_stages(model, strategy), {unit for each in sizes.values() for unit in each}
     counts = [gathered(schedule, rank, stages, sharded) for rank in range(schedule.num_ranks)]
     found = [

@@ -33,7 +33,7 @@ from pipermoe.schedule.action import Kind
 from pipermoe.schedule.builders import schedule_of
 from pipermoe.schedule.durations import Durations, WorkTable
 from pipermoe.schedule.shared_host import simulate_shared_host
-from pipermoe.schedule.timeline import Timeline
+from pipermoe.schedule.timeline import Timeline, simulate
 from pipermoe.schedule.traits import stages_of_ranks
 from pipermoe.specs.mesh import coordinates, split_layers
 from pipermoe.specs.model import ModelSpec
@@ -170,7 +170,10 @@ def step_seconds_by_term(
     [cost] = cost_rows(costs)
     slots = compute_slots(platform, strategy.world_size)
     durations = durations_of(cost, strategy.num_stages)
-    timeline = simulate_shared_host(schedule, durations, slots, strategy.ranks_per_stage)
+    if slots >= strategy.world_size:
+        timeline = simulate(schedule, durations)
+    else:
+        timeline = simulate_shared_host(schedule, durations, slots, strategy.ranks_per_stage)
     work = durations.per_stage(strategy.num_stages)
     return _after_pipeline(timeline, work, cost, slots, strategy.ranks_per_stage)
 

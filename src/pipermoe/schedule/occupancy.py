@@ -17,6 +17,7 @@ from pipermoe.schedule.arrivals import proofs
 from pipermoe.schedule.builders import build
 from pipermoe.schedule.columns import KINDS, Columns, Ints
 from pipermoe.schedule.communication import with_communication
+from pipermoe.schedule.ramps import ramps
 
 # P elementary actions, C chunks per rank, N instants: actions with all that is held while they run
 
@@ -173,6 +174,8 @@ def growth(name: str, pipeline_parallel: int, virtual_stages: int, microbatches:
     """The occupancies of a named schedule for `microbatches`, and for every number a period further."""
     least = (REPEATS + 1) * pipeline_parallel + microbatches % pipeline_parallel
     if microbatches > least:
+        if ramps(name, pipeline_parallel, virtual_stages, least)[0].most:  # it holds a number that does not grow
+            return _growth(name, pipeline_parallel, virtual_stages, least)
         repeating = _repeating(name, pipeline_parallel, virtual_stages, least)
         if repeating is not None:
             return repeating

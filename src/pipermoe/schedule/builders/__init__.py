@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from pipermoe.schedule.action import Schedule
@@ -83,6 +84,7 @@ RECIPES: dict[str, Recipe] = {
 MOST_FORWARDS = 500_000  # beyond it a schedule takes minutes and gigabytes, and no machine has such a pipeline
 
 
+@lru_cache(maxsize=16)  # the pipelines that a plan compares, each looked at many times
 def build(name: str, pipeline_parallel: int, microbatches: int, virtual_stages: int = 1) -> Schedule:
     """The schedule `name` for `pipeline_parallel` ranks of `virtual_stages` model chunks each.
 
