@@ -1,9 +1,10 @@
-"""How much of the all-to-all hides behind computing, on a clock that counts FLOPs: exact, and the same on any machine.
+"""How much communication hides behind computing, on a clock that counts FLOPs: exact, and the same on any machine.
 
 python -m benchmarks.overlap
 
 Ranks of a small model run one step of each schedule over an emulated link, with its overlap and without. The timeline,
-given the durations of the serial run, says how much of the waiting can be hidden; the table says how much was.
+given the durations of the serial run, says how much of the waiting for all-to-alls can be hidden; the first table says
+how much was. The second: how much of reducing gradients, over a link of its own, is over when computing is.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import torch
 from rich.console import Console
@@ -23,6 +25,7 @@ from torch import Tensor
 from pipermoe.runtime.counters import FlopCounter
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.meter import Meter
+from pipermoe.runtime.optimizer.flat_parameters import FlatParameters, Landed
 from pipermoe.runtime.pipeline.engine import Engine
 from pipermoe.runtime.pipeline.flight import Collective, Transport, Work
 from pipermoe.schedule.action import Schedule
@@ -50,6 +53,8 @@ STRATEGIES = (
     "pp2 vpp2 dp2 ep2 interleaved-1f1b-overlap",
     "pp2 vpp2 dp2 ep2 dualpipe-v",
 )
+REDUCING = ("dp2 1f1b", "pp2 dp2 1f1b", "pp2 dp2 zb-h1", "pp2 vpp2 dp2 dualpipe-v")
+REDUCTION_SHARES = (0.05, 0.1, 0.25)  # of a step's computing
 BANDWIDTHS = (2e7, 1.2e7)  # bytes/s beside 1e9 FLOP/s: all-to-alls take a third as long as computing, or more than half
 
 
@@ -194,13 +199,56 @@ def can_hide(serial: list[Observed], schedule: Schedule) -> list[float]:
     return [rank.waited - exposed[rank.place] for rank in serial]
 
 
-def observe(rank: int, text: str, bandwidth: float, serial: bool) -> Observed:
-    strategy = Strategy.parse(text)
+def batch_of(rank: int, strategy: Strategy) -> Tensor:
     generator = torch.Generator().manual_seed(rank)
     shape = (-1, strategy.micro_batch_size, TRAIN.seq_len + 1)
     tokens = torch.randint(MODEL.vocab_size, (TRAIN.global_batch_size, TRAIN.seq_len + 1), generator=generator)
-    batch = tokens.view(shape).chunk(strategy.data_parallel)[0]
-    return step_over_link(MODEL, TRAIN, strategy, bandwidth, batch, serial=serial)[2]
+    return tokens.view(shape).chunk(strategy.data_parallel)[0]
+
+
+def observe(rank: int, text: str, bandwidth: float, serial: bool) -> Observed:
+    strategy = Strategy.parse(text)
+    return step_over_link(MODEL, TRAIN, strategy, bandwidth, batch_of(rank, strategy), serial=serial)[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Reductions:
+    """When one rank launched each reduction of its gradients and of how many bytes, and when it had computed all."""
+
+    launched: list[tuple[float, int]]
+    computed: float
+
+    def hidden(self, share: float) -> float:
+        """The share of the reductions that is over by then, one after the other, if all take `share` of computing."""
+        seconds = share * self.computed
+        per_byte = seconds / sum(size for _, size in self.launched)
+        free = 0.0
+        for start, size in self.launched:
+            free = max(free, start) + size * per_byte
+        return 1 - max(0.0, free - self.computed) / seconds
+
+
+def observe_reductions(rank: int, text: str) -> Reductions:
+    strategy, clock = Strategy.parse(text), FlopClock()
+    groups, launched, launch = ProcessGroups.create(strategy), [], FlatParameters.launch_reduction
+    engine = Engine(MODEL, TRAIN, strategy, lowered(strategy, TRAIN), groups)
+    clock.meter = engine.meter
+
+    def noted(flat: FlatParameters, *landed: Landed) -> None:
+        launched.append((clock.seconds, flat.gradients.nbytes))
+        launch(flat, *landed)
+
+    with mock.patch.object(FlatParameters, "launch_reduction", noted), clock:
+        engine.step(batch_of(rank, strategy))
+    for flat in engine.flats:
+        flat.reduce_gradients()
+    return Reductions(launched, clock.seconds)
+
+
+def reduction_row(text: str) -> dict:
+    """The least that any rank of this strategy hides, for every share."""
+    ranks = run_ranks(observe_reductions, Strategy.parse(text).world_size, text)
+    return {"strategy": text, "hidden": [min(rank.hidden(share) for rank in ranks) for share in REDUCTION_SHARES]}
 
 
 def row_of(text: str, bandwidth: float) -> dict:
@@ -225,9 +273,21 @@ def table_of(rows: list[dict]) -> Table:
     return table
 
 
+def reduction_table(rows: list[dict]) -> Table:
+    table = Table(title="Reductions hidden behind the last backwards, by reductions / computing", title_justify="left")
+    table.add_column("strategy", no_wrap=True)
+    for share in REDUCTION_SHARES:
+        table.add_column(f"{share:.0%}", justify="right")
+    for row in rows:
+        table.add_row(row["strategy"], *(f"{hidden:.1%}" for hidden in row["hidden"]))
+    return table
+
+
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    Console(width=110).print(table_of([row_of(text, each) for text in STRATEGIES for each in BANDWIDTHS]))
+    console = Console(width=110)
+    console.print(table_of([row_of(text, each) for text in STRATEGIES for each in BANDWIDTHS]))
+    console.print(reduction_table([reduction_row(text) for text in REDUCING]))
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ One model, one text, one start, 4 ranks: (a) the strategy that the planner finds
 parallelism alone, (d) the same weights in transformers under torch's DistributedDataParallel (left out where
 `make test-counts` has not made its environment). All train in turn, pass after pass, so that what else the machine does
 meets all of them; ratios are of one pass, their median is printed. Equal losses say that they train the same model. As
-many passes run as end within the minutes, one at least. How much of the all-to-all is hidden comes first
-(benchmarks/overlap.py). Without a platform this machine is measured.
+many passes run as end within the minutes, one at least. How much of all-to-alls and reductions is hidden
+comes first (benchmarks/overlap.py). Without a platform this machine is measured.
 """
 
 from __future__ import annotations
@@ -156,6 +156,7 @@ def main() -> None:
     started, console = time.perf_counter(), Console(width=150)
     hidden = [overlap.row_of(text, each) for text in overlap.STRATEGIES for each in overlap.BANDWIDTHS]
     console.print(overlap.table_of(hidden))
+    console.print(overlap.reduction_table([overlap.reduction_row(text) for text in overlap.REDUCING]))
     with tempfile.TemporaryDirectory(prefix="pipermoe-runtime-") as name:
         folder, weights = Path(name), None
         if compares := options.transformers.is_file():

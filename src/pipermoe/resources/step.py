@@ -136,7 +136,8 @@ def closing_costs(
 def hide_sync(costs: StepCosts, stages_of: Sequence[Sequence[int]]) -> StepCosts:
     """The costs where gradients are reduced beside the backward of the last micro-batch, and weights are gathered
     beside the forward of the first: what takes longer than those remains (ZeRO, arXiv 1910.02054; Megatron-LM's
-    --overlap-grad-reduce and --overlap-param-gather). This project's runtime hides neither.
+    --overlap-grad-reduce and --overlap-param-gather). This project's runtime reduces beside the last backwards too, but
+    where that was measured it takes the cores that compute: its own reductions are predicted as not hidden.
     """
 
     def per_rank(per_stage: NDArray) -> NDArray:
