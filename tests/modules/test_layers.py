@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TypeVar
 
 import pytest
@@ -104,3 +105,15 @@ def test_a_queued_weight_gradient_is_computed_when_it_is_run_and_adds_up():
     (accumulate,) = queue
     accumulate()
     close(layer.weight.grad, 2 * once)
+
+
+def test_a_waiting_weight_gradient_of_the_head_keeps_no_gradient_of_its_input():
+    head, queue = filled(Linear(6, 5, WeightGradients())), []
+    x = torch.randn(4, 6).requires_grad_()
+    with head.gradients.deferred_to(queue):
+        cross_entropy(head(x), torch.arange(4)).backward()
+    assert x.grad is not None
+    gradient = weakref.ref(x.grad.untyped_storage())
+    assert len(queue) == 1
+    del x
+    assert gradient() is None

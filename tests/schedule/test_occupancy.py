@@ -55,12 +55,13 @@ def held(schedule: Schedule, rank: int) -> Iterator[tuple[tuple, tuple[int, ...]
             if sent:
                 gradients.add(after)
         if part.kind is Kind.WEIGHT_GRAD:
-            deferred.remove(here)
+            deferred.discard(here)
         elif not sent and 0 <= after[1] < schedule.num_stages:
             outputs.discard(after)
             incoming.add(after)
 
     actions = list(schedule.ranks[rank])
+    weights = [(action.stage, action.microbatch) for action in actions if action.kind is Kind.WEIGHT_GRAD]
     for i, action in enumerate(actions):
         if action.kind in COMPUTE:
             for part in action.parts:
@@ -73,6 +74,8 @@ def held(schedule: Schedule, rank: int) -> Iterator[tuple[tuple, tuple[int, ...]
                 yield work, (*chunks, len(outputs), len(gradients), len(incoming) + posted, len(came))
             for part in action.parts:
                 end(part)
+            if action.pair and deferred:  # as many weight gradients have run as the pair has left behind
+                deferred.remove(next(here for here in weights if here in deferred))
         elif action.kind in RECEIVES:
             incoming.add(("F" if action.kind is Kind.RECV_FORWARD else "B", action.stage, action.microbatch))
         for send in arrived.get(action, ()):

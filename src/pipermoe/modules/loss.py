@@ -34,7 +34,8 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         logits_TV, total_T1, targets_T = ctx.saved_tensors
-        probabilities_TV = logits_TV.sub_(total_T1).exp_()
+        # Detached: a queued weight gradient that reads it must not keep the graph, and the gradients at its leaves.
+        probabilities_TV = logits_TV.detach().sub_(total_T1).exp_()
         minus_one_T1 = torch.full_like(total_T1, -1.0)
         probabilities_TV.scatter_add_(1, targets_T.clamp_min(0)[:, None], minus_one_T1)
         weight_T1 = (gradient / targets_T.numel()).expand_as(total_T1).masked_fill(targets_T[:, None] < 0, 0.0)

@@ -223,7 +223,7 @@ def _saved_bytes(model: ModelSpec, layer: int) -> int:
     """What a layer keeps from its forward to its backward, for one token, with fused attention and no recomputation."""
     sizes = Sizes(model, ELEMENT_BYTES, tokens=1)
     block = (moe_layer if model.is_moe(layer) else dense_layer)(sizes, Recompute())
-    return int(block.kept)
+    return int(block.kept.total)
 
 
 def _token_bytes(model: ModelSpec) -> TokenBytes:

@@ -101,7 +101,7 @@ def memory_floor(
         for row in range(len(pipelines))
     ]
     width = max(len(each.holds) for each in found)
-    total = prices(model, train, combos.take(groups.inside.rows), RUNTIME, imbalance).total
+    total = prices(model, train, combos.take(groups.inside.rows), RUNTIME, imbalance)
     price = np.stack([total[:, list(kept)].sum(axis=1) for kept in KEPT], axis=1)[groups.inside.of]
     activations = _per_group(
         pipe.of,
@@ -325,7 +325,7 @@ def _peak_bytes(
     pipelines = combos.take(pipe.rows)
     found = [instants(pipeline_of(model, train, pipelines, row)) for row in range(len(pipelines))]
     width = max(len(each.holds) for each in found)
-    price = prices(model, train, combos.take(groups.inside.rows), profile, imbalance).total[groups.inside.of]
+    price = prices(model, train, combos.take(groups.inside.rows), profile, imbalance)[groups.inside.of]
     activations = _per_group(pipe.of, len(found), width, lambda rows, g: peak_activations(found[g], price[rows]))
     chosen = groups.table.take(groups.state.rows)
     states = _per_group(

@@ -13,6 +13,7 @@ import numpy as np
 
 from pipermoe.resources.communication import Call
 from pipermoe.resources.states import units_of
+from pipermoe.resources.turns import Part, Step, in_turn, parts_of_stages, steps, turns
 from pipermoe.schedule.action import Action, Kind, Schedule
 from pipermoe.schedule.builders import schedule_of
 from pipermoe.specs.mesh import split_layers
@@ -22,7 +23,7 @@ from pipermoe.specs.strategy_table import StrategyTable
 from pipermoe.specs.train import TrainConfig
 
 RESIDENT = 2  # units whose gathered weights stay
-FORWARD, BACKWARD = (Kind.FORWARD,), (Kind.BACKWARD, Kind.INPUT_GRAD)
+USES_WEIGHTS = (Kind.FORWARD, Kind.BACKWARD, Kind.INPUT_GRAD)
 
 
 def weight_gathers(model: ModelSpec, train: TrainConfig, strategy: Strategy) -> dict[str, Call]:
@@ -43,8 +44,10 @@ def weight_gathers(model: ModelSpec, train: TrainConfig, strategy: Strategy) -> 
     if not sizes:
         return {}
     schedule = schedule_of(strategy, train.global_batch_size)
-    stages, sharded = units_of_stages(model, strategy), {unit for each in sizes.values() for unit in each}
-    counts = [gathered(schedule, rank, stages, sharded) for rank in range(schedule.num_ranks)]
+    layers = [model.is_moe(layer) for layer in range(model.num_layers)]
+    parts = parts_of_stages(layers, strategy.num_stages, strategy.layer_split, model.mtp_layers)
+    units, sharded = units_of_stages(model, strategy), {unit for each in sizes.values() for unit in each}
+    counts = [gathered(schedule, rank, parts, units, sharded) for rank in range(schedule.num_ranks)]
     found = [
         Call(
             "all_gather",
@@ -58,38 +61,58 @@ def weight_gathers(model: ModelSpec, train: TrainConfig, strategy: Strategy) -> 
     return {call.key: call for call in found}
 
 
-def gathered(schedule: Schedule, rank: int, units_of: Sequence[Sequence[str]], sharded: set[str]) -> Counter[str]:
-    """How often `rank` gathers each `sharded` unit; `units_of[stage]` in the order of a forward.
-
-    Pairs count as their forward and then their backward; a run takes both in turn and may gather more.
-    """
+def gathered(
+    schedule: Schedule,
+    rank: int,
+    parts_of: Sequence[Sequence[Part]],
+    units_of: Sequence[Sequence[str]],
+    sharded: set[str],
+) -> Counter[str]:
+    """How often `rank` gathers each `sharded` unit; `parts_of` and `units_of` by stage, in the order of a forward."""
     here: list[str] = []
     count: Counter[str] = Counter()
     for action in schedule.ranks[rank]:
-        for unit, using in _wanted(action, units_of):
+        for unit, in_use in _wanted(action, parts_of, units_of):
             if unit not in sharded:
                 continue
             if unit in here:
                 here.remove(unit)
             else:
                 count[unit] += 1
-                unused = [each for each in here if each != using]
+                unused = [each for each in here if each not in in_use]
                 for each in unused[: len(here) + 1 - RESIDENT]:
                     here.remove(each)
             here.append(unit)
     return count
 
 
-def _wanted(action: Action, units_of: Sequence[Sequence[str]]) -> Iterator[tuple[str, str]]:
-    """(unit that is gathered, unit in use) in the order of an action."""
-    for part in action.parts:
-        if part.kind not in FORWARD + BACKWARD:
-            continue
-        units = units_of[part.stage] if part.kind in FORWARD else units_of[part.stage][::-1]
-        for unit, following in zip(units, (*units[1:], None), strict=True):
-            yield unit, unit
-            if following is not None:
-                yield following, unit
+def _wanted(
+    action: Action, parts_of: Sequence[Sequence[Part]], units_of: Sequence[Sequence[str]]
+) -> Iterator[tuple[str, set[str]]]:
+    """(unit that is gathered, units in use) in the order of an action: each unit as it begins, and the next one."""
+    in_use: dict[bool, str] = {}  # by direction: forward or not
+    for stage, step in _steps(action, parts_of):
+        units, ahead = units_of[stage], step.place + (1 if step.forward else -1)
+        if step.first:
+            in_use.pop(step.forward, None)
+            yield units[step.place], set(in_use.values())
+            in_use[step.forward] = units[step.place]
+            if 0 <= ahead < len(units):
+                yield units[ahead], set(in_use.values())
+        if step.last and not 0 <= ahead < len(units):
+            del in_use[step.forward]
+
+
+def _steps(action: Action, parts_of: Sequence[Sequence[Part]]) -> Iterator[tuple[int, Step]]:
+    """The steps of an action and their stages; weight gradients need no weights."""
+    if action.pair:
+        ahead, behind = (part.stage for part in action.pair)
+        for step in in_turn(turns(parts_of[ahead], forward=True), turns(parts_of[behind], forward=False)):
+            if step is not None:
+                yield (ahead if step.forward else behind), step
+    elif action.kind in USES_WEIGHTS:
+        for step in steps(parts_of[action.stage], forward=action.kind is Kind.FORWARD):
+            yield action.stage, step
 
 
 def units_of_stages(model: ModelSpec, strategy: Strategy) -> list[list[str]]:

@@ -1,12 +1,13 @@
 """The instants at which a pipeline rank can hold most, as whole numbers that sizes in bytes are multiplied by.
 
 `schedule.occupancy` says how many micro-batches each chunk of a rank holds while each action runs; here chunks become
-layers. Ranks with equal layers are one class: of their instants only those stay that no other exceeds in every number,
-so a class of forty instants of sixteen ranks is often one of three. Nothing here depends on a size.
+parts, and the action its steps, in the order of the runtime (`resources.turns`). Ranks with equal parts are one class:
+of their instants only those stay that no other exceeds in every number. Nothing here depends on a size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
@@ -14,44 +15,88 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from pipermoe.resources.turns import Leg, Part, Step, in_turn, parts_of_stages, steps, turns
 from pipermoe.schedule.action import Kind
 from pipermoe.schedule.occupancy import growth
-from pipermoe.specs.mesh import split_layers
 
 
 class Feature(IntEnum):
-    """What is counted: micro-batches times layers (or ends), messages, and the work in progress, which is one of six.
+    """What is counted, by part where it has one: what stays between actions, messages, what stands between the steps of
+    an action, and the work in progress, which is one of the last.
 
-    KEPT from forward to backward; DEFERRED from I to W; a MESSAGE is the hidden state of a micro-batch. A layer of
-    multi-token prediction counts as one with experts, a head and what joins the state with tokens before it.
+    KEPT from forward to backward; DEFERRED from I to W; a MESSAGE is the hidden state of a micro-batch, as is a STREAM
+    on its way through a stage, or its gradient.
     """
 
     KEPT_MOE = 0
     KEPT_DENSE = 1
     KEPT_HEAD = 2
     KEPT_EMBEDDING = 3
-    DEFERRED_MOE = 4
-    DEFERRED_DENSE = 5
-    DEFERRED_HEAD = 6
-    DEFERRED_EMBEDDING = 7
-    OUTPUT = 8
-    GRADIENT = 9
-    INCOMING = 10
-    FORWARD_MOE = 11
-    FORWARD_DENSE = 12
-    LOSS = 13
-    MOE_B = 14
-    DENSE_B = 15
-    MOE_I = 16
-    DENSE_I = 17
-    RECEIVED = 18  # kept inputs that came from another rank: their category, not their bytes
-    KEPT_JOIN = 19
-    DEFERRED_JOIN = 20
+    KEPT_JOIN = 4
+    DEFERRED_MOE = 5
+    DEFERRED_DENSE = 6
+    DEFERRED_HEAD = 7
+    DEFERRED_EMBEDDING = 8
+    DEFERRED_JOIN = 9
+    OUTPUT = 10
+    GRADIENT = 11
+    INCOMING = 12
+    RECEIVED = 13  # kept inputs that came from another rank: where they were born, not their bytes
+    STREAM = 14
+    # A layer with experts after these steps of it, in a pair.
+    AFTER_ATTEND = 15
+    AFTER_ROUTE = 16
+    AFTER_COMPUTE = 17
+    AFTER_SPLIT = 18
+    AFTER_COMPUTE_BACK = 19
+    DEFERRED_COMPUTE_BACK = 20
+    DEFERRED_ATTEND_BACK = 21
+    # Work in progress, what it holds itself included: a whole part, forward, B or I, or one step of a pair.
+    FORWARD_MOE = 22
+    FORWARD_DENSE = 23
+    FORWARD_HEAD = 24
+    FORWARD_EMBEDDING = 25
+    FORWARD_JOIN = 26
+    FULL_MOE = 27
+    FULL_DENSE = 28
+    FULL_HEAD = 29
+    FULL_EMBEDDING = 30
+    FULL_JOIN = 31
+    DEFERRING_MOE = 32
+    DEFERRING_DENSE = 33
+    DEFERRING_HEAD = 34
+    DEFERRING_EMBEDDING = 35
+    DEFERRING_JOIN = 36
+    ATTEND = 37
+    ROUTE = 38
+    COMPUTE = 39
+    MERGE = 40
+    SPLIT = 41
+    COMPUTE_BACK = 42
+    ATTEND_BACK = 43
 
 
-DENSE, MOE, PREDICTION = 0, 1, 2  # kinds of layers; the last two have experts
-_WORK = slice(Feature.FORWARD_MOE, Feature.DENSE_I + 1)
-_SUMMED = (Feature.OUTPUT, Feature.GRADIENT, Feature.INCOMING, Feature.KEPT_MOE, Feature.KEPT_DENSE)
+def by_part(first: Feature) -> tuple[Feature, ...]:
+    """The features of every part, of which that of MOE is given."""
+    return tuple(Feature(first + part) for part in Part)
+
+
+KEPT, DEFERRED = by_part(Feature.KEPT_MOE), by_part(Feature.DEFERRED_MOE)
+FORWARD, FULL, DEFERRING = (by_part(first) for first in (Feature.FORWARD_MOE, Feature.FULL_MOE, Feature.DEFERRING_MOE))
+LEGS = tuple(Feature(Feature.ATTEND + leg) for leg in Leg)
+_WORK = slice(Feature.FORWARD_MOE, Feature.ATTEND_BACK + 1)
+_SUMMED = (Feature.OUTPUT, Feature.GRADIENT, Feature.INCOMING, Feature.STREAM, *KEPT[:2])
+# A layer with experts before and after each of its steps in a pair, beside the stream.
+_STANDS = {
+    Leg.ATTEND: ((), (Feature.AFTER_ATTEND,)),
+    Leg.ROUTE: ((Feature.AFTER_ATTEND,), (Feature.AFTER_ROUTE,)),
+    Leg.COMPUTE: ((Feature.AFTER_ROUTE,), (Feature.AFTER_COMPUTE,)),
+    Leg.MERGE: ((Feature.AFTER_COMPUTE,), (Feature.KEPT_MOE,)),
+    Leg.SPLIT: ((Feature.KEPT_MOE,), (Feature.AFTER_SPLIT,)),
+    Leg.COMPUTE_BACK: ((Feature.AFTER_SPLIT,), (Feature.AFTER_COMPUTE_BACK, Feature.DEFERRED_COMPUTE_BACK)),
+    Leg.ATTEND_BACK: ((Feature.AFTER_COMPUTE_BACK,), (Feature.DEFERRED_ATTEND_BACK,)),
+}
+_WITH_STREAM = {Leg.ATTEND: (1, 0), Leg.MERGE: (0, 1), Leg.SPLIT: (1, 0), Leg.ATTEND_BACK: (0, 1)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +113,12 @@ class Pipeline:
     layers: tuple[bool, ...]
     layer_split: tuple[int, ...] = ()
     predictions: int = 0
+
+    @property
+    def parts(self) -> list[tuple[Part, ...]]:
+        """The parts of every stage."""
+        stages = self.pipeline_parallel * self.virtual_stages
+        return parts_of_stages(self.layers, stages, self.layer_split, self.predictions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,26 +144,21 @@ class Instants:
 @lru_cache(maxsize=8192)
 def instants(pipeline: Pipeline, *, by_rank: bool = False) -> Instants:
     """The instants of every class of ranks; `by_rank` keeps every rank a class of its own."""
-    stages = split_layers(
-        len(pipeline.layers), pipeline.pipeline_parallel * pipeline.virtual_stages, pipeline.layer_split
-    )
+    parts = pipeline.parts
     found = growth(pipeline.schedule, pipeline.pipeline_parallel, pipeline.virtual_stages, pipeline.microbatches)
     counts, work = found.at(pipeline.microbatches), found.work
     chunks = found.stages_of
-    holds = [_holds(pipeline, stages, chunks[rank]) for rank in range(pipeline.pipeline_parallel)]
+    holds = [_holds(parts, chunks[rank], pipeline.predictions) for rank in range(pipeline.pipeline_parallel)]
     kinds = holds if by_rank else sorted(set(holds))
     class_of = tuple(range(len(holds))) if by_rank else tuple(map(kinds.index, holds))
     rows: list[list[NDArray]] = [[] for _ in kinds]
-    kinds_of = [[MOE if pipeline.layers[layer] else DENSE for layer in layers] for layers in stages]
-    kinds_of[-1] += [PREDICTION] * pipeline.predictions
     for (rank, kind, stage, beside), count in zip(work, counts, strict=True):
-        base = _held(kinds_of, chunks[rank], count)
-        if kind is Kind.FORWARD:
-            rows[class_of[rank]].append(_with(base, {_forward(kinds_of[stage][-1]): 1}))
-        elif beside >= 0:
-            rows[class_of[rank]] += _in_turn(kinds_of, base, stage, beside)
+        walk = _Walk(parts, _held(parts, chunks[rank], count))
+        if beside >= 0:
+            walk.pair(beside, stage)
         else:
-            rows[class_of[rank]] += _backward(kinds_of, base, stage, defers=kind is Kind.INPUT_GRAD)
+            walk.alone(stage, kind)
+        rows[class_of[rank]] += walk.found
     best = [_largest(np.unique(np.array(each), axis=0)) for each in rows]
     return Instants(
         features=np.concatenate(best).astype(np.float64),
@@ -123,110 +169,109 @@ def instants(pipeline: Pipeline, *, by_rank: bool = False) -> Instants:
     )
 
 
-def _holds(pipeline: Pipeline, stages: list[range], chunks: tuple[int, ...]) -> tuple[int, ...]:
-    layers = [pipeline.layers[layer] for stage in chunks for layer in stages[stage]]
-    last = int(len(stages) - 1 in chunks)
-    return sum(layers), len(layers) - sum(layers), int(0 in chunks), last, last * pipeline.predictions
+class _Walk:
+    """One action, counting: `state` before it is what the rank holds while it runs, as the schedule sees it."""
+
+    def __init__(self, parts: Sequence[Sequence[Part]], state: NDArray[np.int64]):
+        self.parts, self.state = parts, state
+        self.found: list[NDArray[np.int64]] = []
+
+    def alone(self, stage: int, kind: Kind) -> None:
+        """A forward, B or I; of parts in a row that are alike the first and the last."""
+        forward = kind is Kind.FORWARD
+        self._begin(stage, forward=forward)
+        order = steps(self.parts[stage], forward=forward)
+        for i, step in enumerate(order):
+            inner = 0 < i < len(order) - 1 and order[i - 1].part is step.part is order[i + 1].part
+            self._take(step, defers=kind is Kind.INPUT_GRAD, noted=not inner)
+
+    def pair(self, ahead: int, behind: int) -> None:
+        """A forward of stage `ahead` and a backward of stage `behind`, whose weight gradients run in between."""
+        self._begin(ahead, forward=True)
+        self._begin(behind, forward=False)
+        owed: list[Feature] = []
+        for step in in_turn(turns(self.parts[ahead], forward=True), turns(self.parts[behind], forward=False)):
+            if step is None:
+                self._add(owed, -1)
+                owed = []
+            else:
+                owed += self._take(step, defers=True, noted=True)
+
+    def _begin(self, stage: int, *, forward: bool) -> None:
+        """Before the first step: a message becomes the stream; a forward has kept and made nothing yet."""
+        first, last = stage == 0, stage == len(self.parts) - 1
+        if forward:
+            self._add([KEPT[part] for part in self.parts[stage]], -1)
+            self.state[Feature.OUTPUT] -= not last
+            self.state[Feature.STREAM] += not first
+        else:
+            self.state[Feature.INCOMING] -= not last
+            self.state[Feature.STREAM] += not last
+
+    def _take(self, step: Step, *, defers: bool, noted: bool) -> tuple[Feature, ...]:
+        """One step; what its weight gradients hold from now on."""
+        if step.leg is None:
+            before, after, deferred = _ends_of(step, self.state[Feature.STREAM])
+            deferred = deferred if defers else ()
+            work = (FORWARD if step.forward else DEFERRING if defers else FULL)[step.part]
+        else:
+            stands, then = _STANDS[step.leg]
+            takes, leaves = _WITH_STREAM.get(step.leg, (0, 0))
+            deferred = tuple(each for each in then if each in _WAITING)
+            before = stands + (Feature.STREAM,) * takes
+            after = tuple(each for each in then if each not in _WAITING) + (Feature.STREAM,) * leaves
+            work = LEGS[step.leg]
+        self._add(before, -1)
+        if noted:
+            row = self.state.copy()
+            row[work] += 1
+            self.found.append(row)
+        self._add((*after, *deferred), 1)
+        return deferred
+
+    def _add(self, features: Iterable[Feature], times: int) -> None:
+        for feature in features:
+            self.state[feature] += times
 
 
-def _backward(kinds_of: list[list[int]], base: NDArray, stage: int, *, defers: bool) -> list[NDArray]:
-    """The instants of a backward alone: the loss, and the first and last of all layers in a row that are alike."""
-    found, here = [], kinds_of[stage]
-    base = _enter(kinds_of, base, stage, found, defers=defers)
-    for position in range(len(here) - 1, -1, -1):
-        kind = here[position]
-        if position in (0, len(here) - 1) or not here[position - 1] == kind == here[position + 1]:
-            found.append(_with(base, {_work(kind, defers): 1}))
-        base = _with(base, {_kept(kind): -1, _deferred(kind): int(defers)})
-        if kind == PREDICTION:
-            base = _with(base, {Feature.KEPT_JOIN: -1, Feature.DEFERRED_JOIN: int(defers)})
-            base = _enter(kinds_of, base, stage, found, defers=defers)
-    return found
+_WAITING = (Feature.DEFERRED_COMPUTE_BACK, Feature.DEFERRED_ATTEND_BACK)
 
 
-def _in_turn(kinds_of: list[list[int]], base: NDArray, stage: int, beside: int) -> list[NDArray]:
-    """The instants of a backward whose layers alternate with those of a forward.
-
-    Weight gradients run in between: those of one layer at a time wait.
-    """
-    found, last = [], len(kinds_of) - 1
-    back, forward = kinds_of[stage][::-1], kinds_of[beside]
-    dense, predictions = forward.count(DENSE), forward.count(PREDICTION)
-    not_yet = {Feature.KEPT_MOE: dense - len(forward), Feature.KEPT_DENSE: -dense}
-    heads = {Feature.KEPT_HEAD: -(beside == last) - predictions, Feature.KEPT_JOIN: -predictions}
-    base = _with(base, not_yet | heads)
-    base = _enter(kinds_of, base, stage, found, defers=True)
-    for turn in range(max(len(back), len(forward))):
-        if turn < len(forward):
-            base = _with(base, {_kept(forward[turn]): 1} | _ends(forward[turn], 1))
-        if turn < len(back):
-            waiting = {_deferred(back[turn - 1]): 1} if turn else {}
-            found.append(_with(base, waiting | {_work(back[turn], defers=True): 1}))
-            base = _with(base, {_kept(back[turn]): -1} | _ends(back[turn], -1))
-    base = _with(base, {Feature.KEPT_HEAD: beside == last})
-    return [*found, _with(base, {_deferred(back[-1]): 1, _forward(forward[-1]): 1})]
+def _ends_of(step: Step, streams: int) -> tuple[tuple[Feature, ...], tuple[Feature, ...], tuple[Feature, ...]]:
+    """What a whole part takes over, what it leaves, and what it leaves to its weight gradients."""
+    part, stream = step.part, (Feature.STREAM,)
+    if step.forward:
+        takes = () if part in (Part.EMBEDDING, Part.JOIN) else stream
+        return takes, (KEPT[part], *(() if part is Part.HEAD else stream)), ()
+    # A head adds its gradient to that of the predictions behind it.
+    takes = () if part is Part.HEAD else stream
+    leaves = () if part is Part.EMBEDDING or (part is Part.HEAD and streams) else stream
+    return (KEPT[part], *takes), leaves, (DEFERRED[part],)
 
 
-def _ends(kind: int, change: int) -> dict[Feature, int]:
-    """What a layer of multi-token prediction has beside itself."""
-    return {Feature.KEPT_JOIN: change, Feature.KEPT_HEAD: change} if kind == PREDICTION else {}
+def _holds(parts: Sequence[Sequence[Part]], chunks: tuple[int, ...], predictions: int) -> tuple[int, ...]:
+    """Layers with experts and without, embedding, head and predictions."""
+    held = [part for stage in chunks for part in parts[stage]]
+    last = int(len(parts) - 1 in chunks)
+    return held.count(Part.MOE) - last * predictions, held.count(Part.DENSE), int(0 in chunks), last, last * predictions
 
 
-def _enter(kinds_of: list[list[int]], base: NDArray, stage: int, found: list[NDArray], *, defers: bool) -> NDArray:
-    """What is held when a backward reaches its first layer; on the last stage it passes the loss before."""
-    if stage == len(kinds_of) - 1:
-        found.append(_with(base, {Feature.LOSS: 1}))
-        return _with(base, {Feature.KEPT_HEAD: -1, Feature.DEFERRED_HEAD: int(defers)})
-    return _with(base, {Feature.INCOMING: -1})  # the gradient that came is part of the work in progress
-
-
-def _kept(kind: int) -> Feature:
-    return Feature.KEPT_DENSE if kind == DENSE else Feature.KEPT_MOE
-
-
-def _deferred(kind: int) -> Feature:
-    return Feature.DEFERRED_DENSE if kind == DENSE else Feature.DEFERRED_MOE
-
-
-def _forward(kind: int) -> Feature:
-    return Feature.FORWARD_DENSE if kind == DENSE else Feature.FORWARD_MOE
-
-
-def _work(kind: int, defers: bool) -> Feature:
-    if kind == DENSE:
-        return Feature.DENSE_I if defers else Feature.DENSE_B
-    return Feature.MOE_I if defers else Feature.MOE_B
-
-
-def _held(kinds_of: list[list[int]], chunks: tuple[int, ...], count: NDArray) -> NDArray:
-    """The counts of chunks as counts of layers and ends."""
+def _held(parts: Sequence[Sequence[Part]], chunks: tuple[int, ...], count: NDArray) -> NDArray[np.int64]:
+    """The counts of chunks as counts of parts."""
     features = np.zeros(len(Feature), dtype=np.int64)
     for c, stage in enumerate(chunks):
-        kinds = kinds_of[stage]
-        dense, predictions = kinds.count(DENSE), kinds.count(PREDICTION)
-        heads = (stage == len(kinds_of) - 1) + predictions
-        ends = np.array((len(kinds) - dense, dense, heads, stage == 0), dtype=np.int64)
-        features[[Feature.KEPT_JOIN, Feature.DEFERRED_JOIN]] += predictions * count[[c, len(chunks) + c]]
-        features[Feature.KEPT_MOE : Feature.KEPT_EMBEDDING + 1] += count[c] * ends
-        features[Feature.DEFERRED_MOE : Feature.DEFERRED_EMBEDDING + 1] += count[len(chunks) + c] * ends
-    outputs, gradients, incoming, received = count[2 * len(chunks) :]
-    features[Feature.OUTPUT : Feature.INCOMING + 1] = outputs, gradients, incoming
-    features[Feature.RECEIVED] = received
+        each = np.bincount(parts[stage], minlength=len(Part))
+        features[list(KEPT)] += count[c] * each
+        features[list(DEFERRED)] += count[len(chunks) + c] * each
+    features[Feature.OUTPUT : Feature.RECEIVED + 1] = count[2 * len(chunks) :]
     return features
-
-
-def _with(features: NDArray, changes: dict[Feature, int]) -> NDArray:
-    changed = features.copy()
-    for feature, change in changes.items():
-        changed[feature] += change
-    return changed
 
 
 def _largest(features: NDArray) -> NDArray:
     """The rows that no other exceeds or equals in every number; activations are at least as large as a message."""
     measure = features.copy()
     measure[:, Feature.OUTPUT] = features[:, _SUMMED].sum(axis=1)
-    measure[:, [Feature.GRADIENT, Feature.INCOMING, Feature.RECEIVED]] = 0
+    measure[:, [Feature.GRADIENT, Feature.INCOMING, Feature.STREAM, Feature.RECEIVED]] = 0
     order = np.lexsort((*features.T, -measure.sum(axis=1)))
     kept: list[int] = []
     for row in order:

@@ -7,7 +7,6 @@ is their product. The peak is the maximum over all instants of all ranks, not th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,20 @@ from numpy.typing import NDArray
 
 from pipermoe.resources.activations.ends import embedding_memory, head_memory, join_memory
 from pipermoe.resources.activations.layers import dense_layer, moe_layer
-from pipermoe.resources.activations.sizes import RUNTIME, MemoryProfile, Moment, Recompute, sizes_of
-from pipermoe.resources.instants import Feature, Instants, Pipeline, instants
+from pipermoe.resources.activations.ledger import BIRTHS, Held, alone
+from pipermoe.resources.activations.sizes import RUNTIME, MemoryProfile, Recompute, sizes_of
+from pipermoe.resources.instants import (
+    DEFERRED,
+    DEFERRING,
+    FORWARD,
+    FULL,
+    KEPT,
+    LEGS,
+    Feature,
+    Instants,
+    Pipeline,
+    instants,
+)
 from pipermoe.resources.sharded_units import whole_unit_bytes
 from pipermoe.resources.stages import StageShapes
 from pipermoe.resources.states import StateElements, state_bytes
@@ -26,54 +37,53 @@ from pipermoe.specs.strategy_table import SCHEDULE_NAMES, StrategyTable
 from pipermoe.specs.train import TrainConfig
 
 
-@dataclass(frozen=True, slots=True)
-class Prices:
-    """Bytes per unit of every feature, (rows, features); `moments` are the instants of a work feature by category."""
-
-    total: NDArray[np.float64]
-    moments: dict[Feature, tuple[Moment, ...]]
-
-
 def prices(
     model: ModelSpec,
     train: TrainConfig,
     table: StrategyTable,
     profile: MemoryProfile = RUNTIME,
     imbalance: Any = 1.0,
-) -> Prices:
-    """The bytes of every row. They depend on the micro-batch, the degrees inside a stage and on recomputation only."""
+) -> NDArray[np.float64]:
+    """Bytes per unit of every feature: (rows, features). They depend on the micro-batch, the degrees inside a stage and
+    on recomputation only.
+    """
+    held = _held(model, train, table, profile, imbalance)
+    each = [np.broadcast_to(held[feature].total, len(table)) for feature in Feature]
+    return np.stack(each, axis=1).astype(np.float64)
+
+
+def _held(
+    model: ModelSpec, train: TrainConfig, table: StrategyTable, profile: MemoryProfile, imbalance: Any
+) -> dict[Feature, Held]:
+    """What a unit of every feature holds."""
     sizes, recompute = sizes_of(model, train, table, profile, imbalance), Recompute.of(table)
-    moe, dense = moe_layer(sizes, recompute), dense_layer(sizes, recompute)
-    head, embedding, join = head_memory(sizes), embedding_memory(sizes), join_memory(sizes, recompute)
-    zero, hidden = 0.0 * sizes.hidden, sizes.hidden
-    moments = {
-        Feature.FORWARD_MOE: (Moment(zero, zero, moe.forward),),
-        Feature.FORWARD_DENSE: (Moment(zero, zero, dense.forward),),
-        Feature.LOSS: (Moment(zero, zero, head.peak),),
-        Feature.MOE_B: moe.moments,
-        Feature.DENSE_B: dense.moments,
-        Feature.MOE_I: moe.deferring,
-        Feature.DENSE_I: dense.deferring,
+    hidden, moe = sizes.hidden, moe_layer(sizes, recompute)
+    # In the order of `turns.Part`.
+    parts = (moe, dense_layer(sizes, recompute), head_memory(sizes), embedding_memory(sizes))
+    parts = (*parts, join_memory(sizes, recompute))
+    found = {
+        Feature.OUTPUT: Held(activations=hidden),
+        Feature.GRADIENT: Held(temporary=hidden),
+        Feature.INCOMING: Held(communication=hidden),
+        Feature.RECEIVED: Held(activations=-hidden, communication=hidden),
+        Feature.STREAM: Held(activations=hidden),
     }
-    each = {
-        Feature.KEPT_MOE: moe.kept,
-        Feature.KEPT_DENSE: dense.kept,
-        Feature.KEPT_HEAD: head.kept,
-        Feature.KEPT_EMBEDDING: embedding.kept,
-        Feature.DEFERRED_MOE: moe.deferred,
-        Feature.DEFERRED_DENSE: dense.deferred,
-        Feature.DEFERRED_HEAD: head.deferred,
-        Feature.DEFERRED_EMBEDDING: embedding.deferred,
-        Feature.OUTPUT: hidden,
-        Feature.GRADIENT: hidden,
-        Feature.INCOMING: hidden,
-        Feature.RECEIVED: zero,
-        Feature.KEPT_JOIN: join.kept,
-        Feature.DEFERRED_JOIN: join.deferred,
-        **{feature: np.max([m.extra + zero for m in those], axis=0) for feature, those in moments.items()},
+    for part, block in enumerate(parts):
+        found[KEPT[part]], found[DEFERRED[part]] = block.kept, block.deferred
+        for features, work in ((FORWARD, block.forward), (FULL, block.full), (DEFERRING, block.deferring)):
+            found[features[part]] = alone(work)
+    legs = (*moe.forward, *moe.deferring)
+    found |= {feature: step.peak for feature, step in zip(LEGS, legs, strict=True)}
+    attend, route, compute, _, split, compute_back, attend_back = legs
+    return found | {
+        Feature.AFTER_ATTEND: attend.held,
+        Feature.AFTER_ROUTE: route.held,
+        Feature.AFTER_COMPUTE: compute.held,
+        Feature.AFTER_SPLIT: split.held,
+        Feature.AFTER_COMPUTE_BACK: compute_back.held,
+        Feature.DEFERRED_COMPUTE_BACK: compute_back.deferred,
+        Feature.DEFERRED_ATTEND_BACK: attend_back.deferred,
     }
-    total = np.stack([np.broadcast_to(each[feature], zero.shape) for feature in Feature], axis=1)
-    return Prices(total.astype(np.float64), moments)
 
 
 def pipeline_of(model: ModelSpec, train: TrainConfig, table: StrategyTable, row: int = 0) -> Pipeline:
@@ -103,46 +113,19 @@ def rank_memory(
     imbalance: Any = 1.0,
 ) -> list[dict[MemoryCategory, int]]:
     """Bytes by category at the peak of every pipeline rank of a single strategy; their sum is the peak."""
-    priced = prices(model, train, table, profile, imbalance)
+    priced = _held(model, train, table, profile, imbalance)
+    births = np.array([[np.ravel(getattr(priced[feature], birth))[0] for feature in Feature] for birth in BIRTHS])
     found = instants(pipeline_of(model, train, table), by_rank=True)
     held = {name: np.asarray(each)[0] for name, each in state_bytes(states, train.recipe.state).items()}
     shapes = StageShapes(*found.holds.T)
     [whole] = whole_unit_bytes(model, shapes, table, train.recipe.state, defers=found.defers)
     worst = []
     for rank in range(len(found.holds)):
-        mine = found.features[found.owner == rank]
-        split = _by_category(mine[int(np.argmax(mine @ priced.total[0]))], priced)
-        split["communication"] += int(whole[rank])
-        worst.append({name: int(each[rank]) for name, each in held.items()} | split)
+        instant = births @ found.features[found.owner == rank].T
+        split = dict(zip(BIRTHS, instant[:, int(np.argmax(instant.sum(axis=0)))], strict=True))
+        split["communication"] += whole[rank]
+        worst.append({name: int(each[rank]) for name, each in held.items()} | {n: int(b) for n, b in split.items()})
     return worst
-
-
-def _by_category(feature: NDArray[np.float64], priced: Prices) -> dict[MemoryCategory, int]:
-    """The bytes of one instant of the first row by where they were born."""
-    price = priced.total[0]
-
-    def part(*features: Feature) -> float:
-        return float(sum(feature[f] * price[f] for f in features))
-
-    message = price[Feature.OUTPUT]
-    received = feature[Feature.RECEIVED] * message
-    kept = part(Feature.KEPT_MOE, Feature.KEPT_DENSE, Feature.KEPT_HEAD, Feature.KEPT_EMBEDDING, Feature.OUTPUT)
-    kept += part(Feature.KEPT_JOIN)
-    deferred = part(Feature.DEFERRED_JOIN) + part(
-        Feature.DEFERRED_MOE, Feature.DEFERRED_DENSE, Feature.DEFERRED_HEAD, Feature.DEFERRED_EMBEDDING
-    )
-    [work] = [f for f in priced.moments if feature[f]]
-    at = max(priced.moments[work], key=lambda moment: float(_first(moment.extra)))
-    activations = kept - received + deferred - _first(at.freed)
-    communication = received + part(Feature.INCOMING) + _first(at.communication)
-    temporary = part(Feature.GRADIENT) + _first(at.temporary)
-    if work in (Feature.FORWARD_MOE, Feature.FORWARD_DENSE):
-        activations, temporary = activations + _first(at.temporary), part(Feature.GRADIENT)
-    return {"activations": int(activations), "communication": int(communication), "temporary": int(temporary)}
-
-
-def _first(value: Any) -> float:
-    return float(np.ravel(value)[0])
 
 
 def worst(memory: Sequence[dict[MemoryCategory, int]]) -> int:

@@ -7,6 +7,7 @@ times each of them is held.
 from __future__ import annotations
 
 from functools import lru_cache
+from heapq import heappop, heappush
 from typing import NamedTuple
 
 import numpy as np
@@ -123,12 +124,33 @@ def _changes(schedule: Schedule, columns: Columns) -> tuple[Ints, Ints]:
 
     split, weights = (np.flatnonzero(columns.of_kind(kind)) for kind in (Kind.INPUT_GRAD, Kind.WEIGHT_GRAD))
     ends[split, chunks + kept[split]] = 1
-    ends[weights, chunks + kept[weights]] = -1
+    np.subtract.at(ends, (_weights_run(columns, weights), chunks + kept[weights]), 1)
     proof = proofs(schedule, columns)
     for kind, buffer in ((Kind.SEND_FORWARD, OUTPUTS), (Kind.SEND_BACKWARD, GRADIENTS)):
         proven = proof[columns.of_kind(kind)]
         np.subtract.at(ends[:, buffer], proven[proven >= 0], 1)
     return begins, ends
+
+
+def _weights_run(columns: Columns, weights: Ints) -> Ints:
+    """Where each of these W actions has run, by its place among all actions: there, or before, in a pair.
+
+    Beside the forward of a pair as many weight gradients run as its backward leaves behind, the first in order first.
+    """
+    runs = np.arange(len(columns.rank))
+    behind = (np.diff(columns.position, prepend=-1) == 0) & (np.diff(columns.rank, prepend=-1) == 0)
+    if not behind.any():
+        return runs[weights]
+    keys = np.stack([columns.rank, columns.stage, columns.microbatch], axis=1)
+    action = dict(zip(map(tuple, keys[weights].tolist()), weights.tolist(), strict=True))
+    split, paired = columns.of_kind(Kind.INPUT_GRAD), behind.tolist()
+    waiting: list[int] = []  # W actions whose I has run, a heap
+    for i in np.flatnonzero(split | behind | columns.of_kind(Kind.WEIGHT_GRAD)).tolist():
+        if split[i]:
+            heappush(waiting, action[tuple(keys[i].tolist())])
+        if waiting and (paired[i] or waiting[0] == i):
+            runs[heappop(waiting)] = i
+    return runs[weights]
 
 
 def _largest(work: Ints, counts: Ints) -> Ints:

@@ -1,35 +1,32 @@
-"""What attention keeps: from x to the norm before the feed-forward block."""
+"""Attention as a script: from x to the norm before the feed-forward block, and back."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from pipermoe.resources.activations.ledger import Ledger
 from pipermoe.resources.activations.sizes import STATISTIC_BYTES, Recompute, Sizes
-from pipermoe.specs.model import GroupedQueryAttention, LatentAttention
+from pipermoe.specs.model import Attention, GroupedQueryAttention, LatentAttention
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionMemory:
-    """`whole` is every tensor of the block, `kept` what recomputation leaves of it, `deferred` what its weight
-    gradients read: the inputs of its products and the gradients of their outputs.
+class AttentionTensors:
+    """`inside` lies between the norm and the output projection, `read` of it is read by weight gradients, as are
+    `written`, the gradients of the products' outputs. `core` are the gradients of the core's output and operands.
     """
 
-    whole: Any
-    kept: Any
-    deferred: Any
+    inside: Any
+    read: Any
+    written: Any
+    core: Any
 
 
-def attention_memory(sizes: Sizes, recompute: Recompute) -> AttentionMemory:
-    """x and its norm, the block inside, the residual h and its norm."""
+def attention_tensors(sizes: Sizes) -> AttentionTensors:
+    """Of either kind; without a fused core with the scores of every query and key."""
     attention = sizes.model.attention
-    latent = isinstance(attention, LatentAttention)
-    inside = _latent_kept(sizes, attention) if latent else _grouped_kept(sizes, attention)
-    inside = inside + _scores(sizes)
-    deferred = _latent_deferred(sizes, attention) if latent else _grouped_deferred(sizes, attention)
-    statistics = 2 * sizes.stream * STATISTIC_BYTES
-    kept = 4 * sizes.hidden + statistics - 2 * sizes.hidden * recompute.norm + inside * (1 - recompute.attention)
-    return AttentionMemory(4 * sizes.hidden + statistics + inside, kept, deferred)
+    found = _latent(sizes, attention) if isinstance(attention, LatentAttention) else _grouped(sizes, attention)
+    return replace(found, inside=found.inside + _scores(sizes) + _windows(sizes, attention))
 
 
 def _scores(sizes: Sizes) -> Any:
@@ -41,44 +38,117 @@ def _scores(sizes: Sizes) -> Any:
     return 2 * sizes.tokens_by(heads * sizes.seq_len) * sizes.profile.materialised_attention
 
 
-def _grouped_kept(sizes: Sizes, attention: GroupedQueryAttention) -> Any:
+def _windows(sizes: Sizes, attention: Attention) -> Any:
+    """What local attention adds, the mean over all layers: blocks' outputs are put together once more, and a sliding
+    block has a mask of its queries and the keys of two blocks (`modules/attention_core.py`).
+    """
+    local = sizes.model.local_attention
+    if local is None or sizes.seq_len <= local.size:
+        return 0
+    value = attention.v_head_dim if isinstance(attention, LatentAttention) else attention.head_dim
+    beyond = sizes.seq_len - local.size  # queries of all blocks but the first
+    short = sizes.seq_len % local.size
+    masks = (beyond * 2 * local.size - short * (local.size - short)) * (local.kind == "sliding") * sizes.element
+    share = sum(map(sizes.model.is_local, range(sizes.model.num_layers))) / sizes.model.num_layers
+    return share * (sizes.tokens_by(attention.num_heads * value) + masks)
+
+
+def _grouped(sizes: Sizes, attention: GroupedQueryAttention) -> AttentionTensors:
     """Queries and keys before their norm (if there is one) and after rotation; values; output and log-sum-exp."""
     query, key_value = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
     copies = 1 if attention.qk_norm == "none" else 2
     norms = {"none": 0, "head": attention.num_heads + attention.num_kv_heads, "full": 2, "l2": 2}[attention.qk_norm]
-    statistics = attention.num_heads + norms
-    return (
-        sizes.tokens_by((copies + 1) * query + (copies + 1) * key_value)
-        + sizes.tokens * statistics * STATISTIC_BYTES / sizes.tp
+    statistics = sizes.tokens * (attention.num_heads + norms) * STATISTIC_BYTES / sizes.tp
+    return AttentionTensors(
+        inside=sizes.tokens_by((copies + 1) * query + (copies + 1) * key_value) + statistics,
+        read=sizes.tokens_by(query),
+        written=sizes.tokens_by(query + 2 * key_value),
+        core=sizes.tokens_by(2 * query + 2 * key_value),
     )
 
 
-def _grouped_deferred(sizes: Sizes, attention: GroupedQueryAttention) -> Any:
-    """The normalised input and the three gradients behind it; the core's output and the gradient of the block's."""
-    query, key_value = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
-    return 2 * sizes.hidden + sizes.tokens_by(2 * query + 2 * key_value)
-
-
-def _latent_kept(sizes: Sizes, attention: LatentAttention) -> Any:
+def _latent(sizes: Sizes, attention: LatentAttention) -> AttentionTensors:
     """The query's and the key-value's short vectors before and after their norm; the expanded keys and values, of which
     the value part is used; rotated queries and keys of all heads; the output, once by heads as the core writes it and
-    once by tokens as the projection reads it; log-sum-exp.
+    once by tokens as the projection reads it; log-sum-exp. Short vectors are inputs of the second products and outputs
+    of the first.
     """
     heads, short_query = attention.num_heads, attention.q_lora_rank
+    query, value = heads * attention.query_key_dim, heads * attention.v_head_dim
     expanded = heads * (attention.qk_nope_head_dim + attention.v_head_dim)
-    short = 2 * short_query + 2 * attention.kv_lora_rank + attention.qk_rope_head_dim
+    read = short_query + attention.kv_lora_rank
+    short = 2 * read + attention.qk_rope_head_dim
     statistics = sizes.tokens * heads / sizes.tp + sizes.stream * (1 + (short_query > 0))
-    return (
-        sizes.stream_by(short)
-        + sizes.tokens_by(expanded + 2 * heads * (attention.query_key_dim + attention.v_head_dim))
-        + statistics * STATISTIC_BYTES
+    return AttentionTensors(
+        inside=sizes.stream_by(short) + sizes.tokens_by(expanded + 2 * (query + value)) + statistics * STATISTIC_BYTES,
+        read=sizes.stream_by(read) + sizes.tokens_by(value),
+        written=sizes.stream_by(short - read) + sizes.tokens_by(query + expanded),
+        core=sizes.tokens_by(2 * query + 2 * value),
     )
 
 
-def _latent_deferred(sizes: Sizes, attention: LatentAttention) -> Any:
-    """As for grouped queries; the short vectors are inputs of the second products and outputs of the first."""
-    heads, short_query = attention.num_heads, attention.q_lora_rank
-    short = 2 * short_query + 2 * attention.kv_lora_rank + attention.qk_rope_head_dim
-    query = heads * attention.query_key_dim
-    expanded = heads * (attention.qk_nope_head_dim + attention.v_head_dim)
-    return 2 * sizes.hidden + sizes.stream_by(short) + sizes.tokens_by(query + expanded + heads * attention.v_head_dim)
+def attend(work: Ledger, sizes: Sizes, recompute: Recompute) -> None:
+    """From x in hand to the residual h and its norm, both in hand beside what is kept."""
+    hidden, statistics = sizes.hidden, sizes.stream * STATISTIC_BYTES
+    inside, drops_norm = attention_tensors(sizes).inside, recompute.norm | recompute.full
+    normalise(work, sizes)
+    work.take(inside)
+    work.take(hidden)  # the output
+    work.drop(inside * (recompute.attention | recompute.full), (hidden + statistics) * drops_norm)
+    work.take(hidden)  # h
+    work.drop(hidden)
+    normalise(work, sizes)
+    work.drop(statistics * drops_norm)
+
+
+def attend_backward(work: Ledger, sizes: Sizes, recompute: Recompute) -> None:
+    """From the gradient of h in hand to that of x; all that attention kept, x included, is gone then."""
+    hidden, tensors, dropped = sizes.hidden, attention_tensors(sizes), recompute.attention | recompute.full
+    renormalise(work, sizes, recompute)
+    work.take(tensors.inside * recompute.attention)
+    work.take(tensors.core)
+    work.free(tensors.inside - tensors.read, dropped)
+    work.release_kept(tensors.read, dropped)
+    work.drop(tensors.core)
+    work.take(tensors.written)
+    work.take(hidden)
+    work.brief(2 * hidden)  # three projections' gradients of one input: the sum, the next one, and the sum of both
+    work.release(tensors.written)
+    drops_norm = recompute.norm | recompute.full
+    work.release_kept(hidden, drops_norm)
+    normalise_backward(work, sizes)
+    work.free(sizes.stream * STATISTIC_BYTES, drops_norm)
+    work.drop(hidden)
+    work.take(hidden)  # the sum of both ways
+    work.drop(hidden)
+    work.release(hidden)  # the gradient of h, which is that of the output
+    work.drop(hidden, of="activations")
+
+
+def normalise(work: Ledger, sizes: Sizes) -> None:
+    """A norm of the residual stream: the result and its statistics; beside them it works in fp32."""
+    work.brief(_exact(sizes), sizes.exact_hidden)
+    work.take(sizes.hidden, sizes.stream * STATISTIC_BYTES)
+    work.brief(_exact(sizes), _exact(sizes))
+
+
+def renormalise(work: Ledger, sizes: Sizes, recompute: Recompute) -> None:
+    """The same once more, where it was dropped and nothing larger is rebuilt."""
+    work.brief(_exact(sizes) * recompute.norm, sizes.exact_hidden * recompute.norm)
+    work.take((sizes.hidden + sizes.stream * STATISTIC_BYTES) * recompute.norm)
+
+
+def normalise_backward(work: Ledger, sizes: Sizes) -> None:
+    """From the gradient of a norm's result in hand to that of its input, also in hand; input and statistics go."""
+    exact = sizes.exact_hidden
+    work.take(exact, _exact(sizes))  # the normal values; the gradient in fp32
+    work.brief(exact)
+    work.take(exact)
+    work.brief(exact)
+    work.drop(exact, _exact(sizes))
+    work.drop(exact - sizes.hidden)  # rounded
+
+
+def _exact(sizes: Sizes) -> Any:
+    """A copy of the residual stream in fp32, where it is not in fp32 already."""
+    return sizes.exact_hidden * (sizes.element < STATISTIC_BYTES)

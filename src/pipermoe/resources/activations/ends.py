@@ -1,55 +1,101 @@
-"""What the two ends of the model keep: the tokens of the embedding; the logits and loss of the head; what multi-token
+"""The two ends of the model as scripts: the tokens of the embedding; the logits and loss of the head; what multi-token
 prediction puts between a head and the next layer.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
+from pipermoe.resources.activations.attention import normalise, normalise_backward
+from pipermoe.resources.activations.ledger import BlockMemory, Held, Ledger
 from pipermoe.resources.activations.sizes import INDEX_BYTES, STATISTIC_BYTES, Recompute, Sizes
 
 
-@dataclass(frozen=True, slots=True)
-class EndMemory:
-    """`kept` from forward to backward, `deferred` from I to W, `peak` what the backward of the loss holds on top."""
+def _block(forward: Ledger, kept: Held, backward: Callable[[Ledger], None], *, enters: Any = 0.0) -> BlockMemory:
+    """`enters` is the gradient with which the backward begins."""
+    forward.end_step()
+    works = [Ledger("temporary", kept + Held(temporary=enters), defers=defers) for defers in (False, True)]
+    for work in works:
+        backward(work)
+        work.end_step()
+    return BlockMemory(kept, *(tuple(work.steps) for work in (forward, *works)))
 
-    kept: Any
-    deferred: Any
-    peak: Any
 
-
-def embedding_memory(sizes: Sizes) -> EndMemory:
-    """The indices of the tokens; a deferred gradient of the table is that of its output."""
+def embedding_memory(sizes: Sizes) -> BlockMemory:
+    """The indices of the tokens; a deferred gradient of the table is that of its output. Rows are added in fp32."""
     tokens = sizes.tokens * INDEX_BYTES
-    return EndMemory(tokens, tokens + sizes.hidden, 0 * tokens)
+    work = Ledger("activations")
+    work.take(tokens, sizes.hidden)
+
+    def backward(work: Ledger) -> None:
+        if not work.defers:
+            work.brief(sizes.exact_hidden * (sizes.element < STATISTIC_BYTES))
+        work.release(sizes.hidden)
+        work.release(tokens, of="activations")
+
+    return _block(work, Held(tokens), backward, enters=sizes.hidden)
 
 
-def head_memory(sizes: Sizes) -> EndMemory:
+def head_memory(sizes: Sizes) -> BlockMemory:
     """x and its norm, the logits (overwritten by their gradient), log-sum-exp and targets.
 
     The loss is computed in fp32: logits of another format are kept in fp32 beside their own. In slices only one slice
     of logits exists at a time, and its gradients at once.
     """
-    profile, tokens = sizes.profile, sizes.tokens
-    element = profile.logits_bytes or 4
+    profile, tokens, hidden = sizes.profile, sizes.tokens, sizes.hidden
+    element = profile.logits_bytes or STATISTIC_BYTES
     vocabulary = -(-sizes.model.vocab_size // sizes.tp)
     logits = tokens * vocabulary * element / profile.loss_chunks
-    statistics = tokens * (2 * STATISTIC_BYTES + INDEX_BYTES)
-    gradient = tokens * vocabulary * sizes.element / profile.loss_chunks
-    return EndMemory(
-        kept=2 * sizes.hidden + logits + statistics,
-        deferred=sizes.hidden + gradient,
-        # The final norm's backward holds four hidden states; the logits' gradient overwrites the logits.
-        peak=4 * sizes.hidden + gradient * (sizes.element != element),
-    )
+    rounded = tokens * vocabulary * sizes.element / profile.loss_chunks  # as a product reads or writes them
+    differs = sizes.element != element
+    statistics = tokens * (STATISTIC_BYTES + INDEX_BYTES)
+    work = Ledger("activations")
+    work.take(hidden)
+    normalise(work, sizes)
+    work.take(rounded * differs)
+    work.take(logits, statistics)
+    work.drop(rounded * differs)
+
+    def backward(work: Ledger) -> None:
+        work.take(rounded * differs)
+        work.drop(logits * differs, statistics, of="activations")
+        if not work.defers and sizes.element < STATISTIC_BYTES:
+            work.brief(vocabulary * sizes.model.hidden_size * sizes.element)  # a product that is added in fp32
+        work.take(hidden)
+        work.release(rounded * differs)
+        work.release(logits * (1 - differs), hidden, of="activations")
+        normalise_backward(work, sizes)
+        work.drop(hidden)
+        work.drop(hidden, sizes.stream * STATISTIC_BYTES, of="activations")
+
+    return _block(work, work.now, backward)
 
 
-def join_memory(sizes: Sizes, recompute: Recompute) -> EndMemory:
+def join_memory(sizes: Sizes, recompute: Recompute) -> BlockMemory:
     """The embedded tokens and their indices, two norms' statistics, and both results side by side for the projection.
 
     The state before is the head's input, which that keeps.
     """
-    tokens, hidden = sizes.tokens * INDEX_BYTES, sizes.hidden
-    inside = (2 * hidden + 2 * sizes.stream * STATISTIC_BYTES) * (1 - recompute.full)
-    return EndMemory(kept=tokens + hidden + inside, deferred=tokens + 4 * hidden, peak=0 * tokens)
+    tokens, hidden, full = sizes.tokens * INDEX_BYTES, sizes.hidden, recompute.full
+    inside = 2 * hidden + 2 * sizes.stream * STATISTIC_BYTES
+    work = Ledger("activations")
+    work.take(tokens + hidden)
+    work.take(inside)
+    work.brief(2 * hidden)
+    work.drop(inside * full)
+    kept = work.now
+    work.take(hidden)
+
+    def backward(work: Ledger) -> None:
+        work.take(inside * full)
+        work.take(2 * hidden)
+        work.release_kept(2 * hidden, full)
+        work.release(hidden)  # the gradient of the output
+        normalise_backward(work, sizes)
+        work.release(hidden)  # to the embedded tokens
+        work.free(inside - 2 * hidden, full)
+        work.drop(hidden, of="activations")
+        work.release(tokens, of="activations")
+
+    return _block(work, kept, backward, enters=hidden)

@@ -1,144 +1,282 @@
-"""What a whole layer keeps, attention included, and the instants of its backward in which it needs most on top.
+"""A whole layer, attention included, as scripts of its forward and its backward.
 
-A layer with experts is cut at its all-to-alls: attend, experts, shared, merge (`runtime/pipeline/stage.py`).
+A layer with experts is cut at its all-to-alls (`runtime/pipeline/stage.py`). A forward attends, routes, computes and
+merges, a backward splits, computes and attends: between these steps other work may come.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from pipermoe.resources.activations.attention import attention_memory
-from pipermoe.resources.activations.carried import carried
-from pipermoe.resources.activations.sizes import (
-    INDEX_BYTES,
-    STATISTIC_BYTES,
-    BlockMemory,
-    Moment,
-    Recompute,
-    Sizes,
+from pipermoe.resources.activations.attention import (
+    attend,
+    attend_backward,
+    normalise_backward,
+    renormalise,
 )
+from pipermoe.resources.activations.journeys import Deduplicated, Plain
+from pipermoe.resources.activations.ledger import BlockMemory, Held, Ledger
+from pipermoe.resources.activations.sizes import INDEX_BYTES, STATISTIC_BYTES, Recompute, Sizes
+
+CLAMPED_FACTORS = 5  # tensors of a clamped product's backward beside its gradients; of a plain one silu(gate)
+
+
+@dataclass(frozen=True, slots=True)
+class FeedForward:
+    """The tensors inside of experts or an MLP, and masks of what is dropped after the forward.
+
+    `drops_inside` and `drops_gated` are of selective recomputation: what it rebuilds stays to the block's end.
+    """
+
+    gate_up: Any
+    gated: Any
+    full: Any
+    drops_inside: Any
+    drops_gated: Any = 0
+    factors: int = 1
+
+    def forward(self, work: Ledger, result: Any) -> None:
+        """The result in hand, beside what is kept."""
+        work.take(self.gate_up)
+        work.take(self.factors // 2 * self.gated + self.gated)
+        work.drop(self.factors // 2 * self.gated, self.gate_up * self.drops_inside)
+        work.take(result)
+        work.drop(self.gated * (self.drops_inside | self.drops_gated | self.full), self.gate_up * self.full)
+
+    def backward(self, work: Ledger, result: Any, early: Any = 0) -> None:
+        """From the gradient of the result to that of the input, which has the size `result`.
+
+        `early` is a gradient of the result that goes as soon as its one product has read it.
+        """
+        some = self.drops_inside | self.drops_gated
+        work.take(self.gate_up * self.drops_inside, self.gated * some)
+        work.take(self.gated)
+        work.release(early)
+        work.release(self.gated * (1 - (some | self.full)), of="activations")
+        work.release(self.gated * self.full)
+        work.take(self.gate_up)
+        work.brief(self.factors * self.gated)
+        work.drop(self.gated)
+        work.free(self.gate_up, self.drops_inside | self.full)
+        work.take(result)
+        work.release(self.gate_up, self.gated * some)
 
 
 def moe_layer(sizes: Sizes, recompute: Recompute) -> BlockMemory:
-    """Attention and a mixture of experts."""
-    moe, hidden, stream, full = sizes.model.moe, sizes.hidden, sizes.stream, recompute.full
-    width = moe.expert_width / sizes.etp
-    rows, arrived = sizes.rows * sizes.model.hidden_size * sizes.element, sizes.arriving_by(sizes.model.hidden_size)
-    gate_up, gated = sizes.arriving_by((moe.expert_matrices - 1) * width), sizes.arriving_by(width)
-    attend = attention_memory(sizes, recompute)
-    router = stream * (moe.num_experts + moe.top_k + moe.router.normalize_top_k) * STATISTIC_BYTES
-    choices = sizes.rows * INDEX_BYTES
-    weights = sizes.rows * sizes.element
-    travels = sizes.ep > 1
-    sorts = travels & (sizes.local_experts > 1)  # rows that arrive from several ranks are sorted by expert
-    way = carried(sizes)
-    has_shared = moe.shared_width > 0
-    shared, to_shared = _shared(sizes), hidden * has_shared  # the gradient that waits for that of the routed experts
-    keeps_gate_up, keeps_gated = 1 - recompute.experts, 1 - (recompute.experts | recompute.moe_act)
-    # A piece of its own, shared experts keep their normalised input: another one than what attention rebuilds.
-    shared_input = to_shared * (recompute.norm | recompute.full)
-    shared_kept = shared * (1 - recompute.shared_experts) + to_shared * recompute.norm
-    inside = gate_up * keeps_gate_up + gated * keeps_gated
-    in_graph = way.inputs + way.expanded + inside
-    kept = attend.kept + router + choices + way.places + in_graph + way.results + way.returned + shared_kept
-    kept_full = hidden + way.places + way.inputs + way.returned + to_shared
-    # Inputs and output gradients: of both products of experts and shared experts; then those of router and attention.
-    behind_experts = 2 * arrived + gate_up + gated + shared + to_shared
-    behind_router = hidden + stream * moe.num_experts * sizes.element
-    deferred = behind_experts + shared_input + attend.deferred + behind_router
-    rebuilt = gate_up * (1 - keeps_gate_up) + gated * (1 - keeps_gated)
-    # The gated product's backward: its gradient, the result, silu(gate); clamped, both factors before and after.
-    product = hidden + to_shared + weights + arrived + gate_up + (6 if moe.swiglu_limit else 2) * gated
-    at_attend = 4 * hidden + weights  # the gradients of h, of its norm and of its sum, and one in the making
-    # The merge multiplies its gradient by weights and by rows; then it travels. Or copies of it do, and experts begin
-    # with the products of their weighted sums.
-    merging = (
-        Moment(0, 0, hidden + 2 * rows),
-        Moment(way.returned, (rows + arrived) * travels, hidden + weights + arrived * sorts),
-    )
-    summing = (
-        Moment(0, 2 * way.landed, hidden),
-        Moment(shared_kept + way.results / 2, way.landed, hidden + to_shared + 3 * arrived + rebuilt),
-    )
-    moments = (
-        *_choose(way.once, summing, merging),
-        # What is rebuilt stays to the end.
-        Moment(way.returned + way.results + gated * keeps_gated + shared_kept, way.landed, product + rebuilt),
-        Moment(in_graph + way.results + way.returned + shared_kept, 0, at_attend + attend.whole - attend.kept),
-    )
-    rebuilding = (
-        Moment(0, 2 * way.landed, hidden),
-        Moment(to_shared, way.landed, hidden + to_shared + 5 * arrived + gate_up + gated),
-    )
-    of_full = (
-        *_choose(way.once, rebuilding, (Moment(0, 0, hidden + 3 * rows), merging[1])),
-        Moment(way.returned + to_shared, way.landed, product + gate_up + way.expanded),
-        Moment(way.returned + way.inputs + to_shared, 0, at_attend + to_shared + attend.whole + router + choices),
-    )
-    return BlockMemory(
-        kept=_either(full, kept_full, kept),
-        deferred=deferred,
-        forward=way.forward,
-        moments=_choose(full, of_full, moments),
-        deferring=_choose(
-            full,
-            (
-                *of_full[:2],
-                _plus(of_full[2], gated + shared + to_shared),
-                _plus(of_full[3], behind_experts + shared_input + behind_router),
-            ),
-            (
-                *moments[:2],
-                _plus(moments[2], gated * keeps_gated + shared),
-                _plus(moments[3], behind_experts + shared_input + behind_router),
-            ),
-        ),
-    )
+    """Attention and a mixture of experts, by the dispatcher of each strategy; within a single rank all is plain."""
+    plain = _moe_layer(sizes, recompute, Plain(sizes, recompute))
+    once = (sizes.ep > 1) & np.asarray(sizes.deduplicated)
+    if not np.any(once):
+        return plain
+    return _moe_layer(sizes, recompute, Deduplicated(sizes, recompute)).where(once, plain)
 
 
-def _plus(moment: Moment, waiting: Any) -> Moment:
-    """The same instant when tensors that a full backward has freed by then wait for their weight gradients."""
-    return Moment(moment.freed, moment.communication, moment.temporary + waiting)
+def _moe_layer(sizes: Sizes, recompute: Recompute, way: Plain | Deduplicated) -> BlockMemory:
+    forward = _moe_forward(sizes, recompute, way)
+    backward = (_moe_backward(sizes, recompute, way, forward.now, defers=defers) for defers in (False, True))
+    return BlockMemory(forward.now, *(tuple(work.steps) for work in (forward, *backward)))
 
 
-def _shared(sizes: Sizes) -> Any:
-    """Shared experts: gate and up in one tensor, their product, and with an output gate its value and the output."""
+def _moe_forward(sizes: Sizes, recompute: Recompute, way: Plain | Deduplicated) -> Ledger:
+    hidden, full, choices = sizes.hidden, recompute.full, sizes.rows * INDEX_BYTES
+    work = Ledger("activations")
+    work.take(hidden)
+    attend(work, sizes, recompute)
+    work.take(_scores(sizes), choices, way.weights)
+    work.drop(_scores(sizes) * full)
+    work.end_step()
+
+    work.take(way.places)
+    way.depart(work)
+    work.end_step()
+
+    has_shared = int(sizes.model.moe.shared_width > 0)
+    if has_shared:
+        _shared_forward(work, sizes, recompute)
+    work.drop(hidden * (recompute.norm | full) * (1 - has_shared))  # what was sent, if nothing else reads it
+    way.arrive(work)
+    way.unpack(work)
+    _experts(sizes, recompute).forward(work, way.arrived)
+    way.pack(work)
+    way.leave(work)
+    work.end_step()
+
+    way.come_back(work)
+    way.merge(work)
+    work.drop(hidden * has_shared, (hidden + choices) * full)  # shared experts' results, the residual
+    work.end_step()
+    work.drop(hidden)  # the output, which is the next layer's
+    return work
+
+
+def _moe_backward(sizes: Sizes, recompute: Recompute, way: Plain | Deduplicated, kept: Held, *, defers: bool) -> Ledger:
+    hidden, has_shared = sizes.hidden, int(sizes.model.moe.shared_width > 0)
+    work = Ledger("temporary", kept + Held(temporary=hidden), defers=defers)
+    way.split(work)
+    work.end_step()
+
+    if has_shared:
+        _shared_backward(work, sizes, recompute)
+    way.arrive(work)
+    experts = _experts(sizes, recompute)
+    way.rebuild(work, experts.gate_up + experts.gated)
+    way.unpack_backward(work)
+    experts.backward(work, way.arrived, way.early)
+    way.pack_backward(work)
+    way.leave(work)
+    work.end_step()
+
+    way.come_back(work)
+    way.gather(work)
+    _rebuild_attention(work, sizes, recompute, _scores(sizes))
+    _router_backward(work, sizes, recompute)
+    attend_backward(work, sizes, recompute)
+    work.drop(hidden, hidden * has_shared, way.weights)
+    reads_gradient = has_shared * (1 - sizes.model.moe.shared_gate)
+    work.release(hidden * reads_gradient)
+    work.drop(hidden * (1 - reads_gradient))
+    work.drop(way.places, sizes.rows * INDEX_BYTES * (1 - recompute.full), of="activations")
+    work.end_step()
+    return work
+
+
+def _scores(sizes: Sizes) -> Any:
+    """Of the router: every expert's, the chosen ones', their sum."""
     moe = sizes.model.moe
-    gated = (sizes.stream * sizes.element + sizes.hidden) * moe.shared_gate
-    return sizes.tokens_by(moe.expert_matrices * moe.shared_width) + gated
+    return sizes.stream * (moe.num_experts + moe.top_k + moe.router.normalize_top_k) * STATISTIC_BYTES
+
+
+def _experts(sizes: Sizes, recompute: Recompute) -> FeedForward:
+    moe = sizes.model.moe
+    width = moe.expert_width / sizes.etp
+    return FeedForward(
+        gate_up=sizes.arriving_by((moe.expert_matrices - 1) * width),
+        gated=sizes.arriving_by(width),
+        full=1 * recompute.full,
+        drops_inside=1 * recompute.experts,
+        drops_gated=1 * recompute.moe_act,
+        factors=CLAMPED_FACTORS if moe.swiglu_limit else 1,
+    )
+
+
+def _shared(sizes: Sizes, recompute: Recompute) -> FeedForward:
+    moe = sizes.model.moe
+    return FeedForward(
+        gate_up=sizes.tokens_by((moe.expert_matrices - 1) * moe.shared_width),
+        gated=sizes.tokens_by(moe.shared_width),
+        full=1 * recompute.full,
+        drops_inside=1 * recompute.shared_experts,
+    )
+
+
+def _shared_forward(work: Ledger, sizes: Sizes, recompute: Recompute) -> None:
+    """With an output gate its values and the output before it are kept beside the result."""
+    hidden, gate = sizes.hidden, sizes.stream * sizes.element
+    _shared(sizes, recompute).forward(work, hidden)
+    if sizes.model.moe.shared_gate:
+        work.take(gate, hidden)
+        work.drop((hidden + gate) * recompute.full)
+
+
+def _shared_backward(work: Ledger, sizes: Sizes, recompute: Recompute) -> None:
+    """The gradient of their input in hand, which waits for that of the routed experts."""
+    hidden, gate, full = sizes.hidden, sizes.stream * sizes.element, recompute.full
+    shared = _shared(sizes, recompute)
+    gates = int(sizes.model.moe.shared_gate)
+    work.take((shared.gate_up + shared.gated + hidden + gate * gates) * full)
+    work.brief(hidden * gates * full)
+    work.drop(hidden * (1 - gates) * full)
+    work.take(hidden * gates)
+    work.brief(hidden * gates)
+    work.free((hidden + gate) * gates, full)
+    work.take(gate * gates, hidden * gates)
+    shared.backward(work, hidden)
+    work.take(hidden * gates)
+    work.drop(2 * hidden * gates)
+    work.release(hidden * gates, gate * gates)
+    work.release(hidden * (recompute.norm | full), of="activations")
+
+
+def _rebuild_attention(work: Ledger, sizes: Sizes, recompute: Recompute, scores: Any) -> None:
+    """All of a piece that full recomputation has dropped."""
+    again = Ledger("temporary")
+    attend(again, sizes, Recompute())
+    work.take(again.now.temporary * recompute.full, sizes.hidden * recompute.full, scores * recompute.full)
+    work.drop(sizes.hidden * recompute.full)
+
+
+def _router_backward(work: Ledger, sizes: Sizes, recompute: Recompute) -> None:
+    """From the gradients of h, of its norm and of the weights in hand to all of h's, also in hand; h goes."""
+    hidden, logits = sizes.hidden, sizes.stream * sizes.model.moe.num_experts * sizes.element
+    work.free(_scores(sizes), recompute.full)
+    work.take(logits)
+    renormalise(work, sizes, recompute)
+    work.take(hidden)
+    work.release(logits, hidden * recompute.full)
+    work.release(hidden * (1 - (recompute.norm | recompute.full)), of="activations")
+    work.take(hidden)
+    work.drop(hidden)
+    _residual_backward(work, sizes, recompute)
+
+
+def _residual_backward(work: Ledger, sizes: Sizes, recompute: Recompute) -> None:
+    """From the gradient of h's norm in hand to that of h, of both ways; h goes, and its norm if it was rebuilt."""
+    hidden = sizes.hidden
+    normalise_backward(work, sizes)
+    work.drop(hidden)
+    work.release(hidden * recompute.norm)
+    work.free(hidden, recompute.full)
+    work.free(sizes.stream * STATISTIC_BYTES, recompute.norm | recompute.full)
+    work.take(hidden)
+    work.drop(hidden)
 
 
 def dense_layer(sizes: Sizes, recompute: Recompute) -> BlockMemory:
-    """Attention and a gated MLP, one piece."""
-    attend, width, hidden = attention_memory(sizes, recompute), sizes.model.dense_width, sizes.hidden
-    gate_up, gated = sizes.tokens_by((sizes.model.dense_matrices - 1) * width), sizes.tokens_by(width)
-    inside = (gate_up + gated) * (1 - recompute.dense_mlp)
-    backward = hidden + gate_up + 2 * gated
-    rebuilt = attend.whole - hidden + gate_up + gated
-    kept = attend.kept + inside
-    of_full = (Moment(0, 0, rebuilt - gated + backward),)
-    moments = (Moment(gated * (1 - recompute.dense_mlp), 0, backward + gate_up * recompute.dense_mlp),)
-    return BlockMemory(
-        kept=_either(recompute.full, hidden, kept),
-        deferred=attend.deferred + 2 * hidden + 2 * gate_up / (sizes.model.dense_matrices - 1) + gated,
-        forward=0 * hidden,
-        moments=_choose(recompute.full, of_full, moments),
-        deferring=tuple(
-            Moment(m.freed, m.communication, m.temporary + gated) for m in _choose(recompute.full, of_full, moments)
-        ),
+    """Attention and an MLP, one piece."""
+    forward = _dense_forward(sizes, recompute)
+    backward = (_dense_backward(sizes, recompute, forward.now, defers=defers) for defers in (False, True))
+    return BlockMemory(forward.now, *(tuple(work.steps) for work in (forward, *backward)))
+
+
+def _mlp(sizes: Sizes, recompute: Recompute) -> FeedForward:
+    matrices, width = sizes.model.dense_matrices, sizes.model.dense_width
+    return FeedForward(
+        gate_up=sizes.tokens_by((matrices - 1) * width),
+        gated=sizes.tokens_by(width),
+        full=1 * recompute.full,
+        drops_inside=1 * recompute.dense_mlp,
     )
 
 
-def _either(mask: Any, yes: Any, no: Any) -> Any:
-    return np.where(mask, yes, no)
+def _dense_forward(sizes: Sizes, recompute: Recompute) -> Ledger:
+    hidden, full = sizes.hidden, recompute.full
+    work = Ledger("activations")
+    work.take(hidden)
+    attend(work, sizes, recompute)
+    _mlp(sizes, recompute).forward(work, hidden)
+    work.drop(hidden * (recompute.norm | full))
+    work.take(hidden)  # the sum
+    work.drop(hidden, hidden * full)
+    work.end_step()
+    work.drop(hidden)  # the output, which is the next layer's
+    return work
 
 
-def _choose(mask: Any, yes: tuple[Moment, ...], no: tuple[Moment, ...]) -> tuple[Moment, ...]:
-    """The moments of each strategy; the shorter list repeats its first."""
-    pairs = zip(yes, (*no, *[no[0]] * (len(yes) - len(no))), strict=True)
-    return tuple(
-        Moment(*(_either(mask, getattr(y, f), getattr(n, f)) for f in ("freed", "communication", "temporary")))
-        for y, n in pairs
-    )
+def _dense_backward(sizes: Sizes, recompute: Recompute, kept: Held, *, defers: bool) -> Ledger:
+    hidden, mlp = sizes.hidden, _mlp(sizes, recompute)
+    work = Ledger("temporary", kept + Held(temporary=hidden), defers=defers)
+    _rebuild_attention(work, sizes, recompute, 0)
+    work.take((mlp.gate_up + mlp.gated) * recompute.full)
+    work.brief(2 * hidden * recompute.full)
+    renormalise(work, sizes, recompute)
+    mlp.backward(work, hidden)
+    work.release(hidden * recompute.full)
+    work.release(hidden * (1 - (recompute.norm | recompute.full)), of="activations")
+    _residual_backward(work, sizes, recompute)
+    attend_backward(work, sizes, recompute)
+    work.release(hidden)  # the gradient of the output
+    work.end_step()
+    return work

@@ -69,6 +69,11 @@ class Sizes:
         return self.stream * self.model.hidden_size * self.element
 
     @property
+    def exact_hidden(self) -> Any:
+        """The residual stream in fp32, in which norms work."""
+        return self.stream * self.model.hidden_size * STATISTIC_BYTES
+
+    @property
     def rows(self) -> Any:
         """Rows that leave this rank's tokens for experts."""
         return self.stream * self.model.moe.top_k
@@ -167,30 +172,3 @@ class Recompute:
             table.rebuilds("shared_experts"),
             table.rebuilds("dense_mlp"),
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Moment:
-    """One instant in the backward of a block: what it has freed of the kept tensors, and what it holds on top."""
-
-    freed: Any
-    communication: Any
-    temporary: Any
-
-    @property
-    def extra(self) -> Any:
-        return self.communication + self.temporary - self.freed
-
-
-@dataclass(frozen=True, slots=True)
-class BlockMemory:
-    """One layer: `kept` from forward to backward, `deferred` from an input gradient (I) to its weight gradient (W),
-    `forward` on top when its forward ends; the instants of its backward that can be the peak, in a full backward (B)
-    and in one whose weight gradients are deferred (I).
-    """
-
-    kept: Any
-    deferred: Any
-    forward: Any
-    moments: tuple[Moment, ...]
-    deferring: tuple[Moment, ...]

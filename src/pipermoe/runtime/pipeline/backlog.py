@@ -45,7 +45,8 @@ class Backlog:
                     if not isinstance(pending, Milestone):
                         self._taken[key] += 1
                         return action, queue.pop(place)
-            blocked.add(action.stage)
+            if key not in self._queues:  # still to come, while all of an open queue has run
+                blocked.add(action.stage)
         return None
 
     def finish(self, action: Action) -> None:
