@@ -11,11 +11,14 @@ from pipermoe.planner.search import Field
 from pipermoe.planner.space import job_space
 from pipermoe.resources.evaluate import peak_bytes, step_bound
 from pipermoe.resources.step import predict
+from pipermoe.specs import legality
+from pipermoe.specs.catalogue import load_model
 from pipermoe.specs.documents import load, save
 from pipermoe.specs.errors import NoPlanFits, UserError
 from pipermoe.specs.legality import EXECUTABLE
 from pipermoe.specs.plan import Plan
-from pipermoe.specs.strategy_table import SCHEDULE_NAMES
+from pipermoe.specs.runtimes import RUNTIMES, executed_by
+from pipermoe.specs.strategy_table import COLUMNS, SCHEDULE_NAMES
 from pipermoe.specs.strategy_text import strategy_text
 from pipermoe.specs.units import format_bytes, format_seconds
 
@@ -33,10 +36,16 @@ PART = {
 
 
 @pytest.mark.parametrize(
-    ("slots", "ranks", "budget", "rules"), [(2, 4, 9, EXECUTABLE), (4, 4, 100, ()), (8, 8, 6, EXECUTABLE)]
+    ("slots", "ranks", "budget", "runtimes"),
+    [
+        (2, 4, 9, (EXECUTABLE,)),
+        (4, 4, 100, ((),)),
+        (8, 8, 6, (EXECUTABLE,)),
+        (4, 4, 100, executed_by("megatron", MODEL, TRAIN)),
+    ],
 )
-def test_the_ranking_is_that_of_simulating_every_strategy(slots, ranks, budget, rules):
-    job = Job(MODEL, machine(ranks=ranks, compute_slots=slots), TRAIN, ranks, budget * MIB, rules=rules)
+def test_the_ranking_is_that_of_simulating_every_strategy(slots, ranks, budget, runtimes):
+    job = Job(MODEL, machine(ranks=ranks, compute_slots=slots), TRAIN, ranks, budget * MIB, runtimes=runtimes)
     field = Field.of(job)
     part = field.space.select(**PART)
     places = field.space.places(np.flatnonzero(part.heads), part)
@@ -51,6 +60,25 @@ def test_the_ranking_is_that_of_simulating_every_strategy(slots, ranks, budget, 
         report = predict(MODEL, job.platform, TRAIN, field.space.strategy(found.place))
         assert found.seconds == report.step_seconds
         assert found.peak_bytes == max(rank.peak_bytes for rank in report.ranks)
+
+
+@pytest.mark.parametrize("runtime", ["pipermoe", "megatron", "torchtitan", "deepspeed", "any"])
+def test_the_space_of_a_runtime_is_what_it_accepts_of_all_that_is_legal(runtime):
+    model, platform = load_model("qwen3-30b-a3b"), machine(ranks=4, compute_slots=4)
+    train = TRAIN.model_copy(update={"precision": "bf16", "seq_len": 64})
+    legal = job_space(Job(model, platform, train, 4, 2**40, runtimes=((),)))
+    everything = legal.table(legal.places(np.arange(len(legal.heads)), legal.select()))
+    names = RUNTIMES if runtime == "any" else [runtime]
+    judged = legality.Job(model, train, 4)
+    accepted = np.logical_or.reduce([RUNTIMES[name].accepts(everything, judged) for name in names])
+    limited = job_space(Job(model, platform, train, 4, 2**40, runtimes=executed_by(runtime, model, train)))
+    found = limited.table(limited.places(np.arange(len(limited.heads)), limited.select()))
+    rows = [
+        {tuple(getattr(table, name)[i] for name in COLUMNS) for i in range(len(table))}
+        for table in (everything.take(accepted), found)
+    ]
+    assert len(rows[0]) == limited.count(limited.select())
+    assert rows[0] == rows[1]
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -11,11 +12,11 @@ from pipermoe.export import export_plan
 from pipermoe.schedule.legality import SCHEDULE_EXISTS
 from pipermoe.specs.catalogue import load_model
 from pipermoe.specs.errors import UserError
-from pipermoe.specs.legality import LEGAL, Job, legal_mask
-from pipermoe.specs.runtimes import RUNTIMES, rules_of, runs_on
+from pipermoe.specs.legality import LEGAL, Job, columns_read, legal_mask
+from pipermoe.specs.runtimes import RUNTIMES, executed_by, runs_on
 from pipermoe.specs.runtimes.limits import sharding
 from pipermoe.specs.strategy import RECOMPUTE_MODULES, Strategy
-from pipermoe.specs.strategy_table import SCHEDULE_NAMES, StrategyTable
+from pipermoe.specs.strategy_table import COLUMNS, SCHEDULE_NAMES, StrategyTable
 from pipermoe.specs.train import TrainConfig
 
 SLOWLY = settings(deadline=None, max_examples=60)
@@ -88,14 +89,23 @@ def test_sharding_levels_of_rows_are_those_of_strategies(strategy):
     assert (alike[0], unsharded[0], level[0]) == (len(levels) < 2, not levels, max(levels, default=0))
 
 
-@SLOWLY
-@given(any_strategies(), MODELS)
-def test_any_runtime_is_one_of_them(strategy, name):
-    job = Job(load_model(name), TrainConfig(seq_len=1024, global_batch_size=64, precision="bf16"), strategy.world_size)
-    [somewhere] = rules_of("any")
-    assert somewhere.accepts(strategy, job) == bool(runs_on(job.model, job.train, strategy))
-    if not somewhere.accepts(strategy, job):
-        assert somewhere.sentence(strategy, job)[2]
+def test_columns_that_a_rule_reads_are_all_that_it_depends_on():
+    job = Job(load_model("qwen3-30b-a3b"), TrainConfig(seq_len=1024, global_batch_size=64, precision="bf16"), 8)
+    table = StrategyTable.of([Strategy()])
+    for runtime in RUNTIMES.values():
+        for rule in runtime.rules:
+            read = columns_read(rule, job)
+            other = {name: np.full(1, 99) for name in COLUMNS if name not in read and name != "layer_split"}
+            assert rule.holds(table.with_columns(**other), job).tolist() == rule.holds(table, job).tolist()
+    assert columns_read(RUNTIMES["megatron"].rules[2], job) == {"schedule"}
+
+
+def test_a_runtime_that_lacks_the_model_is_refused_and_any_leaves_it_out():
+    model, train = load_model("deepseek-v3.2"), TrainConfig(seq_len=1024, global_batch_size=64, precision="bf16")
+    with pytest.raises(UserError, match=r"^model.name = 'deepseek-v3.2': torchtitan 0.3.0: registers deepseek-v3, "):
+        executed_by("torchtitan", model, train)
+    assert executed_by("any", model, train) == executed_by("pipermoe", model, train)
+    assert len(executed_by("any", load_model("qwen3-30b-a3b"), train)) == 4
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -26,6 +27,7 @@ from pipermoe.specs.errors import UserError
 
 if TYPE_CHECKING:
     from pipermoe.planner.campaign import Goal
+    from pipermoe.specs.legality import Rule
     from pipermoe.specs.model import ModelSpec
     from pipermoe.specs.platform import Platform
     from pipermoe.specs.train import TrainConfig
@@ -90,7 +92,7 @@ def plan(
     run: RunOptions = WHOLE_RUN,
     pareto: Switch = False,
     plot: Path | None = None,
-    runtime: Literal["pipermoe", "any"] = "pipermoe",
+    runtime: Literal["pipermoe", "megatron", "torchtitan", "deepspeed", "any"] = "pipermoe",
     within: float = 0.0,
     top: int = 8,
     output: Output = Path("plan.toml"),
@@ -112,7 +114,8 @@ def plan(
     plot
         Draw that front into this file (.svg or .png).
     runtime
-        What has to run the plan: pipermoe itself, or any; then tensor and context parallelism are searched as well.
+        What has to execute the plan: pipermoe's own runtime, or, as a job of `pipermoe export`, Megatron-LM, torchtitan
+        or DeepSpeed; or any of them.
     within
         By how many per cent another strategy may be faster, which takes less to prove; 0 is none.
     top
@@ -129,13 +132,15 @@ def plan(
     from pipermoe.specs.catalogue import load_model
     from pipermoe.specs.documents import require_writable, save
     from pipermoe.specs.platform_file import load_platform
+    from pipermoe.specs.runtimes import executed_by
 
     require_writable(output)
     machine, spec = load_platform(platform), load_model(model)
     task, case, goal = job.train(machine), limits.limits(), run.goal()
     if run.target is not None and (ranks is not None or nodes is not None):
         raise UserError("--target finds the number of ranks: leave --gpus and --nodes out")
-    size = _size(spec, machine, task, number_of_ranks(machine, ranks, nodes), objective, goal, **case)
+    asked = number_of_ranks(machine, ranks, nodes)
+    size = _size(spec, machine, task, asked, objective, goal, runtimes=executed_by(runtime, spec, task), **case)
     how = "memory" if objective == "memory" else "step-time"
     with_front = pareto or plot is not None
     planning = find_plan(
@@ -158,17 +163,19 @@ def plan(
         write_picture(front_picture(planning.pareto, planning.plan.name), plot)
         note(f"Wrote {plot}", as_json=json)
     if not json:
-        note(_next_commands(output, planning.chosen.worst_rank), as_json=json)
+        note(_next_commands(output, planning.plan.runs_on, planning.chosen.worst_rank), as_json=json)
 
 
-def _next_commands(plan: Path, worst_rank: int) -> str:
-    """What a plan is for."""
-    commands = {
-        f"train --plan {plan}": "run it",
-        f"dryrun --plan {plan} --rank {worst_rank}": "the worst rank's exact bytes and FLOPs",
-        f"export megatron --plan {plan}": "or torchtitan, deepspeed, slurm",
-    }
-    width = max(map(len, commands))
+def _next_commands(plan: Path, runs_on: Sequence[str], worst_rank: int) -> str:
+    """What a plan is for, with what can execute it."""
+    commands = {}
+    if "pipermoe" in runs_on:
+        commands[f"train --plan {plan}"] = "run it"
+        commands[f"dryrun --plan {plan} --rank {worst_rank}"] = "the worst rank's exact bytes and FLOPs"
+    first, *others = [name for name in (*runs_on, "slurm") if name != "pipermoe"]
+    if runs_on:
+        commands[f"export {first} --plan {plan}"] = f"or {', '.join(others)}" if others else "a batch script"
+    width = max(map(len, commands), default=0)
     return "\n".join(f"  pipermoe {command:<{width}}  # {what}" for command, what in commands.items())
 
 
@@ -180,6 +187,7 @@ def _size(
     objective: str,
     goal: Goal | None,
     *,
+    runtimes: tuple[tuple[Rule, ...], ...],
     memory_budget_bytes: int | None,
     imbalance: float,
 ) -> int:
@@ -187,7 +195,7 @@ def _size(
     from pipermoe.planner.campaign import fewest_device_hours, fewest_ranks
     from pipermoe.planner.job import Job
 
-    job = Job(model, platform, train, ranks, memory_budget_bytes or platform.memory_budget_bytes, imbalance)
+    job = Job(model, platform, train, ranks, memory_budget_bytes or platform.memory_budget_bytes, imbalance, runtimes)
     if goal is not None and goal.seconds is not None:
         return fewest_ranks(job, goal)
     if objective != "device-hours":

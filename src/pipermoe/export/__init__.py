@@ -16,9 +16,9 @@ from pipermoe.specs.base import Frozen
 from pipermoe.specs.configuration import Configuration
 from pipermoe.specs.errors import UserError, describe_value
 from pipermoe.specs.legality import LEGAL, violations
-from pipermoe.specs.plan import Plan
+from pipermoe.specs.plan import Plan, RuntimeName
 from pipermoe.specs.platform import Platform
-from pipermoe.specs.runtimes import RUNTIMES, RuntimeName
+from pipermoe.specs.runtimes import RUNTIMES
 
 OWN: RuntimeName = "pipermoe"
 FILES: dict[RuntimeName, Callable[[Configuration, Cluster], dict[str, str]]] = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
-from typing import Literal
 
 from pipermoe.planner.campaign import Goal, campaign
 from pipermoe.planner.candidate import candidate
@@ -25,16 +24,13 @@ from pipermoe.resources.parameters import active_parameters, total_parameters
 from pipermoe.resources.priced import require_priced
 from pipermoe.resources.step import compute_slots, predict
 from pipermoe.specs.errors import UserError, describe_value
-from pipermoe.specs.legality import EXECUTABLE, Rule
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.plan import Plan
 from pipermoe.specs.platform import Platform
-from pipermoe.specs.runtimes import runs_on
+from pipermoe.specs.runtimes import Choice, executed_by, runs_on
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.train import TrainConfig
 
-Runtime = Literal["pipermoe", "any"]
-RULES_OF: dict[Runtime, tuple[Rule, ...]] = {"pipermoe": EXECUTABLE, "any": ()}
 ROUGHLY = 0.02  # how nearly the best for more memory, or another machine, is found
 
 
@@ -49,7 +45,7 @@ def find_plan(
     objective: Objective = "step-time",
     goal: Goal | None = None,
     pareto: bool = False,
-    runtime: Runtime = "pipermoe",
+    runtime: Choice = "pipermoe",
     within: float = 0.0,
     top: int = 8,
 ) -> PlanningResult:
@@ -61,7 +57,7 @@ def find_plan(
     `memory_budget_bytes` is what tensors of one rank may take at their peak; by default the platform's memory less what
     is reserved. `imbalance` is the busiest rank's rows over the mean. With a `goal`, the whole run of its tokens; with
     `pareto`, the front of time against memory. `runtime` is what has to run the plan. Raises UserError when the ranks
-    cannot be arranged, NoPlanFits when nothing fits the budget.
+    cannot be arranged or the runtime lacks the model, NoPlanFits when nothing fits the budget.
     """
     started = time.perf_counter()
     if top < 1:
@@ -114,7 +110,7 @@ def searched(
     world_size: int,
     memory_budget_bytes: int | None = None,
     imbalance: float = 1.0,
-    runtime: Runtime = "pipermoe",
+    runtime: Choice = "pipermoe",
     within: float = 0.0,
 ) -> Field:
     """The space of a job with its bounds. UserError where it has no price or its ranks no arrangement."""
@@ -124,9 +120,10 @@ def searched(
     if not 0 <= within < 1:
         raise UserError(describe_value("", "within", f"{within:.0%}", "must be at least 0 and less than 100 %"))
     require_priced(model, platform, train, world_size)
-    require_legal_world(model, train, world_size, RULES_OF[runtime])
+    runtimes = executed_by(runtime, model, train)
+    require_legal_world(model, train, world_size, runtimes)
     budget = memory_budget_bytes or platform.memory_budget_bytes
-    return Field.of(Job(model, platform, train, world_size, budget, imbalance, RULES_OF[runtime], within))
+    return Field.of(Job(model, platform, train, world_size, budget, imbalance, runtimes, within))
 
 
 def _explained(field: Field, chosen: Candidate) -> Explanation:

@@ -14,8 +14,8 @@ from pipermoe.specs.train import TrainConfig
 class Job:
     """Everything that a search is about; `imbalance` is the busiest rank's rows over the mean.
 
-    `rules` of a runtime limit the space, beside those of legality; by default this project's own. What is not simulated
-    may be faster than the last of a ranking by the share `tolerance` at most.
+    Beside those of legality a strategy obeys all rules of one of `runtimes`; by default of this project's own. What is
+    not simulated may be faster than the last of a ranking by the share `tolerance` at most.
     """
 
     model: ModelSpec
@@ -24,5 +24,5 @@ class Job:
     world_size: int
     memory_budget_bytes: int
     imbalance: float = 1.0
-    rules: tuple[Rule, ...] = EXECUTABLE
+    runtimes: tuple[tuple[Rule, ...], ...] = (EXECUTABLE,)
     tolerance: float = 0.0

@@ -116,7 +116,8 @@ def _changed(strategy: Strategy, axis: str, change: dict[str, Any]) -> Iterator[
 def compare(job: Job, neighbour: Neighbour, chosen: Candidate) -> Alternative | None:
     """What the neighbour costs more than the chosen one, or how much it lacks; None where nothing changes."""
     strategy = neighbour.strategy
-    runs = bool(legal_mask(StrategyTable.of([strategy]), job.model, job.train, job.world_size, job.rules)[0])
+    row = StrategyTable.of([strategy])
+    runs = any(legal_mask(row, job.model, job.train, job.world_size, rules)[0] for rules in job.runtimes)
     other = candidate(job, strategy, predict(job.model, job.platform, job.train, strategy, job.imbalance))
     if other.peak_bytes > job.memory_budget_bytes:
         more = {name: other.memory_bytes[name] - chosen.memory_bytes[name] for name in MEMORY_CATEGORIES}

@@ -26,11 +26,15 @@ from pipermoe.planner.job import Job
 from pipermoe.resources.kinds import distinct
 from pipermoe.schedule.legality import SCHEDULE_EXISTS
 from pipermoe.specs.errors import UserError, describe_value
-from pipermoe.specs.legality import EXECUTABLE, LEGAL, Rule, legal_mask
+from pipermoe.specs.legality import EXECUTABLE, LEGAL, Rule, columns_read, legal_mask
+from pipermoe.specs.legality import Job as LegalityJob
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.strategy_table import StrategyTable
 from pipermoe.specs.train import TrainConfig
+
+Runtimes = tuple[tuple[Rule, ...], ...]
+OTHER_COLUMNS = (*PIPELINE_COLUMNS, *TAIL_COLUMNS)  # than those of bodies
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,20 +91,48 @@ class Space:
 
 
 def job_space(job: Job, splits: tuple[tuple[int, ...], ...] = ((),)) -> Space:
-    """The space of all strategies of a job that obey the rules of legality and those of the job.
+    """The space of all strategies of a job that are legal and that one of its runtimes executes.
 
     `splits[n]` is the balanced cut into n stages, () where there is no better one than the even cut.
     """
     everything, pipelines = all_bodies(job.train, job.world_size), all_pipelines(job.platform, job.world_size)
     tails = all_tails(job.model, job.platform)
-    rules = (*LEGAL, *job.rules)
-    bodies = everything.take(legal_mask(everything, job.model, job.train, job.world_size, rules))
+    bodies = everything.take(_legal_bodies(everything, job.model, job.train, job.world_size, job.runtimes))
     legal = _legal_pipelines(replace(bodies, splits=splits), pipelines, job)
     body, pipeline = np.nonzero(legal & ~redundant_pipelines(bodies, pipelines))
     heads = _heads(replace(bodies.take(body), splits=splits), pipelines.take(pipeline))
+    runs = _executable(heads, tails, job)
     considered = len(everything) * len(pipelines) * len(tails)
-    illegal = considered - int(np.count_nonzero(legal)) * len(tails)
-    return Space(heads, tails, ~redundant_tails(heads, tails), considered, illegal)
+    illegal = considered - int(np.count_nonzero(legal)) * len(tails) + int(np.count_nonzero(~runs))
+    some = np.flatnonzero(runs.any(axis=1))
+    heads, runs = heads.take(some), runs[some]
+    return Space(heads, tails, runs & ~redundant_tails(heads, tails), considered, illegal)
+
+
+def _executable(heads: StrategyTable, tails: StrategyTable, job: Job) -> NDArray[np.bool_]:
+    """(heads, tails): which obey all rules of one of the job's runtimes."""
+    judged = LegalityJob(job.model, job.train, job.world_size)
+    found = np.zeros((len(heads), len(tails)), dtype=bool)
+    for rules in job.runtimes:
+        of_tails = [rule for rule in rules if not columns_read(rule, judged).isdisjoint(TAIL_COLUMNS)]
+        obeys = np.ones(len(heads), dtype=bool)
+        for rule in rules:
+            if rule not in of_tails:
+                obeys &= rule.holds(heads, judged)
+        rows = np.flatnonzero(obeys)
+        found[rows] |= _with_tails(of_tails, heads.take(rows), tails, judged) if of_tails and len(rows) else True
+    return found
+
+
+def _with_tails(rules: list[Rule], heads: StrategyTable, tails: StrategyTable, job: LegalityJob) -> NDArray[np.bool_]:
+    """(heads, tails): which obey `rules`; heads that agree in what these read are judged once."""
+    read = frozenset[str]().union(*(columns_read(rule, job) for rule in rules))
+    kinds = distinct([getattr(heads, name) for name in sorted(read.difference(TAIL_COLUMNS))])
+    kind, tail = (each.ravel() for each in np.indices((len(kinds.rows), len(tails))))
+    columns = {name: getattr(tails, name)[tail] for name in TAIL_COLUMNS}
+    table = heads.take(kinds.rows[kind]).with_columns(**columns)
+    obeys = np.logical_and.reduce([rule.holds(table, job) for rule in rules])
+    return obeys.reshape(len(kinds.rows), -1)[kinds.of]
 
 
 def _heads(bodies: StrategyTable, pipelines: StrategyTable) -> StrategyTable:
@@ -118,22 +150,21 @@ def _legal_pipelines(bodies: StrategyTable, pipelines: StrategyTable, job: Job) 
     cut = table.layer_split
     exists = (cut == 0) | ((cut < len(known)) & known[np.minimum(cut, len(known) - 1)])
     table = table.with_columns(layer_split=np.where(exists, cut, 0))
-    rules = (*LEGAL, *job.rules, SCHEDULE_EXISTS)
-    legal = legal_mask(table, job.model, job.train, job.world_size, rules)
+    legal = legal_mask(table, job.model, job.train, job.world_size, (*LEGAL, SCHEDULE_EXISTS))
     return (legal & exists).reshape(len(kinds.rows), -1)[kinds.of]
 
 
 def require_legal_world(
-    model: ModelSpec, train: TrainConfig, world_size: int, rules: tuple[Rule, ...] = EXECUTABLE, nearby: int = 4
+    model: ModelSpec, train: TrainConfig, world_size: int, runtimes: Runtimes = (EXECUTABLE,), nearby: int = 4
 ) -> None:
     """UserError when no arrangement of `world_size` ranks is legal; it names the nearest numbers that are."""
-    if _has_legal(model, train, world_size, rules):
+    if _has_legal(model, train, world_size, runtimes):
         return
     limit = model.num_layers * train.global_batch_size  # more ranks than this have no layer or no sequence of their own
     candidates = sorted(range(1, min(limit, 2 * world_size) + 1), key=lambda n: (abs(n - world_size), n))
     legal = []
     for number in candidates:
-        if _has_legal(model, train, number, rules):
+        if _has_legal(model, train, number, runtimes):
             legal.append(number)
         if len(legal) == nearby:
             break
@@ -145,5 +176,17 @@ def require_legal_world(
     raise UserError(describe_value("", "ranks", world_size, rule))
 
 
-def _has_legal(model: ModelSpec, train: TrainConfig, world_size: int, rules: tuple[Rule, ...]) -> bool:
-    return bool(legal_mask(all_bodies(train, world_size), model, train, world_size, (*LEGAL, *rules)).any())
+def _has_legal(model: ModelSpec, train: TrainConfig, world_size: int, runtimes: Runtimes) -> bool:
+    return bool(_legal_bodies(all_bodies(train, world_size), model, train, world_size, runtimes).any())
+
+
+def _legal_bodies(
+    bodies: StrategyTable, model: ModelSpec, train: TrainConfig, world_size: int, runtimes: Runtimes
+) -> NDArray[np.bool_]:
+    """Which arrangements are legal and, whatever the pipeline and tail, may obey all rules of one of the runtimes."""
+    job = LegalityJob(model, train, world_size)
+    found = np.zeros(len(bodies), dtype=bool)
+    for rules in runtimes:
+        of_bodies = tuple(rule for rule in rules if not columns_read(rule, job).intersection(OTHER_COLUMNS))
+        found |= legal_mask(bodies, model, train, world_size, of_bodies)
+    return found & legal_mask(bodies, model, train, world_size, LEGAL)

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from pipermoe.specs.errors import describe_value, nearest_divisors
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.precision import Precision
 from pipermoe.specs.strategy import Strategy
-from pipermoe.specs.strategy_table import SCHEDULE_NAMES, StrategyTable
+from pipermoe.specs.strategy_table import COLUMNS, SCHEDULE_NAMES, StrategyTable
 from pipermoe.specs.train import TrainConfig
 
 
@@ -160,6 +161,25 @@ def _explain_copies(strategy: Strategy, job: Job) -> tuple[str, object, str]:
     smaller = ", ".join(str(d) for d in range(2, ranks) if ranks % d == 0)
     rule = f"must divide expert_parallel = {ranks} into several blocks: {smaller or 'none do, leave it out'}"
     return "ranks_per_copy", strategy.ranks_per_copy, rule
+
+
+def columns_read(rule: Rule, job: Job) -> frozenset[str]:
+    """The columns of a table that a rule looks at; none: it is about the model or the job."""
+    read = set()
+
+    class Recording(StrategyTable):
+        __slots__ = ()
+
+        def __getattribute__(self, name: str) -> Any:
+            read.add(name)
+            return super().__getattribute__(name)
+
+        def __len__(self) -> int:
+            return 1
+
+    row = StrategyTable.of([Strategy()])
+    rule.holds(Recording(*(getattr(row, field.name) for field in fields(StrategyTable))), job)
+    return frozenset(read).intersection(COLUMNS)
 
 
 WORLD_RULE = Rule(lambda table, job: table.world_size == job.world_size, _explain_world)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from pipermoe.specs.base import Frozen
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.report import StepReport
-from pipermoe.specs.runtimes import RuntimeName
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.train import TrainConfig
+
+RuntimeName = Literal["pipermoe", "megatron", "torchtitan", "deepspeed"]  # specs/runtimes says what each executes
 
 
 class PlanInput(Frozen):

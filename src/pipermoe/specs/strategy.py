@@ -105,8 +105,11 @@ class Strategy(Frozen):
 
     @property
     def sharding_levels(self) -> set[int]:
-        """The ZeRO levels in effect: over one replica no level shards anything."""
-        levels = {self.zero_dense} if self.data_parallel > 1 else set()
+        """The ZeRO levels in effect: over one replica no level shards anything.
+
+        Ranks of one sequence hold the same dense parameters, so these are sharded over dp and cp together.
+        """
+        levels = {self.zero_dense} if self.data_parallel * self.context_parallel > 1 else set()
         return levels | ({self.zero_expert} if self.expert_data_parallel > 1 else set())
 
     @staticmethod

@@ -127,7 +127,7 @@ def _read_strategy(values: dict[str, Any], world_size: int, num_layers: int, whe
         else values.get("training.local_batch_size", 8),
         "schedule": schedule,
         "recompute": "full" if values.get("activation_checkpoint") == "FullAC.Config" else "none",
-        "zero_dense": level if degrees["data_parallel"] > 1 else 0,
+        "zero_dense": level if degrees["data_parallel"] * degrees["context_parallel"] > 1 else 0,
         "zero_expert": level if degrees["expert_data_parallel"] > 1 else 0,
     }
 

@@ -67,7 +67,7 @@ def read_strategy(arguments: Arguments, world_size: int, num_layers: int) -> tup
     if arguments["overlap_moe_expert_parallel_comm"]:
         tree["schedule"] += "-overlap"
     level = _read_sharding(arguments)
-    tree["zero_dense"] = level if tree["data_parallel"] > 1 else 0
+    tree["zero_dense"] = level if tree["data_parallel"] * cp > 1 else 0
     tree["zero_expert"] = level if tree["expert_data_parallel"] > 1 else 0
     return validate(tree, Strategy, where="Megatron arguments"), remarks
 

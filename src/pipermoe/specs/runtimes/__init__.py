@@ -12,15 +12,15 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipermoe.specs.legality import Job, Rule
+from pipermoe.specs.errors import UserError, describe_value
+from pipermoe.specs.legality import Job, Rule, columns_read
 from pipermoe.specs.model import ModelSpec
+from pipermoe.specs.plan import RuntimeName
 from pipermoe.specs.runtimes import deepspeed, megatron, own, torchtitan
 from pipermoe.specs.runtimes.limits import limit
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.strategy_table import EXCHANGE_NAMES, StrategyTable
 from pipermoe.specs.train import TrainConfig
-
-RuntimeName = Literal["pipermoe", "megatron", "torchtitan", "deepspeed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,21 +54,28 @@ RUNTIMES: dict[RuntimeName, Runtime] = {
 }
 
 
-def _somewhere(table: StrategyTable, job: Job) -> NDArray[np.bool_]:
-    return np.logical_or.reduce([runtime.accepts(table, job) for runtime in RUNTIMES.values()])
+Choice = RuntimeName | Literal["any"]
 
 
-def _nowhere(strategy: Strategy, job: Job) -> tuple[str, object, str]:
-    """Why this runtime, which has the fewest rules about models, does not run it."""
-    return next(rule.explain(strategy, job) for rule in own.RULES if not rule.accepts(strategy, job))
+def executed_by(choice: Choice, model: ModelSpec, train: TrainConfig) -> tuple[tuple[Rule, ...], ...]:
+    """Rules about strategies, of which a plan for `choice` has to obey one tuple; for `any` those of several runtimes.
 
-
-SOMEWHERE = Rule(_somewhere, _nowhere)
-
-
-def rules_of(runtime: RuntimeName | Literal["any"]) -> tuple[Rule, ...]:
-    """What a strategy has to obey, beside legality, to run there; `any`: on one of them."""
-    return (SOMEWHERE,) if runtime == "any" else RUNTIMES[runtime].rules
+    Plans of our own kind are made for every model and job, also of which our runtime does not train all parts.
+    Raises UserError where another runtime is chosen that does not have the model or the job.
+    """
+    job = Job(model, train, world_size=1)
+    found = []
+    for name, runtime in RUNTIMES.items():
+        if choice not in (name, "any"):
+            continue
+        fixed = [rule for rule in runtime.rules if not columns_read(rule, job)]
+        broken = next((rule for rule in fixed if not rule.accepts(Strategy(), job)), None)
+        if broken is None or name == "pipermoe":
+            found.append(tuple(rule for rule in runtime.rules if rule not in fixed))
+        elif choice == name:
+            key, value, reason = broken.sentence(Strategy(), job)
+            raise UserError(describe_value("", key, value, f"{runtime.title}: {reason}"))
+    return tuple(found)
 
 
 def runs_on(model: ModelSpec, train: TrainConfig, strategy: Strategy) -> tuple[RuntimeName, ...]:

@@ -53,7 +53,8 @@ def _level(strategy: Strategy) -> int:
 
 def _sharded_by_fsdp(table: StrategyTable, job: Job) -> Mask:
     alike, nothing, level = sharding(table)
-    return nothing | (alike & ((level >= 2) | ((level == 0) & (table.expert_parallel == 1))))
+    replicates = (table.expert_parallel == 1) & (table.context_parallel == 1)
+    return nothing | (alike & ((level >= 2) | ((level == 0) & replicates)))
 
 
 RULES = (
@@ -108,9 +109,10 @@ RULES = (
     limit(
         "zero_dense",
         _sharded_by_fsdp,
-        "shards with FSDP2: ZeRO-2 or 3 of dense and expert parameters alike, or 0 without expert_parallel",
+        "shards with FSDP2: ZeRO-2 or 3 of dense and expert parameters alike, or 0 without expert_parallel "
+        "and context_parallel",
         lambda strategy, job: {
-            "zero_dense": _level(strategy) if strategy.data_parallel > 1 else 0,
+            "zero_dense": _level(strategy) if strategy.data_parallel * strategy.context_parallel > 1 else 0,
             "zero_expert": _level(strategy) if strategy.expert_data_parallel > 1 else 0,
         },
     ),
