@@ -13,9 +13,10 @@ SKEWED = np.array([[9, 8, 2, 1]])
 
 def test_a_trigger_asks_every_so_many_steps_and_above_its_threshold():
     trigger = Trigger(every_steps=10, threshold=1.5)
-    assert trigger.fires(20, EVEN, SKEWED)  # 17 rows of a mean of 10
-    assert not trigger.fires(21, EVEN, SKEWED)
-    assert not trigger.fires(20, CROSSED, SKEWED)
+    assert trigger.fires(20, (1.0, 1.7))
+    assert not trigger.fires(21, (1.0, 1.7))
+    assert not trigger.fires(20, (1.0, 1.2))
+    assert trigger.fires(20, (1.0, 1.2), spilled=True)
 
 
 @pytest.mark.parametrize("values", [{"every_steps": 0}, {"threshold": 0.9}])
@@ -27,6 +28,11 @@ def test_a_trigger_that_means_nothing_is_refused(values):
 def test_a_move_must_earn_its_time_while_the_forecast_lives():
     assert pays(gain_seconds_per_step=0.01, horizon_steps=100, stays=0.9, move_seconds=0.5)
     assert not pays(gain_seconds_per_step=0.01, horizon_steps=100, stays=0.4, move_seconds=0.5)
+
+
+def test_copies_take_rows_as_they_have_room_not_evenly():
+    spare = ExpertLayout(np.array([[[0, 1, -1], [2, 3, 0]]]), 4)
+    assert gain_rows(EVEN, spare, SKEWED) == 7  # the second rank takes 7 of the 9 rows of expert 0, not half of them
 
 
 def test_the_gain_stays_as_far_as_the_past_would_have_had_it():

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipermoe.layout.expert_layout import ExpertLayout
-from pipermoe.layout.load import drift, imbalance, rank_load
+from pipermoe.layout.load import drift
+from pipermoe.layout.split import water_filling
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +33,11 @@ class Trigger:
         if self.threshold < 1:
             raise ValueError(f"threshold = {self.threshold}: must be at least 1, which is perfect balance")
 
-    def fires(self, step: int, layout: ExpertLayout, load_LE: NDArray) -> bool:
-        """Whether to plan after `step`, whose load was `load_LE`: some layer is above the threshold."""
-        due = step % self.every_steps == 0
-        return due and bool((imbalance(rank_load(layout, load_LE)) > self.threshold).any())
+    def fires(self, step: int, imbalance_L: Sequence[float], *, spilled: bool = False) -> bool:
+        """Whether to plan after `step`, in which the busiest rank of each layer had so many times the mean rows, or was
+        spared them by copies for one micro-batch (`spilled`).
+        """
+        return step % self.every_steps == 0 and (spilled or max(imbalance_L, default=1.0) > self.threshold)
 
 
 def pays(*, gain_seconds_per_step: float, horizon_steps: float, stays: float, move_seconds: float) -> bool:
@@ -48,9 +50,16 @@ def pays(*, gain_seconds_per_step: float, horizon_steps: float, stays: float, mo
 
 
 def gain_rows(before: ExpertLayout, after: ExpertLayout, load_LE: NDArray) -> float:
-    """Rows that the busiest ranks of all layers are spared under `load_LE`; below 0 where `after` is worse."""
-    old, new = (rank_load(layout, load_LE).max(1).sum() for layout in (before, after))
-    return float(old - new)
+    """Rows that the busiest ranks of all layers are spared under `load_LE`, as water-filling divides them over copies;
+    below 0 where `after` is worse.
+    """
+    return _peak_rows(before, load_LE) - _peak_rows(after, load_LE)
+
+
+def _peak_rows(layout: ExpertLayout, load_LE: NDArray) -> float:
+    """Rows of the busiest rank, summed over layers."""
+    each = zip(layout.slots_LNS, np.rint(load_LE).astype(np.int64), strict=True)
+    return float(sum(water_filling(slots_NS, load_E).sum(1).max() for slots_NS, load_E in each))
 
 
 def gain_that_stays(before: ExpertLayout, after: ExpertLayout, windows: Sequence[NDArray]) -> float:

@@ -22,6 +22,7 @@ from pipermoe.resources.instants import Feature, instants
 from pipermoe.resources.kinds import BLOCK, Kinds, distinct
 from pipermoe.resources.memory import peak_activations, pipeline_of, prices
 from pipermoe.resources.sharded_units import whole_unit_bytes
+from pipermoe.resources.spare_slots import balancing_bytes
 from pipermoe.resources.stages import StageShapes, stage_shapes
 from pipermoe.resources.states import state_bytes, state_elements
 from pipermoe.resources.step import closing_costs, compute_slots
@@ -343,7 +344,9 @@ def _states(
     """Bytes of weights, gradients and optimizer state, whole units included: (rows, classes)."""
     shapes, per_parameter = StageShapes(*holds.T), train.recipe.state
     held = state_bytes(state_elements(model, shapes, table), per_parameter)
-    return sum(held.values()) + whole_unit_bytes(model, shapes, table, per_parameter, defers=defers)
+    moving = balancing_bytes(model, train, table, shapes)
+    whole = whole_unit_bytes(model, shapes, table, per_parameter, defers=defers)
+    return sum(held.values()) + sum(moving.values()) + whole
 
 
 def _bound(

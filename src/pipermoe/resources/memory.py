@@ -29,6 +29,7 @@ from pipermoe.resources.instants import (
     instants,
 )
 from pipermoe.resources.sharded_units import whole_unit_bytes
+from pipermoe.resources.spare_slots import balancing_bytes
 from pipermoe.resources.stages import StageShapes
 from pipermoe.resources.states import StateElements, state_bytes
 from pipermoe.specs.model import ModelSpec
@@ -118,12 +119,14 @@ def rank_memory(
     found = instants(pipeline_of(model, train, table), by_rank=True)
     held = {name: np.asarray(each)[0] for name, each in state_bytes(states, train.recipe.state).items()}
     shapes = StageShapes(*found.holds.T)
+    moving = {name: np.asarray(each)[0] for name, each in balancing_bytes(model, train, table, shapes).items()}
+    held = {name: each + moving[name] for name, each in held.items()}
     [whole] = whole_unit_bytes(model, shapes, table, train.recipe.state, defers=found.defers)
     worst = []
     for rank in range(len(found.holds)):
         instant = births @ found.features[found.owner == rank].T
         split = dict(zip(BIRTHS, instant[:, int(np.argmax(instant.sum(axis=0)))], strict=True))
-        split["communication"] += whole[rank]
+        split["communication"] += whole[rank] + moving["communication"][rank]
         worst.append({name: int(each[rank]) for name, each in held.items()} | {n: int(b) for n, b in split.items()})
     return worst
 

@@ -12,6 +12,7 @@ from pipermoe.specs.base import Frozen
 from pipermoe.specs.plan import Plan
 from pipermoe.specs.platform import Platform
 from pipermoe.specs.strategy_table import StrategyTable
+from pipermoe.specs.train import Balance
 
 
 class LayoutPrice(Frozen):
@@ -60,7 +61,8 @@ def _price(replayed: Replay, every: int, plan: Plan, platform: Platform) -> Layo
     copied = (
         copies * layers * expert_parameters(model) * (state.weight + state.gradient) / strategy.expert_tensor_parallel
     )
-    activations = peak_bytes(model, plan.train, StrategyTable.of([strategy]), imbalance=replayed.p95)[0]
+    job = plan.train.model_copy(update={"balance": Balance()})  # whose spare slots `held` counts
+    activations = peak_bytes(model, job, StrategyTable.of([strategy]), imbalance=replayed.p95)[0]
     return LayoutPrice(
         policy=replayed.policy,
         step_seconds=predict(model, platform, plan.train, strategy, replayed.met).step_seconds,

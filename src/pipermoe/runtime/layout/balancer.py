@@ -1,7 +1,7 @@
 """The balancer of a run: watches how experts are loaded, looks for a better layout, and moves to it where that pays.
 
-Rank 0 plans and judges, in a thread and from numbers summed over all ranks; what it decides all ranks are told between
-an update and the weights' way back, so none can mean another layout than the others.
+Rank 0 plans and judges, in a thread beside the next steps and from numbers summed over all ranks; what it decides all
+ranks are told between an update and the weights' way back, so none can mean another layout than the others.
 """
 
 # L MoE layers, N ranks of an expert-parallel group, S slots of a rank, E logical experts, W steps that are remembered
@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -40,8 +41,6 @@ class Balancer:
         self._policy, self._trigger = POLICIES[config.policy], Trigger(config.every_steps, config.threshold)
         self._loads_W: deque[NDArray[np.int64]] = deque(maxlen=REMEMBERED)
         self._planning: Planning | None = None
-        self._forecast_LE: NDArray[np.int64] | None = None
-        self._seconds_per_row = 0.0
         self._costs = MovingCosts(config.mechanism, engine)
         self._moved, self._move_seconds = 0, 0.0
         self._planning_seconds: float | None = None
@@ -59,11 +58,10 @@ class Balancer:
         """
         self._loads_W.append(load_LE)
         layout = self._placement.layout
-        self._seconds_per_row = self._costs.seconds_per_row(compute_seconds, int(load_LE.sum()))
-        if self._engine.groups.rank == 0 and self._planning is None and self._trigger.fires(step, layout, load_LE):
-            forecast_LE = self._forecast_LE = np.rint(np.mean(self._loads_W, axis=0)).astype(np.int64)
-            nodes, policy = self._placement.nodes, self._policy
-            self._planning = Planning(lambda: policy.plan(layout, forecast_LE, nodes), self._config.timeout_seconds)
+        first = self._engine.groups.rank == 0
+        if first and self._planning is None and self._trigger.fires(step, line.rank_load, spilled=line.spilled > 0):
+            search = partial(self._better, layout, list(self._loads_W), compute_seconds)
+            self._planning = Planning(search, self._config.timeout_seconds)
         line = replace(
             line,
             version=layout.version,
@@ -102,24 +100,27 @@ class Balancer:
         if after is None:
             return None
         self._planning, self._planning_seconds = None, planning.seconds
-        if self._pays(before, after):
-            return after
-        self._kept += 1
-        return None
+        if after is before:
+            self._kept += 1
+            return None
+        return after
 
-    def _pays(self, before: ExpertLayout, after: ExpertLayout) -> bool:
+    def _better(self, before: ExpertLayout, loads: list[NDArray[np.int64]], compute_seconds: float) -> ExpertLayout:
+        """What the policy plans for the mean of `loads`, where it pays; else `before`."""
+        forecast_LE = np.rint(np.mean(loads, axis=0)).astype(np.int64)
+        after = self._policy.plan(before, forecast_LE, self._placement.nodes)
         if after is before or after.same_as(before):
-            return False
-        assert self._forecast_LE is not None
-        history = list(self._loads_W)
-        gain = gain_rows(before, after, self._forecast_LE) * self._seconds_per_row
-        lasting = self._costs.seconds_per_step(after) - self._costs.seconds_per_step(before)
-        return pays(
+            return before
+        costs = self._costs
+        lasting = costs.seconds_per_step(after, compute_seconds) - costs.seconds_per_step(before, compute_seconds)
+        gain = gain_rows(before, after, forecast_LE) * costs.seconds_per_row(compute_seconds, int(loads[-1].sum()))
+        earns = pays(
             gain_seconds_per_step=gain - lasting,
-            horizon_steps=horizon_steps(history, 1),
-            stays=gain_that_stays(before, after, [*history, self._forecast_LE]),
-            move_seconds=self._costs.move_seconds(before, after),
+            horizon_steps=horizon_steps(loads, 1),
+            stays=gain_that_stays(before, after, [*loads, forecast_LE]),
+            move_seconds=costs.move_seconds(before, after),
         )
+        return after if earns else before
 
     def _told(self, decided: ExpertLayout | None) -> ExpertLayout | None:
         """What rank 0 has decided, on every rank."""

@@ -52,8 +52,10 @@ class MovingCosts:
         moves = Transfer.between(homes_alone(before), homes_alone(after), self._placement.nodes)
         return moves.seconds(self._parameters * STATE_BYTES, self._bandwidth) if moves.moves else 0.0
 
-    def seconds_per_step(self, layout: ExpertLayout) -> float:
-        """Of every step, for copies: weights out and gradients home; with sparse copies for every use of a layer."""
+    def seconds_per_step(self, layout: ExpertLayout, compute_seconds: float) -> float:
+        """Of every step, for copies: weights out and gradients home. Sparse copies travel for every use of a layer, but
+        beside computing: of them only what the attention and the rest beside experts do not hide.
+        """
         if self._mechanism == "decoupled":
             return 0.0
         copies = Transfer.between(self._homes(layout), layout, self._placement.nodes)
@@ -62,7 +64,9 @@ class MovingCosts:
         once = weights + gradients
         if self._mechanism == "sparse":
             once = (2 * weights + gradients) * self._microbatches
-        return copies.seconds(once, self._bandwidth) / self._stages if copies.moves else 0.0
+        seconds = copies.seconds(once, self._bandwidth) / self._stages if copies.moves else 0.0
+        hidden = compute_seconds * (1 - self._expert_share) if self._mechanism == "sparse" else 0.0
+        return max(seconds - hidden, 0.0)
 
     def _homes(self, layout: ExpertLayout) -> ExpertLayout:
         if self._mechanism == "sparse":
