@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import numpy as np
 
 from pipermoe.resources.step import compute_slots
@@ -9,7 +11,7 @@ from pipermoe.schedule.builders import RECIPES
 from pipermoe.schedule.traits import schedule_traits
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.platform import Platform
-from pipermoe.specs.strategy import RECOMPUTE_MODULES, RecomputeModule
+from pipermoe.specs.strategy import RECOMPUTE_MODULES
 from pipermoe.specs.strategy_table import EXCHANGE_NAMES, RECOMPUTE_NAMES, SCHEDULE_NAMES, StrategyTable
 from pipermoe.specs.train import TrainConfig
 
@@ -18,13 +20,6 @@ TAIL_COLUMNS = ("dispatcher", "exchange", "recompute", "recompute_modules", "zer
 CHUNKS = (2, 4, 8)  # per rank, where a schedule takes any number
 ZERO_LEVELS = ((0, 0), (1, 1), (2, 2), (3, 3), (1, 3), (3, 1))  # of dense parameters and of experts
 MOST_TOKENS = 1 << 16  # of a micro-batch of several sequences
-
-# Selective recomputation: what is cheapest to rebuild for its bytes, then with attention, then all that can be dropped.
-SUBSETS: tuple[tuple[RecomputeModule, ...], ...] = (
-    ("norm", "moe_act"),
-    ("norm", "attention", "moe_act"),
-    RECOMPUTE_MODULES,
-)
 
 
 def divisors(number: int) -> list[int]:
@@ -79,9 +74,7 @@ def all_tails(model: ModelSpec, platform: Platform) -> StrategyTable:
 
     Exchange plans are priced from what a network is made of, so they are there where it is described by its links.
     """
-    present = {"dense_mlp": bool(model.dense_layers), "shared_experts": model.moe.shared_width > 0}
-    masks = {_mask(tuple(m for m in modules if present.get(m, True))) for modules in SUBSETS}
-    recompute = [("none", 0), *(("selective", mask) for mask in sorted(masks)), ("full", 0)]
+    recompute = [("none", 0), *(("selective", mask) for mask in _module_subsets(model)), ("full", 0)]
     exchanges = EXCHANGE_NAMES if all(level.link for level in platform.levels) else ("library",)
     table = StrategyTable.product(
         recompute=range(len(recompute)),
@@ -95,8 +88,11 @@ def all_tails(model: ModelSpec, platform: Platform) -> StrategyTable:
     )
 
 
-def _mask(modules: tuple[RecomputeModule, ...]) -> int:
-    return sum(1 << RECOMPUTE_MODULES.index(module) for module in modules)
+def _module_subsets(model: ModelSpec) -> list[int]:
+    """The bit masks of all sets of modules that the model has and that selective recomputation can drop."""
+    present = {"dense_mlp": bool(model.dense_layers), "shared_experts": model.moe.shared_width > 0}
+    bits = [1 << bit for bit, module in enumerate(RECOMPUTE_MODULES) if present.get(module, True)]
+    return sorted(sum(chosen) for size in range(1, len(bits) + 1) for chosen in combinations(bits, size))
 
 
 def redundant_pipelines(bodies: StrategyTable, pipelines: StrategyTable) -> np.ndarray:
