@@ -12,6 +12,7 @@ from pipermoe.schedule.columns import Columns, inboxes
 from pipermoe.schedule.timeline import simulate
 
 _NEED, _ACT, _SEND = range(3)  # of an action, in this order
+_MOVES = (Kind.RECV_FORWARD, Kind.SEND_FORWARD, Kind.RECV_BACKWARD, Kind.SEND_BACKWARD)
 
 
 class _Script(NamedTuple):
@@ -116,20 +117,14 @@ class _Rendezvous:
 
     def _actions(self, rank: int) -> Iterator[Action]:
         """What `rank` did, as actions."""
-        schedule, own = self.schedule, self.schedule.ranks[rank]
-        for each in self.done[rank]:
-            if each >= 0:
-                yield own[each]
-                continue
-            inbox, sent = divmod(~each, 2)
-            place, microbatch = divmod(inbox, schedule.microbatches)
-            backward, stage = divmod(place, schedule.num_stages)
-            if not sent:
-                yield Action(Kind.RECV_BACKWARD if backward else Kind.RECV_FORWARD, stage, microbatch)
-            elif backward:
-                yield Action(Kind.SEND_BACKWARD, stage + 1, microbatch)
-            else:
-                yield Action(Kind.SEND_FORWARD, stage - 1, microbatch)
+        own, done = self.schedule.ranks[rank], np.array(self.done[rank], dtype=np.int64)
+        inbox, sent = np.divmod(~done[done < 0], 2)
+        place, microbatch = np.divmod(inbox, self.schedule.microbatches)
+        backward, stage = np.divmod(place, self.schedule.num_stages)
+        stage += sent * (2 * backward - 1)  # a send is of the stage before the inbox, in its direction
+        kinds = map(_MOVES.__getitem__, (2 * backward + sent).tolist())
+        moves = map(Action, kinds, stage.tolist(), microbatch.tolist())
+        return (own[each] if each >= 0 else next(moves) for each in self.done[rank])
 
 
 def _scripts(schedule: Schedule) -> list[_Script]:
