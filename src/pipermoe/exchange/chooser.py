@@ -40,7 +40,7 @@ def candidates(counts: Ints, topology: Topology) -> list[Choice]:
     if topology.num_groups > 1:
         choices.append(Choice("group_aware"))
     if 1 < topology.num_nodes < topology.num_ranks:
-        choices += [Choice("hierarchical"), Choice("one_leader"), Choice("nic_balanced")]
+        choices += [Choice("hierarchical"), Choice("mirrored"), Choice("one_leader"), Choice("nic_balanced")]
         choices.append(Choice("nic_balanced", (("chunk_bytes", 1 << 20),)))
     if topology.num_ranks > 2:
         choices.append(Choice("log_step"))
