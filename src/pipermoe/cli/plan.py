@@ -163,7 +163,8 @@ def plan(
         write_picture(front_picture(planning.pareto, planning.plan.name), plot)
         note(f"Wrote {plot}", as_json=json)
     if not json:
-        note(_next_commands(output, planning.plan.runs_on, planning.chosen.worst_rank), as_json=json)
+        runs_on = sorted(planning.plan.runs_on, key=lambda name: name != runtime)  # what was asked for comes first
+        note(_next_commands(output, runs_on, planning.chosen.worst_rank), as_json=json)
 
 
 def _next_commands(plan: Path, runs_on: Sequence[str], worst_rank: int) -> str:
