@@ -326,8 +326,11 @@ def _peak_bytes(
     pipelines = combos.take(pipe.rows)
     found = [instants(pipeline_of(model, train, pipelines, row)) for row in range(len(pipelines))]
     width = max(len(each.holds) for each in found)
-    price = prices(model, train, combos.take(groups.inside.rows), profile, imbalance)[groups.inside.of]
-    activations = _per_group(pipe.of, len(found), width, lambda rows, g: peak_activations(found[g], price[rows]))
+    price = prices(model, train, combos.take(groups.inside.rows), profile, imbalance)
+    inside = groups.inside.of
+    activations = _per_group(
+        pipe.of, len(found), width, lambda rows, g: peak_activations(found[g], price, inside[rows])
+    )
     chosen = groups.table.take(groups.state.rows)
     states = _per_group(
         pipe.of[groups.both.of[groups.state.rows]],

@@ -100,9 +100,14 @@ def pipeline_of(model: ModelSpec, train: TrainConfig, table: StrategyTable, row:
     )
 
 
-def peak_activations(found: Instants, total: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The most bytes beside states on a rank of every class: (rows, classes). Exact, as all numbers are whole."""
-    return np.maximum.reduceat(total @ found.features.T, found.starts, axis=1)
+def peak_activations(found: Instants, by_kind: NDArray[np.float64], kinds: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The most bytes beside states on a rank of every class: (rows, classes). Exact, as all numbers are whole.
+
+    `by_kind` are prices (kinds, features), of which instants use few, and `kinds` the kind of every row.
+    """
+    used = np.flatnonzero(found.features.any(axis=0))
+    price = by_kind[:, used].take(kinds, axis=0)
+    return np.maximum.reduceat(price @ found.features[:, used].T, found.starts, axis=1)
 
 
 def rank_memory(
