@@ -145,13 +145,18 @@ def run(rank: int, ways: dict[str, Balance], job: TrainConfig, steps: int) -> di
     for step in range(WARM_UP + steps):
         for name, training in trainings.items():
             samples[name].append(training.step(step))
-    return {name: each[WARM_UP:] for name, each in samples.items()}
+    return samples
 
 
 def row_of(name: str, ranks: Sequence[dict[str, list[Sample]]]) -> dict[str, float | str]:
-    def worst(name: str, field: str) -> list[float]:
+    """Medians and means of the steps after the warm-up; moves of all steps, those to the first layout included."""
+
+    def all_steps(name: str, field: str) -> list[float]:
         steps = zip(*(rank[name] for rank in ranks), strict=True)
         return [max(getattr(sample, field) for sample in step) for step in steps]
+
+    def worst(name: str, field: str) -> list[float]:
+        return all_steps(name, field)[WARM_UP:]
 
     def ratio(field: str) -> float:
         pairs = zip(worst(name, field), worst(STATIC, field), strict=True)
@@ -164,7 +169,7 @@ def row_of(name: str, ranks: Sequence[dict[str, list[Sample]]]) -> dict[str, flo
         "seconds": median(seconds),
         "seconds_ratio": ratio("wall_seconds"),
         "cpu_ratio": ratio("cpu_seconds"),
-        "move_share": sum(worst(name, "move_seconds")) / sum(seconds),
+        "move_share": sum(all_steps(name, "move_seconds")) / sum(all_steps(name, "wall_seconds")),
         "dropped": float(np.mean(worst(name, "dropped"))),
     }
 
