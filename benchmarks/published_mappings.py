@@ -93,7 +93,7 @@ def rank_of(job: Job, table: StrategyTable, bound: float) -> tuple[int, int]:
 def compare(row_id: str, recipe: Recipe, options: argparse.Namespace) -> dict:
     """One row of the table."""
     strategy, model, platform, train = recipe.strategy, recipe.model, recipe.platform, recipe.train
-    job = Job(model, platform, train, strategy.world_size, platform.memory_budget_bytes)
+    job = Job(model, platform, train, strategy.world_size, platform.memory_budget_bytes, runtimes=((),))
     published = candidate(job, strategy, predict(model, platform, train, strategy))
     bound = float(step_bound(model, platform, train, StrategyTable.of([strategy]), job.imbalance)[0])
     below, fitting = rank_of(job, drawn(job, strategy, options.sample), bound)

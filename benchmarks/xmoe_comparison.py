@@ -1,6 +1,6 @@
 """The comparison of Piper (arXiv 2605.05049, figure 13): our plan on Frontier beside X-MoE's mapping and both figures.
 
-python -m benchmarks.xmoe_comparison [--only WORD] [--json FILE]
+python -m benchmarks.xmoe_comparison [--only WORD] [--runtime NAME] [--json FILE]
 
 For X-MoE's four models (arXiv 2508.13337, table 3): the planner's best strategy at the number of GCDs at which Piper's
 figure was measured, X-MoE's own mapping at its number, both predicted by the same model, beside the published
@@ -25,6 +25,7 @@ from pipermoe.planner.result import Candidate
 from pipermoe.resources.step import predict
 from pipermoe.specs.catalogue import load_model
 from pipermoe.specs.platform_file import load_platform
+from pipermoe.specs.runtimes import RUNTIMES, Choice
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.strategy_text import strategy_text
 from pipermoe.specs.train import TrainConfig
@@ -60,7 +61,7 @@ def tflops(job: Job, predicted: Candidate) -> float:
     return model_flops(job.model, job.train) / predicted.step_seconds / job.world_size / 1e12
 
 
-def compare(case: Case) -> dict:
+def compare(case: Case, runtime: Choice) -> dict:
     """One row: the plan, X-MoE's mapping, and both published figures."""
     model, platform = load_model(case.model), load_platform(MACHINE)
     train = TrainConfig(seq_len=case.seq_len, global_batch_size=BATCH, precision="bf16")
@@ -68,7 +69,7 @@ def compare(case: Case) -> dict:
     mapping = Strategy.parse(case.mapping)
     theirs_job = Job(model, platform, train, case.xmoe_gcds, budget)
     theirs = candidate(theirs_job, mapping, predict(model, platform, train, mapping))
-    field = searched(model, platform, train, case.gcds)
+    field = searched(model, platform, train, case.gcds, runtime=runtime)
     row = {
         "model": case.model,
         "gcds": case.gcds,
@@ -105,9 +106,10 @@ def print_rows(rows: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="")
+    parser.add_argument("--runtime", choices=[*RUNTIMES, "any"], default="pipermoe")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    rows = [compare(case) for case in CASES if options.only in case.model]
+    rows = [compare(case, options.runtime) for case in CASES if options.only in case.model]
     print_rows(rows)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")

@@ -63,8 +63,10 @@ def alternatives(job: Job, chosen: Candidate) -> tuple[Alternative, ...]:
 def _most_promising(job: Job, neighbours: Sequence[Neighbour], chosen: Candidate) -> Iterator[Alternative]:
     fitting, tight = 0, 0
     for neighbour in neighbours:
+        if fitting == MOST:
+            return
         other = compare(job, neighbour, chosen)
-        if other is None or (fitting if other.fits else tight) >= (MOST if other.fits else 1):
+        if other is None or (tight and not other.fits):
             continue
         if other.fits or other.slower_seconds < 0 or not fitting:
             fitting, tight = fitting + other.fits, tight + (not other.fits)
