@@ -24,7 +24,8 @@ from pipermoe.planner.candidate import candidate
 from pipermoe.planner.job import Job
 from pipermoe.planner.search import Field
 from pipermoe.report.plan import WORDS
-from pipermoe.resources.evaluate import evaluate, step_bound
+from pipermoe.resources.bound import step_bound
+from pipermoe.resources.evaluate import evaluate
 from pipermoe.resources.step import predict
 from pipermoe.schedule.legality import SCHEDULE_EXISTS
 from pipermoe.specs.legality import LEGAL, legal_mask

@@ -17,13 +17,13 @@ from pipermoe.export import cluster_of, export_plan
 from pipermoe.export.slurm import batch_script
 from pipermoe.specs.catalogue import load_model
 from pipermoe.specs.documents import load, write_files
-from pipermoe.specs.plan import Measurement, Plan
+from pipermoe.specs.plan import Measurement, Plan, RuntimeName
 from pipermoe.specs.strategy import Strategy
 
 TRAINED = "pp2 dp2 ep2 mbs1 1f1b"
 
 
-def job_files(plan: Plan, system: str, ranks_per_node: int, *, gpus: bool = True) -> dict[str, str]:
+def job_files(plan: Plan, system: RuntimeName, ranks_per_node: int, *, gpus: bool = True) -> dict[str, str]:
     script = batch_script(plan.name, cluster_of(plan, ranks_per_node), gpus=gpus, time="00:10:00")
     return export_plan(plan, system, ranks_per_node).files | {"job.sbatch": script}
 

@@ -9,7 +9,8 @@ from pipermoe.planner.exact import simulated_seconds
 from pipermoe.planner.job import Job
 from pipermoe.planner.search import Field
 from pipermoe.planner.space import job_space
-from pipermoe.resources.evaluate import peak_bytes, step_bound
+from pipermoe.resources.bound import step_bound
+from pipermoe.resources.peak import peak_bytes
 from pipermoe.resources.step import predict
 from pipermoe.specs import legality
 from pipermoe.specs.catalogue import load_model

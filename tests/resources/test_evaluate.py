@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.resources.cases import MODEL, machine
 
-from pipermoe.resources.evaluate import evaluate, memory_floor, peak_bytes, pipeline_bound, step_bound
+from pipermoe.resources.bound import pipeline_bound, step_bound
+from pipermoe.resources.evaluate import evaluate
+from pipermoe.resources.peak import memory_floor, peak_bytes
 from pipermoe.resources.step import predict
 from pipermoe.schedule.builders import RECIPES
 from pipermoe.schedule.legality import SCHEDULE_EXISTS

@@ -4,9 +4,9 @@ from tests.resources.cases import MODEL, TRAIN, machine
 
 from pipermoe.dryrun.dry_run import dry_run
 from pipermoe.resources.activations.sizes import INDEX_BYTES
-from pipermoe.resources.evaluate import peak_bytes
 from pipermoe.resources.memory import rank_memory
 from pipermoe.resources.parameters import total_parameters
+from pipermoe.resources.peak import peak_bytes
 from pipermoe.resources.states import state_elements
 from pipermoe.resources.step import placement_of, predict
 from pipermoe.specs.model import LatentAttention, ModelSpec

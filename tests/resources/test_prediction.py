@@ -8,7 +8,8 @@ from tests.resources.cases import machine
 from tests.resources.memory_cases import MODELS
 
 from pipermoe.dryrun.dry_run import dry_run
-from pipermoe.resources.evaluate import peak_bytes, step_bound
+from pipermoe.resources.bound import step_bound
+from pipermoe.resources.peak import peak_bytes
 from pipermoe.resources.step import predict
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.strategy_table import StrategyTable

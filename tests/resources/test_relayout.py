@@ -7,7 +7,7 @@ from tests.resources.cases import MODEL, TRAIN, machine
 from pipermoe.layout.policies import POLICIES
 from pipermoe.layout.replay import compare_policies
 from pipermoe.layout.trace import Trace
-from pipermoe.resources.evaluate import peak_bytes
+from pipermoe.resources.peak import peak_bytes
 from pipermoe.resources.relayout import price_policies
 from pipermoe.resources.step import predict
 from pipermoe.specs.plan import Plan

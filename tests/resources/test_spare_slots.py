@@ -6,7 +6,7 @@ import pytest
 from tests.runtime.tiny import MODELS, TRAIN
 
 from pipermoe.dryrun.dry_run import dry_run
-from pipermoe.resources.evaluate import peak_bytes
+from pipermoe.resources.peak import peak_bytes
 from pipermoe.resources.step import predict
 from pipermoe.specs.platform_file import load_platform
 from pipermoe.specs.strategy import Strategy

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from tests.resources.cases import MODEL
 
-from pipermoe.resources.evaluate import peak_bytes
+from pipermoe.resources.peak import peak_bytes
 from pipermoe.schedule.builders import illegal
 from pipermoe.schedule.legality import SCHEDULE_EXISTS
 from pipermoe.specs.legality import LEGAL, Job, legal_mask, violations

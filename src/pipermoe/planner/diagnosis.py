@@ -17,8 +17,8 @@ from pipermoe.planner.other_machines import with_flat_network, with_network
 from pipermoe.planner.result import Candidate, Finding, Wall
 from pipermoe.resources.activations.sizes import sizes_of
 from pipermoe.resources.compute import expert_work
-from pipermoe.resources.evaluate import peak_bytes
 from pipermoe.resources.parts import PARTS
+from pipermoe.resources.peak import peak_bytes
 from pipermoe.resources.rates import grouped_rate_at, known
 from pipermoe.resources.step import step_costs
 from pipermoe.schedule.builders import illegal

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pipermoe.planner.exact import simulated_seconds
 from pipermoe.planner.job import Job
 from pipermoe.planner.space import Space
-from pipermoe.resources.evaluate import peak_bytes
+from pipermoe.resources.peak import peak_bytes
 from pipermoe.specs.strategy_table import StrategyTable
 
 Places = NDArray[np.int64]

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from pipermoe.planner.candidate import candidate
 from pipermoe.planner.job import Job
 from pipermoe.planner.result import Alternative, Candidate
-from pipermoe.resources.evaluate import step_bound
+from pipermoe.resources.bound import step_bound
 from pipermoe.resources.step import predict
 from pipermoe.schedule.builders import RECIPES
 from pipermoe.schedule.legality import SCHEDULE_EXISTS

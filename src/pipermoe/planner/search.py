@@ -19,7 +19,8 @@ from pipermoe.planner.judge import Judge
 from pipermoe.planner.pool import Pool
 from pipermoe.planner.space import Selection, Space, job_space
 from pipermoe.planner.splits import balanced_splits
-from pipermoe.resources.evaluate import memory_floor, peak_bytes, pipeline_bound, step_bound
+from pipermoe.resources.bound import pipeline_bound, step_bound
+from pipermoe.resources.peak import memory_floor, peak_bytes
 
 ROUNDING = 1e-9  # bounds and simulations add up in different orders
 HEADS = 512  # that are taken at once

@@ -10,7 +10,7 @@ from pipermoe.planner.exact import exact_seconds
 from pipermoe.planner.job import Job
 from pipermoe.planner.other_machines import with_network
 from pipermoe.planner.result import Candidate, WhatIf
-from pipermoe.resources.evaluate import peak_bytes
+from pipermoe.resources.peak import peak_bytes
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.strategy_table import StrategyTable
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pipermoe.layout.replay import Comparison, Replay
 from pipermoe.layout.transfer import expert_bytes
-from pipermoe.resources.evaluate import peak_bytes
 from pipermoe.resources.parameters import expert_parameters
+from pipermoe.resources.peak import peak_bytes
 from pipermoe.resources.rates import collective_seconds
 from pipermoe.resources.step import predict
 from pipermoe.specs.base import Frozen

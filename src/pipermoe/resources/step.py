@@ -1,6 +1,6 @@
 """The cost of one training step: durations per stage, and the exact StepReport.
 
-`step_costs` prices many strategies of one pipeline at once, `report` simulates one of them; resources/evaluate.py
+`step_costs` prices many strategies of one pipeline at once, `report` simulates one of them; resources/bound.py
 bounds any number. One strategy costs the same alone as among others. Arrays are (rows, stages) unless said.
 """
 

@@ -1,0 +1,173 @@
+"""The rows of a table by what a formula reads.
+
+Few of a million rows differ in what a formula reads: activations and the pipeline do not depend on ZeRO, states and
+their reduction not on the micro-batch. Each formula is evaluated for the rows that differ for it and gathered for all
+others. Every figure of a row is made of its own numbers in the same order, so it is the same alone as among others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from functools import cached_property, lru_cache
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipermoe.resources.chains import Chains, chains
+from pipermoe.resources.communication import hop_levels
+from pipermoe.resources.kinds import BLOCK, Kinds, distinct
+from pipermoe.resources.stages import stage_shapes
+from pipermoe.schedule.traits import schedule_traits, stages_of_ranks
+from pipermoe.specs.model import ModelSpec
+from pipermoe.specs.platform import Platform
+from pipermoe.specs.strategy_table import SCHEDULE_NAMES, StrategyTable
+from pipermoe.specs.train import TrainConfig
+
+# What the formulas read.
+INSIDE = (
+    *("micro_batch_size", "context_parallel", "tensor_parallel", "expert_parallel", "expert_tensor_parallel"),
+    *("recompute", "recompute_modules", "dispatcher", "ranks_per_copy", "exchange"),
+)
+PIPELINE = ("schedule", "pipeline_parallel", "virtual_stages", "layer_split")
+DEGREES = ("data_parallel", "context_parallel", "tensor_parallel", "expert_parallel", "expert_tensor_parallel")
+STATES = ("expert_data_parallel", "zero_dense", "zero_expert")
+
+Parts = tuple[tuple[int, ...], ...]  # of every stage, in the order of StageShapes
+
+
+class Groups:
+    """The rows of a table by what a formula reads: `both` is pipeline and what happens inside a stage."""
+
+    def __init__(self, model: ModelSpec, train: TrainConfig, table: StrategyTable) -> None:
+        self.model, self.table = model, table
+        names = (*PIPELINE, *INSIDE, "data_parallel")
+        self.both = distinct([getattr(table, name) for name in names])
+        self.combos = table.take(self.both.rows)
+        self.microbatches = self.combos.microbatches(train.global_batch_size)
+        self.inside = distinct([getattr(self.combos, name) for name in INSIDE])
+        self.pipe = distinct([getattr(self.combos, name) for name in PIPELINE])
+
+    def chains(self, platform: Platform) -> tuple[Kinds, list[Chains]]:
+        """The chains of every pipeline, which depend on how far apart its ranks lie and on few micro-batches."""
+        few = np.minimum(self.microbatches, 2 * self.combos.pipeline_parallel)  # what ramps up
+        pipe = distinct([self.pipe.of, self.combos.ranks_per_stage, few])
+        pipelines = self.combos.take(pipe.rows)
+        levels = tuple(level.ranks for level in platform.levels)
+        found = []
+        for row in range(len(pipelines)):
+            name, ranks, chunks = pipeline_numbers(pipelines, row)
+            hops = _hops(name, ranks, chunks, int(pipelines.ranks_per_stage[row]), levels)
+            parts = self.parts[int(self.pipe.of[pipe.rows[row]])]
+            found.append(chains(name, ranks, chunks, parts, hops, len(levels), int(few[pipe.rows[row]])))
+        return pipe, found
+
+    @cached_property
+    def parts(self) -> list[Parts]:
+        """What the stages of every pipeline hold."""
+        pipelines = self.combos.take(self.pipe.rows)
+        numbers = zip(pipelines.num_stages.tolist(), pipelines.layer_split.tolist(), strict=True)
+        known: dict[tuple[int, int], Parts] = {}
+        found = []
+        for stages, split in numbers:
+            if (stages, split) not in known:
+                shapes = stage_shapes(self.model, stages, pipelines.splits[split])
+                known[stages, split] = tuple(
+                    zip(*(getattr(shapes, field.name).tolist() for field in fields(shapes)), strict=True)
+                )
+            found.append(known[stages, split])
+        return found
+
+    @cached_property
+    def layout(self) -> NDArray[np.int64]:
+        """Of every combo a number of what its ranks hold, and whether they leave weight gradients for later."""
+        known: dict[tuple, int] = {}
+        pipelines = self.combos.take(self.pipe.rows)
+        layouts = [known.setdefault(_layout(self.model, pipelines, row), len(known)) for row in range(len(pipelines))]
+        return np.array(layouts)[self.pipe.of]
+
+    @cached_property
+    def state(self) -> Kinds:
+        """The rows by what states, and their reduction, read: from ZeRO-2 on also the number of micro-batches."""
+        degrees = [self.layout, *(getattr(self.combos, name) for name in ("pipeline_parallel", *DEGREES))]
+        once = distinct(degrees)
+        per_microbatch = distinct([once.of, self.microbatches])
+        repeats = (self.table.zero_dense >= 2) | (self.table.zero_expert >= 2)
+        both = self.both.of
+        column = np.where(repeats, (len(once.rows) + per_microbatch.of)[both], once.of[both])
+        return distinct([column, *(getattr(self.table, name) for name in STATES)])
+
+    def largest_sum(self, by_combo: NDArray[np.float64], by_state: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The maximum over classes of (combos, classes) and (states, classes), both gathered: (rows,)."""
+        pairs = list(zip(by_combo.T.copy(), by_state.T.copy(), strict=True))
+        total = np.empty(len(self.table))
+        for start in range(0, len(total), BLOCK):
+            rows = slice(start, start + BLOCK)
+            combo, state = self.both.of[rows], self.state.of[rows]
+            each = (held.take(combo) + kept.take(state) for held, kept in pairs)
+            total[rows] = next(each)
+            for one in each:
+                np.maximum(total[rows], one, out=total[rows])
+        return total
+
+
+@lru_cache(maxsize=8192)
+def _hops(name: str, ranks: int, chunks: int, ranks_per_stage: int, levels: tuple[int, ...]) -> tuple[int, ...]:
+    """The levels of the network between each stage and the next, `levels[i]` ranks being on one of level i."""
+    return tuple(hop_levels(levels, np.array([ranks_per_stage]), stages_of_ranks(name, ranks, chunks))[0].tolist())
+
+
+def _layout(model: ModelSpec, pipelines: StrategyTable, row: int) -> tuple:
+    name, ranks, chunks = pipeline_numbers(pipelines, row)
+    held = stages_of_ranks(name, ranks, chunks)
+    return (
+        pipelines.splits[int(pipelines.layer_split[row])],
+        ranks * chunks,
+        tuple(sorted(map(tuple, held))),
+        schedule_traits(name, ranks, chunks).splits_backward,
+    )
+
+
+def pipeline_numbers(table: StrategyTable, row: int) -> tuple[str, int, int]:
+    return (
+        SCHEDULE_NAMES[int(table.schedule[row])],
+        int(table.pipeline_parallel[row]),
+        int(table.virtual_stages[row]),
+    )
+
+
+def per_group(
+    group: NDArray, count: int, width: int, evaluate: Callable[[NDArray, int], NDArray]
+) -> NDArray[np.float64]:
+    """`evaluate(rows, g)`, (rows, up to width), for the rows of every group; what is not there is -inf."""
+    result = np.full((len(group), width), -np.inf)
+    order = np.argsort(group, kind="stable")
+    bounds = np.searchsorted(group[order], np.arange(count + 1))
+    for index in range(count):
+        rows = order[bounds[index] : bounds[index + 1]]
+        if len(rows):
+            found = evaluate(rows, index)
+            result[rows, : found.shape[1]] = found
+    return result
+
+
+class Classes(Protocol):
+    """Something known of a pipeline's classes of ranks."""
+
+    @property
+    def holds(self) -> NDArray[np.int64]:
+        """Parts of every class: (classes, parts)."""
+        ...
+
+    @property
+    def ranks(self) -> NDArray[np.int64]:
+        """How many ranks each class has."""
+        ...
+
+
+def alike_pipelines(found: Sequence[Classes]) -> NDArray[np.int64]:
+    """Of every pipeline the first one whose classes of ranks hold the same, as many of each."""
+    known: dict[bytes, int] = {}
+    keys = (each.holds.tobytes() + each.ranks.tobytes() for each in found)
+    return np.array([known.setdefault(key, place) for place, key in enumerate(keys)])

@@ -1,0 +1,139 @@
+"""The most that any rank of a strategy holds, and a floor of it that needs no schedule: for any number of rows."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipermoe.resources.activations.sizes import RUNTIME, MemoryProfile
+from pipermoe.resources.groups import Groups, Parts, alike_pipelines, per_group, pipeline_numbers
+from pipermoe.resources.instants import Feature, instants
+from pipermoe.resources.kinds import distinct
+from pipermoe.resources.memory import peak_activations, pipeline_of, prices
+from pipermoe.resources.sharded_units import whole_unit_bytes
+from pipermoe.resources.spare_slots import balancing_bytes
+from pipermoe.resources.stages import StageShapes
+from pipermoe.resources.states import state_bytes, state_elements
+from pipermoe.schedule.ramps import ramps
+from pipermoe.schedule.traits import stages_of_ranks
+from pipermoe.specs.model import ModelSpec
+from pipermoe.specs.strategy_table import StrategyTable
+from pipermoe.specs.train import TrainConfig
+
+KEPT = (  # of one micro-batch by each part of a stage, in the order of StageShapes
+    (Feature.KEPT_MOE,),
+    (Feature.KEPT_DENSE,),
+    (Feature.KEPT_EMBEDDING,),
+    (Feature.KEPT_HEAD,),
+    (Feature.KEPT_MOE, Feature.KEPT_HEAD, Feature.KEPT_JOIN),
+)
+
+
+def peak_bytes(
+    model: ModelSpec,
+    train: TrainConfig,
+    table: StrategyTable,
+    profile: MemoryProfile = RUNTIME,
+    imbalance: float = 1.0,
+) -> NDArray[np.float64]:
+    """The most bytes that any rank of every strategy holds at any instant of a step: (rows,)."""
+    if not len(table):
+        return np.zeros(0)
+    return grouped_peak_bytes(model, train, Groups(model, train, table), profile, imbalance)
+
+
+def grouped_peak_bytes(
+    model: ModelSpec, train: TrainConfig, groups: Groups, profile: MemoryProfile, imbalance: float
+) -> NDArray[np.float64]:
+    """`peak_bytes` of the rows of `groups`."""
+    combos = groups.combos
+    pipe = distinct([groups.pipe.of, groups.microbatches])
+    pipelines = combos.take(pipe.rows)
+    found = [instants(pipeline_of(model, train, pipelines, row)) for row in range(len(pipelines))]
+    width = max(len(each.holds) for each in found)
+    price = prices(model, train, combos.take(groups.inside.rows), profile, imbalance)
+    inside = groups.inside.of
+    activations = per_group(pipe.of, len(found), width, lambda rows, g: peak_activations(found[g], price, inside[rows]))
+    chosen = groups.table.take(groups.state.rows)
+    states = per_group(
+        pipe.of[groups.both.of[groups.state.rows]],
+        len(found),
+        width,
+        lambda rows, g: _states(model, train, found[g].holds, chosen.take(rows), defers=found[g].defers),
+    )
+    return groups.largest_sum(activations, states)
+
+
+def memory_floor(
+    model: ModelSpec, train: TrainConfig, table: StrategyTable, imbalance: float = 1.0
+) -> NDArray[np.float64]:
+    """Bytes (rows,) that the peak does not undercut: states, and the activations that the schedule's ramp holds."""
+    if not len(table):
+        return np.zeros(0)
+    groups = Groups(model, train, table)
+    combos, pipe = groups.combos, distinct([groups.pipe.of, groups.microbatches])
+    pipelines = combos.take(pipe.rows)
+    parts, microbatches = groups.pipe.of[pipe.rows], groups.microbatches[pipe.rows]
+    found = [
+        _floor(groups.parts[parts[row]], *pipeline_numbers(pipelines, row), int(microbatches[row]))
+        for row in range(len(pipelines))
+    ]
+    width = max(len(each.holds) for each in found)
+    total = prices(model, train, combos.take(groups.inside.rows), RUNTIME, imbalance)
+    price = np.stack([total[:, list(kept)].sum(axis=1) for kept in KEPT], axis=1)[groups.inside.of]
+    activations = per_group(
+        pipe.of,
+        len(found),
+        width,
+        lambda rows, g: np.maximum.reduceat(price[rows] @ found[g].kept.T, found[g].starts, axis=1),
+    )
+    chosen, alike = groups.table.take(groups.state.rows), alike_pipelines(found)
+    states = per_group(
+        alike[pipe.of[groups.both.of[groups.state.rows]]],
+        len(found),
+        width,
+        lambda rows, g: _states(model, train, found[g].holds, chosen.take(rows), defers=True),
+    )
+    return groups.largest_sum(activations, states)
+
+
+def _states(
+    model: ModelSpec, train: TrainConfig, holds: NDArray[np.int64], table: StrategyTable, *, defers: bool
+) -> NDArray[np.float64]:
+    """Bytes of weights, gradients and optimizer state, whole units included: (rows, classes)."""
+    shapes, per_parameter = StageShapes(*holds.T), train.recipe.state
+    held = state_bytes(state_elements(model, shapes, table), per_parameter)
+    moving = balancing_bytes(model, train, table, shapes)
+    whole = whole_unit_bytes(model, shapes, table, per_parameter, defers=defers)
+    return sum(held.values()) + sum(moving.values()) + whole
+
+
+class _Floor(NamedTuple):
+    """What the classes of ranks of a pipeline hold, (classes, parts), how many ranks each has, and what they keep at
+    least: (instants, parts) in micro-batches, sorted by class, of which class c begins at `starts[c]`.
+    """
+
+    holds: NDArray[np.int64]
+    ranks: NDArray[np.int64]
+    kept: NDArray[np.float64]
+    starts: NDArray[np.int64]
+
+
+@lru_cache(maxsize=8192)
+def _floor(parts: Parts, name: str, ranks: int, chunks: int, microbatches: int) -> _Floor:
+    count = np.array(parts, dtype=np.int64)
+    stages_of = stages_of_ranks(name, ranks, chunks)
+    held = [count[list(stages)].sum(axis=0) for stages in stages_of]
+    holds, class_of, alike = np.unique(held, axis=0, return_inverse=True, return_counts=True)
+    found = [
+        (owner, *(np.array(kept) @ count[list(stages)]))
+        for owner, stages, ramp in zip(
+            class_of.ravel().tolist(), stages_of, ramps(name, ranks, chunks, microbatches), strict=True
+        )
+        for kept in ramp.kept
+    ]
+    rows = np.unique(np.array(found), axis=0)
+    return _Floor(holds, alike, rows[:, 1:].astype(np.float64), np.searchsorted(rows[:, 0], np.arange(len(holds))))
