@@ -12,11 +12,18 @@ from pipermoe.schedule.traits import schedule_traits
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.platform import Platform
 from pipermoe.specs.strategy import RECOMPUTE_MODULES
-from pipermoe.specs.strategy_table import EXCHANGE_NAMES, RECOMPUTE_NAMES, SCHEDULE_NAMES, StrategyTable
+from pipermoe.specs.strategy_table import (
+    DISPATCHER_NAMES,
+    EXCHANGE_NAMES,
+    RECOMPUTE_NAMES,
+    SCHEDULE_NAMES,
+    StrategyTable,
+)
 from pipermoe.specs.train import TrainConfig
 
 PIPELINE_COLUMNS = ("schedule", "virtual_stages", "layer_split")
-TAIL_COLUMNS = ("dispatcher", "exchange", "recompute", "recompute_modules", "zero_dense", "zero_expert")
+WAY_COLUMNS = ("dispatcher", "ranks_per_copy", "exchange")  # how tokens travel
+TAIL_COLUMNS = (*WAY_COLUMNS, "recompute", "recompute_modules", "zero_dense", "zero_expert")
 CHUNKS = (2, 4, 8)  # per rank, where a schedule takes any number
 ZERO_LEVELS = ((0, 0), (1, 1), (2, 2), (3, 3), (1, 3), (3, 1))  # of dense parameters and of experts
 MOST_TOKENS = 1 << 16  # of a micro-batch of several sequences
@@ -70,22 +77,35 @@ def all_pipelines(platform: Platform, world_size: int) -> StrategyTable:
 
 
 def all_tails(model: ModelSpec, platform: Platform) -> StrategyTable:
-    """What is recomputed and sharded, and who moves the bytes of an all-to-all.
-
-    Exchange plans are priced from what a network is made of, so they are there where it is described by its links.
-    """
+    """What is recomputed and sharded, how tokens travel and who moves their bytes."""
     recompute = [("none", 0), *(("selective", mask) for mask in _module_subsets(model)), ("full", 0)]
-    exchanges = EXCHANGE_NAMES if all(level.link for level in platform.levels) else ("library",)
+    ways = np.array(_ways(model, platform))
     table = StrategyTable.product(
-        recompute=range(len(recompute)),
-        exchange=[EXCHANGE_NAMES.index(name) for name in exchanges],
-        zero_dense=range(len(ZERO_LEVELS)),
+        recompute=range(len(recompute)), exchange=range(len(ways)), zero_dense=range(len(ZERO_LEVELS))
     )
     levels = np.array(ZERO_LEVELS)[table.zero_dense]
     kinds = np.array([(RECOMPUTE_NAMES.index(name), mask) for name, mask in recompute])[table.recompute]
     return table.with_columns(
-        recompute=kinds[:, 0], recompute_modules=kinds[:, 1], zero_dense=levels[:, 0], zero_expert=levels[:, 1]
+        **dict(zip(WAY_COLUMNS, ways[table.exchange].T, strict=True)),
+        recompute=kinds[:, 0],
+        recompute_modules=kinds[:, 1],
+        zero_dense=levels[:, 0],
+        zero_expert=levels[:, 1],
     )
+
+
+def _ways(model: ModelSpec, platform: Platform) -> list[tuple[int, int, int]]:
+    """(dispatcher, ranks per copy, exchange): every choice as a row, or a row for each rank or node that holds any.
+
+    Exchange plans are priced from what a network is made of, so they are there where it is described by its links.
+    """
+    described = all(level.link for level in platform.levels)
+    exchanges = [EXCHANGE_NAMES.index(name) for name in (EXCHANGE_NAMES if described else ("library",))]
+    blocks = {1, *(level.ranks for level in platform.levels[:-1])} if model.moe.top_k > 1 else ()
+    once = DISPATCHER_NAMES.index("deduplicated")
+    plain = DISPATCHER_NAMES.index("all_to_all")
+    dispatchers = [(plain, 1), *((once, block) for block in sorted(blocks))]
+    return [(*dispatcher, exchange) for dispatcher in dispatchers for exchange in exchanges]
 
 
 def _module_subsets(model: ModelSpec) -> list[int]:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from pipermoe.planner.axes import WAY_COLUMNS
 from pipermoe.planner.exact import schedule_kinds
 from pipermoe.planner.job import Job
 from pipermoe.planner.judge import Judge
@@ -20,6 +21,7 @@ from pipermoe.planner.pool import Pool
 from pipermoe.planner.space import Selection, Space, job_space
 from pipermoe.planner.splits import balanced_splits
 from pipermoe.resources.bound import pipeline_bound, step_bound
+from pipermoe.resources.kinds import distinct
 from pipermoe.resources.peak import memory_floor, peak_bytes
 
 ROUNDING = 1e-9  # bounds and simulations add up in different orders
@@ -62,8 +64,9 @@ class Field:
     @classmethod
     def of(cls, job: Job) -> Field:
         space = job_space(job, balanced_splits(job.model, job.platform, job.train, job.world_size))
-        exchanges = np.unique(space.tails.exchange).tolist()
-        bound = pipeline_bound(job.model, job.platform, job.train, space.heads, job.imbalance, exchanges)
+        tails = space.tails.take(distinct([getattr(space.tails, name) for name in WAY_COLUMNS]).rows)
+        ways = [{name: int(getattr(tails, name)[row]) for name in WAY_COLUMNS} for row in range(len(tails))]
+        bound = pipeline_bound(job.model, job.platform, job.train, space.heads, job.imbalance, ways)
         return cls(job, space, bound, Judge(job, space))
 
     def best(

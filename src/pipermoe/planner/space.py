@@ -110,10 +110,11 @@ def job_space(job: Job, splits: tuple[tuple[int, ...], ...] = ((),)) -> Space:
 
 
 def _executable(heads: StrategyTable, tails: StrategyTable, job: Job) -> NDArray[np.bool_]:
-    """(heads, tails): which obey all rules of one of the job's runtimes."""
+    """(heads, tails): which obey all rules of one of the job's runtimes, and those of legality that read tails."""
     judged = LegalityJob(job.model, job.train, job.world_size)
     found = np.zeros((len(heads), len(tails)), dtype=bool)
-    for rules in job.runtimes:
+    of_any = tuple(rule for rule in LEGAL if not columns_read(rule, judged).isdisjoint(TAIL_COLUMNS))
+    for rules in ((*of_any, *each) for each in job.runtimes):
         of_tails = [rule for rule in rules if not columns_read(rule, judged).isdisjoint(TAIL_COLUMNS)]
         obeys = np.ones(len(heads), dtype=bool)
         for rule in rules:

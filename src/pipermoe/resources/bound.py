@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from pipermoe.resources.groups import Groups, alike_pipelines, per_group
 from pipermoe.resources.kinds import distinct
 from pipermoe.resources.step import closing_costs, compute_slots
 from pipermoe.resources.unit_seconds import columns, exchange_units, unit_seconds
+from pipermoe.specs.legality import copies_fit
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.platform import Platform
 from pipermoe.specs.strategy_table import StrategyTable
@@ -38,16 +39,16 @@ def pipeline_bound(
     train: TrainConfig,
     table: StrategyTable,
     imbalance: float = 1.0,
-    exchanges: Sequence[int] = (),
+    ways: Sequence[Mapping[str, int]] = (),
 ) -> NDArray[np.float64]:
     """The part of `step_bound` that ZeRO does not change: the longest chain of the pipeline alone, (rows,).
 
-    With `exchanges`, codes of that column, every collective takes what it takes with the cheapest of them.
+    With `ways`, values of columns on which only collectives depend, each takes what it takes in the cheapest way.
     """
     if not len(table):
         return np.zeros(0)
     groups = Groups(model, train, table)
-    return _chain_seconds(model, platform, train, groups, imbalance, exchanges).max(axis=1)[groups.both.of]
+    return _chain_seconds(model, platform, train, groups, imbalance, ways).max(axis=1)[groups.both.of]
 
 
 def grouped_bound(
@@ -73,12 +74,12 @@ def _chain_seconds(
     train: TrainConfig,
     groups: Groups,
     imbalance: float,
-    exchanges: Sequence[int] = (),
+    ways: Sequence[Mapping[str, int]] = (),
 ) -> NDArray[np.float64]:
     """Seconds of the longest chain of every combo: first of what its cores compute, then of every class of ranks."""
     combos, (pipe, found) = groups.combos, groups.chains(platform)
     insides = combos.take(groups.inside.rows)
-    price = _cheapest(model, platform, train, insides, imbalance, exchanges)[groups.inside.of]
+    price = _cheapest(model, platform, train, insides, imbalance, ways)[groups.inside.of]
     shares = _shares(platform, combos)
 
     def seconds(rows: NDArray, g: int) -> NDArray[np.float64]:
@@ -132,12 +133,15 @@ def _cheapest(
     train: TrainConfig,
     table: StrategyTable,
     imbalance: float,
-    exchanges: Sequence[int],
+    ways: Sequence[Mapping[str, int]],
 ) -> NDArray[np.float64]:
-    """`unit_seconds` of every row as it is, or each price with the cheapest of `exchanges`."""
+    """`unit_seconds` of every row as it is, or each price in the cheapest of the `ways` that exist for it."""
     price = unit_seconds(model, platform, train, table, imbalance)
-    for code in exchanges:
-        other = table.with_columns(exchange=np.full(len(table), code))
-        for work, seconds in exchange_units(model, platform, train, other, imbalance).items():
-            price[:, columns(work)] = np.minimum(price[:, columns(work)], seconds)
+    for way in ways:
+        other = table.with_columns(**{name: np.full(len(table), code) for name, code in way.items()})
+        rows = np.flatnonzero(copies_fit(other))
+        if not len(rows):
+            continue
+        for work, seconds in exchange_units(model, platform, train, other.take(rows), imbalance).items():
+            price[rows, columns(work)] = np.minimum(price[rows, columns(work)], seconds)
     return price

@@ -1,6 +1,7 @@
 """What travels in a dispatch when the routing is given as counts: which token chooses what, and how many copies of it.
 
-P ranks of an expert group, E experts, T tokens of a micro-batch on one rank, K choices a token
+P ranks of an expert group, S of them with different counts, E experts, T tokens of a micro-batch on one rank, K choices
+of a token
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ def planned_copies(
     """
     ranks, experts = len(counts_PE), len(counts_PE[0])
     blocks = blocks or ranks
-    copies_PN = np.zeros((ranks, blocks), dtype=np.int64)
-    for source, counts_E in enumerate(counts_PE):
+    different_SE, which_P = np.unique(counts_PE, axis=0, return_inverse=True)  # alike sources send alike
+    copies_SN = np.zeros((len(different_SE), blocks), dtype=np.int64)
+    for source, counts_E in enumerate(different_SE):
         choices_A = planned_choices(counts_E, tokens, top_k).ravel()
         kept = np.ones(len(choices_A), dtype=bool)
         if capacity is not None:
@@ -49,8 +51,8 @@ def planned_copies(
         goes_TN = np.zeros((tokens, blocks), dtype=bool)
         token_A = np.repeat(np.arange(tokens), top_k)
         goes_TN[token_A[kept], choices_A[kept] // (experts // blocks)] = True
-        copies_PN[source] = goes_TN.sum(0)
-    return copies_PN
+        copies_SN[source] = goes_TN.sum(0)
+    return copies_SN[which_P.ravel()]
 
 
 def balanced(rows: int, experts: int, sources: int) -> NDArray[np.int64]:

@@ -151,7 +151,8 @@ def _enough_microbatches(table: StrategyTable, job: Job) -> NDArray[np.bool_]:
     return ~is_1f1b | (table.microbatches(job.train.global_batch_size) >= table.pipeline_parallel)
 
 
-def _copies_fit(table: StrategyTable, job: Job) -> NDArray[np.bool_]:
+def copies_fit(table: StrategyTable) -> NDArray[np.bool_]:
+    """Where `ranks_per_copy` divides the ranks of an expert group into several blocks, or is 1."""
     block, ranks = table.ranks_per_copy, table.expert_parallel
     return (block == 1) | (divides(block, ranks) & (block < ranks))
 
@@ -200,7 +201,7 @@ LEGAL: tuple[Rule, ...] = (
         _explain_batch,
     ),
     Rule(_enough_microbatches, _explain_microbatches),
-    Rule(_copies_fit, _explain_copies),
+    Rule(lambda table, job: copies_fit(table), _explain_copies),
 )
 
 EXECUTABLE_PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
