@@ -126,7 +126,7 @@ def test_options_win_over_the_job_file(folder):
         (["balance", "tiny-none", "--slots", "0"], "32 experts on 64 ranks need at least 1 slots a rank"),
         (["balance", "tiny-none", "--policy", "best"], "--policy = 'best': must be one of static, "),
         (["balance", "tiny-none", "--plan", "plan.toml"], "--plan and --platform go together"),
-        (["balance", "model.toml"], "a trace is a .npz or a .csv file"),
+        (["balance", "model.toml"], "a trace is a .npz, .csv or .jsonl file"),
         (["measure", "--nproc", "0"], "nproc = 0"),
         (["measure", "--colour"], "--colour"),
         (["teleport"], "teleport"),

@@ -70,7 +70,7 @@ def test_lines_that_are_no_counts_are_named(tmp_path, line, expected):
 
 
 def test_a_folder_without_loads_is_no_trace(tmp_path):
-    with pytest.raises(UserError, match=r"loads\.jsonl: no such trace; a \.npz, \.csv, \.jsonl file"):
+    with pytest.raises(UserError, match=r"loads\.jsonl: no such trace; a \.npz, \.csv or \.jsonl file"):
         read_trace(str(tmp_path))
 
 
@@ -103,7 +103,7 @@ def test_a_trace_that_is_none_names_file_array_and_rule(tmp_path, arrays, expect
             "line 2: rows = '-4': must be a whole number of 0 or more",
         ),
         ("trace.csv", b"step,layer,expert,rows\n", "holds no counts"),
-        ("trace.txt", b"", "a trace is a .npz, .csv, .jsonl file"),
+        ("trace.txt", b"", "a trace is a .npz, .csv or .jsonl file"),
     ],
 )
 def test_a_file_that_is_no_trace_is_refused(tmp_path, name, content, expected):

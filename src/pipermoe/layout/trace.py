@@ -71,9 +71,9 @@ def read_trace(reference: str) -> Trace:
         path /= LOADS_FILE
     if not path.is_file():
         known = f"a run's folder with {LOADS_FILE}, or one of {', '.join(shipped_traces())}"
-        raise UserError(f"{path}: no such trace; a {', '.join(READERS)} file, {known}")
+        raise UserError(f"{path}: no such trace; a {KINDS} file, {known}")
     if path.suffix not in READERS:
-        raise UserError(f"{path}: a trace is a {', '.join(READERS)} file")
+        raise UserError(f"{path}: a trace is a {KINDS} file")
     return READERS[path.suffix](path)
 
 
@@ -210,3 +210,4 @@ def _run_name(path: Path) -> str:
 
 
 READERS: dict[str, Callable[[Path], Trace]] = {".npz": _read_npz, ".csv": _read_csv, ".jsonl": _read_jsonl}
+KINDS = " or ".join(", ".join(READERS).rsplit(", ", 1))
