@@ -84,7 +84,7 @@ def summary_of(rows: list[dict]) -> dict:
 def print_rows(rows: list[dict], summary: dict) -> None:
     table = Table(title=f"{MODEL} on {RANKS} ranks, fastest first", title_justify="left", box=None, pad_edge=False)
     for name in ("#", "planned", "strategy", "measured", "predicted", "spread"):
-        table.add_column(name, justify="left" if name == "strategy" else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name == "strategy" else "right", no_wrap=name != "strategy")
     for row in rows:
         times = (format_seconds(row[key]) for key in ("measured_seconds", "predicted_seconds"))
         places = str(row["measured_place"]), str(row["planned_place"])
