@@ -32,10 +32,7 @@ from pipermoe.layout.expert_layout import ExpertLayout
 from pipermoe.layout.load import imbalance, rank_load
 from pipermoe.layout.policy import Nodes
 from pipermoe.runtime.groups import ProcessGroups
-from pipermoe.runtime.layout.balance_line import BalanceLine
-from pipermoe.runtime.layout.balancer import Balancer
 from pipermoe.runtime.layout.lay_out import LaidOut, spill_rule
-from pipermoe.runtime.metrics import take_census
 from pipermoe.runtime.optimizer.adamw import Optimizer
 from pipermoe.runtime.pipeline.engine import Engine
 from pipermoe.runtime.step import training_step
@@ -44,6 +41,9 @@ from pipermoe.schedule.communication import with_communication
 from pipermoe.specs.model import GroupedQueryAttention, MixtureOfExperts, ModelSpec, Router
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.train import Balance, TrainConfig
+from pipermoe.training.balancing.balance_line import BalanceLine
+from pipermoe.training.balancing.balancer import Balancer
+from pipermoe.training.metrics import take_census
 
 MODEL = ModelSpec(
     name="skewed",

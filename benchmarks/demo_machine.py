@@ -18,8 +18,6 @@ from typing import Protocol
 from benchmarks.network import bed as network
 from pipermoe.measure import measure_platform
 from pipermoe.resources.step import predict
-from pipermoe.runtime.launch import launch
-from pipermoe.runtime.run import Run
 from pipermoe.specs.catalogue import load_model
 from pipermoe.specs.documents import load, save
 from pipermoe.specs.model import ModelSpec
@@ -29,6 +27,8 @@ from pipermoe.specs.report import StepReport
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.train import TrainConfig
 from pipermoe.specs.units import GIB
+from pipermoe.training.launch import launch
+from pipermoe.training.run import Run
 
 MODEL = "tiny-moe"
 RANKS = 4

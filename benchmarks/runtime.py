@@ -33,10 +33,6 @@ from pipermoe.data.batches import load_text
 from pipermoe.measure import measure_platform
 from pipermoe.planner import find_plan
 from pipermoe.planner.given import plan_given
-from pipermoe.runtime.launch import launch
-from pipermoe.runtime.measurement import measured_steps
-from pipermoe.runtime.optimizer.learning_rate import learning_rate
-from pipermoe.runtime.run import Run
 from pipermoe.specs.catalogue import load_model
 from pipermoe.specs.configuration import Configuration
 from pipermoe.specs.documents import load
@@ -47,6 +43,10 @@ from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.strategy_text import strategy_text
 from pipermoe.specs.train import TrainConfig
 from pipermoe.specs.units import GIB, format_seconds
+from pipermoe.training.launch import launch
+from pipermoe.training.learning_rate import learning_rate
+from pipermoe.training.measurement import measured_steps
+from pipermoe.training.run import Run
 
 RANKS = 4
 PURE = {"data parallel": "pp1 dp4 ep1 edp4 mbs4 1f1b z0", "expert parallel": "pp1 dp4 ep4 mbs4 1f1b z0"}

@@ -15,7 +15,7 @@ FLOORS = [
     {"cli"},
     {"report"},
     {"validate"},
-    {"planner", "export", "dryrun"},
+    {"planner", "export", "dryrun", "training"},
     {"runtime"},
     {"resources", "data"},
     {"measure"},
@@ -24,7 +24,7 @@ FLOORS = [
     {"specs", "catalogue"},
 ]
 HEIGHT = {name: len(FLOORS) - floor for floor, names in enumerate(FLOORS) for name in names}
-MAY_IMPORT_TORCH = ("modules/", "runtime/", "dryrun/", "measure/", "exchange/executor/")
+MAY_IMPORT_TORCH = ("modules/", "runtime/", "training/", "dryrun/", "measure/", "exchange/executor/")
 
 
 def imports_of(path: Path) -> set[str]:

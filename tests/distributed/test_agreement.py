@@ -6,10 +6,10 @@ import pytest
 from tests.distributed.harness import run_ranks
 from tests.runtime.tiny import PLAIN, TRAIN
 
-from pipermoe.runtime.agreement import check_same_job
 from pipermoe.schedule.builders import schedule_of
 from pipermoe.specs.errors import UserError
 from pipermoe.specs.strategy import Strategy
+from pipermoe.training.agreement import check_same_job
 
 pytestmark = pytest.mark.distributed
 

@@ -16,14 +16,14 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.nn import Parameter
 
 from pipermoe.modules.names import is_expert
-from pipermoe.runtime.checkpoint.store import check_resumable, check_same_text, checkpoints, load_checkpoint
-from pipermoe.runtime.checkpoint.writer import CheckpointWriter
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.optimizer.adamw import Optimizer
 from pipermoe.runtime.optimizer.sharding import flatten
 from pipermoe.specs.errors import MachineError, UserError
 from pipermoe.specs.plan import Plan
 from pipermoe.specs.strategy import Strategy
+from pipermoe.training.checkpoint.store import check_resumable, check_same_text, checkpoints, load_checkpoint
+from pipermoe.training.checkpoint.writer import CheckpointWriter
 
 EXPERTS = 4
 SHAPES = {

@@ -10,7 +10,6 @@ from tests.runtime.tiny import MODELS, TRAIN, batch_for
 from pipermoe.dryrun.dry_run import dry_run, move_to_planned_layout
 from pipermoe.dryrun.planned_routing import planned_counts
 from pipermoe.layout.policy import Nodes
-from pipermoe.runtime.counting import counted
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.layout.lay_out import laid_out_in_order
 from pipermoe.runtime.optimizer.adamw import Optimizer
@@ -20,6 +19,7 @@ from pipermoe.schedule.builders import schedule_of
 from pipermoe.schedule.communication import with_communication
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.train import Balance, TrainConfig
+from pipermoe.training.counting import counted
 
 pytestmark = pytest.mark.distributed
 

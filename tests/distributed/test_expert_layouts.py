@@ -17,13 +17,13 @@ from tests.runtime.tiny import MODELS, batch_for, engine_for, job_of
 from pipermoe.layout.expert_layout import EMPTY, ExpertLayout
 from pipermoe.layout.policy import Nodes
 from pipermoe.layout.spill import SpillRule
-from pipermoe.runtime.checkpoint.store import checkpoints, load_checkpoint
-from pipermoe.runtime.checkpoint.writer import CheckpointWriter
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.layout.lay_out import LaidOut
 from pipermoe.runtime.optimizer.adamw import Optimizer
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.train import Mechanism, TrainConfig
+from pipermoe.training.checkpoint.store import checkpoints, load_checkpoint
+from pipermoe.training.checkpoint.writer import CheckpointWriter
 
 pytestmark = pytest.mark.distributed
 

@@ -18,12 +18,12 @@ from tests.plans import tiny_plan
 from pipermoe.cli import main
 from pipermoe.processes.output_folder import lock_folder
 from pipermoe.processes.status_board import StatusBoard
-from pipermoe.runtime.launch import launch
 from pipermoe.runtime.pipeline.engine import Engine
-from pipermoe.runtime.run import Run
 from pipermoe.specs.documents import save
 from pipermoe.specs.errors import MachineError, UserError
 from pipermoe.specs.strategy import Strategy
+from pipermoe.training.launch import launch
+from pipermoe.training.run import Run
 
 pytestmark = pytest.mark.distributed
 PIPELINE = Strategy(pipeline_parallel=2)
@@ -121,7 +121,7 @@ def interrupted_at(moment: str, arguments: list[str], say: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         at(moment, 0, stop, patch)
         if moment == WRITING:
-            patch.setattr("pipermoe.runtime.checkpoint.writer.write_pieces", begin_to_write)
+            patch.setattr("pipermoe.training.checkpoint.writer.write_pieces", begin_to_write)
         main(arguments)
 
 

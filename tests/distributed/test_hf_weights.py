@@ -17,13 +17,13 @@ from tests.runtime.tiny import engine_for
 
 from pipermoe.modules.hf.names import FAMILIES
 from pipermoe.modules.hf.weights import INDEX, SINGLE, expected_shapes, load_weights
-from pipermoe.runtime.checkpoint.hf_weights import save_weights
 from pipermoe.runtime.groups import ProcessGroups
-from pipermoe.runtime.launch import launch
-from pipermoe.runtime.run import Run
 from pipermoe.specs.errors import UserError
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.strategy import Strategy
+from pipermoe.training.checkpoint.hf_weights import save_weights
+from pipermoe.training.launch import launch
+from pipermoe.training.run import Run
 
 pytestmark = pytest.mark.distributed
 

@@ -9,9 +9,7 @@ import pytest
 from tests.plans import TINY_MODEL, tiny_plan
 
 from pipermoe.resources.flops import model_forward_flops
-from pipermoe.runtime.launch import launch
 from pipermoe.runtime.pipeline.engine import Engine
-from pipermoe.runtime.run import Run
 from pipermoe.schedule.builders import build
 from pipermoe.specs.documents import load
 from pipermoe.specs.errors import UserError
@@ -19,6 +17,8 @@ from pipermoe.specs.mesh import coordinates
 from pipermoe.specs.plan import Measurement
 from pipermoe.specs.report import TERMS
 from pipermoe.specs.strategy import Strategy
+from pipermoe.training.launch import launch
+from pipermoe.training.run import Run
 
 pytestmark = pytest.mark.distributed
 HYBRID = Strategy(pipeline_parallel=2, data_parallel=2, expert_parallel=2, zero_dense=1, zero_expert=1)
@@ -159,7 +159,7 @@ def test_tensorboard_shows_every_number(tmp_path, text):
 
 
 def test_tensorboard_without_its_package_is_an_error_that_says_how_to_install_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipermoe.runtime.tensorboard.find_spec", lambda name: None)
+    monkeypatch.setattr("pipermoe.training.tensorboard.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'pipermoe\[tensorboard\]'"):
         launch(tiny_plan(Strategy()), Run(tmp_path / "run", tensorboard=tmp_path))
     assert not (tmp_path / "run").exists()

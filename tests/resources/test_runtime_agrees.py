@@ -21,12 +21,12 @@ CASES = [
 def count(rank: int, strategy: Strategy):
     import torch
 
-    from pipermoe.runtime.counting import counted
     from pipermoe.runtime.groups import ProcessGroups
     from pipermoe.runtime.optimizer.adamw import Optimizer
     from pipermoe.runtime.pipeline.engine import Engine
     from pipermoe.schedule.builders import build
     from pipermoe.schedule.communication import with_communication
+    from pipermoe.training.counting import counted
 
     groups = ProcessGroups.create(strategy)
     size = strategy.micro_batch_size

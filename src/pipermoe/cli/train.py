@@ -71,11 +71,11 @@ def train(
     """
     from datetime import timedelta
 
-    from pipermoe.runtime.launch import launch
-    from pipermoe.runtime.run import Run
     from pipermoe.specs.documents import load, to_json
     from pipermoe.specs.errors import UserError
     from pipermoe.specs.plan import Plan
+    from pipermoe.training.launch import launch
+    from pipermoe.training.run import Run
 
     if not 0 < timeout <= LONGEST_TIMEOUT:
         raise UserError(f"--timeout = {timeout:g}: must be positive, and at most a day")

@@ -18,7 +18,6 @@ from torch._C._distributed_c10d import HashStore
 from pipermoe.modules.hf.names import FAMILIES
 from pipermoe.modules.hf.weights import INDEX, SINGLE, load_weights, named_parts
 from pipermoe.modules.weight_gradients import gradient_of
-from pipermoe.runtime.checkpoint.hf_weights import save_weights
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.pipeline.engine import Engine
 from pipermoe.runtime.pipeline.interleave import drain
@@ -27,6 +26,7 @@ from pipermoe.specs.errors import UserError
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.train import TrainConfig
+from pipermoe.training.checkpoint.hf_weights import save_weights
 
 # What transformers computed from the same weights: data/make_hf_references.py.
 DATA = Path(__file__).parent / "data"

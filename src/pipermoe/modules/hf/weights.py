@@ -1,6 +1,6 @@
 """Weights from Hugging Face's safetensors files: each rank of any arrangement reads what it holds and no more.
 
-Which tensor is called what is said in modules/hf/names.py; runtime/checkpoint/hf_weights.py writes them again.
+Which tensor is called what is said in modules/hf/names.py; training/checkpoint/hf_weights.py writes them again.
 """
 
 from __future__ import annotations

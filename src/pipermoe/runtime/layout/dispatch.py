@@ -19,11 +19,11 @@ from pipermoe.runtime.layout.carry import Carrier
 from pipermoe.runtime.layout.guests import Guests, VisitedJourney
 from pipermoe.runtime.layout.placement import Placement
 from pipermoe.runtime.layout.tally import Tally
-from pipermoe.runtime.pipeline.dispatch import AllToAllJourney, Choices, ExpertGroup, Experts, Journey
-from pipermoe.runtime.pipeline.flight import Arrived, Flight, NumbersFlying
+from pipermoe.runtime.pipeline.dispatch import AllToAllJourney, Choices, Dispatcher, ExpertGroup, Experts, Journey
+from pipermoe.runtime.pipeline.flight import Flight
 
 
-class LayoutDispatch:
+class LayoutDispatch(Dispatcher):
     """Every kept choice travels as a row of its own, in one MoE layer of a placement.
 
     All ranks learn the counts of all, so that each divides the rows of an expert over its copies alike, and knows what
@@ -40,7 +40,8 @@ class LayoutDispatch:
         tally: Tally,
         spill: SpillRule | None = None,
     ):
-        self.group, self._placement, self._layer = group, placement, layer
+        super().__init__(group)
+        self._placement, self._layer = placement, layer
         self._carrier, self._tally, self._spill = carrier, tally, spill
 
     def choices(self, experts_TK: Tensor, weights_TK: Tensor) -> Choices:
@@ -48,24 +49,15 @@ class LayoutDispatch:
         copies_E = torch.from_numpy(self._placement.copies_LE[self._layer]).to(experts_TK.device)
         return self.group.choices(experts_TK, weights_TK, copies_E)
 
-    def exchange_counts(self, choices: Choices) -> Flight[list[int]]:
-        if (planned_PE := self._planned_counts(len(choices.experts_TK))) is not None:
-            return Arrived(planned_PE.ravel().tolist())
-        own_PE = choices.kept_E.repeat(self.group.ranks)
-        if self.group.ranks == 1:
-            return Arrived(own_PE.tolist() * 2)
-        received_PE = torch.empty_like(own_PE)
-        work = self.group.transport.all_to_all(received_PE, own_PE, None, None)
-        return NumbersFlying(work, own_PE, received_PE, self.group.meter)
+    def _numbers(self, choices: Choices) -> Tensor:
+        return choices.kept_E.repeat(self.group.ranks)
 
-    def _planned_counts(self, tokens: int) -> NDArray[np.int64] | None:
-        """What an exchange of the planned counts would give (P, E)."""
-        if self.group.planned_counts is None:
-            return None
+    def _planned_numbers(self, tokens: int) -> list[int]:
+        """Only what the others tell, which is all that a journey reads."""
         counts_PE, capacity = np.array(self.group.planned_counts, dtype=np.int64), self.group.capacity(tokens)
-        return (
-            counts_PE if capacity is None else np.minimum(counts_PE, capacity * self._placement.copies_LE[self._layer])
-        )
+        if capacity is not None:
+            counts_PE = np.minimum(counts_PE, capacity * self._placement.copies_LE[self._layer])
+        return counts_PE.ravel().tolist()
 
     def journey(self, choices: Choices, counts: Flight[list[int]], experts: Experts, *, keep: bool) -> Journey:
         group, slots_PS = self.group, self._placement.slots_NS(self._layer)

@@ -17,8 +17,16 @@ import torch
 from torch import Tensor
 
 from pipermoe.resources.dispatch import planned_copies
-from pipermoe.runtime.pipeline.dispatch import Choices, ExpertGroup, Experts, arrangement, positions, rows_of
-from pipermoe.runtime.pipeline.flight import Arrived, Both, Flight, Flying, NumbersFlying
+from pipermoe.runtime.pipeline.dispatch import (
+    Choices,
+    Dispatcher,
+    ExpertGroup,
+    Experts,
+    arrangement,
+    positions,
+    rows_of,
+)
+from pipermoe.runtime.pipeline.flight import Both, Flight, Flying
 from pipermoe.runtime.pipeline.piece import Piece
 
 
@@ -38,24 +46,20 @@ class Rows(NamedTuple):
         return [sum(row) for row in self.by_expert_PN]
 
 
-class Deduplicated:
+class Deduplicated(Dispatcher):
     """One copy of a token per rank; worth it when tokens have several experts on one."""
 
-    def __init__(self, group: ExpertGroup):
-        self.group = group
+    def _numbers(self, choices: Choices) -> Tensor:
+        copies_P1 = destinations(choices.kept_TK, self.group).sum(1, keepdim=True)
+        return torch.cat((choices.kept_E.view(self.group.ranks, -1), copies_P1), 1).flatten()
 
-    def choices(self, experts_TK: Tensor, weights_TK: Tensor) -> Choices:
-        return self.group.choices(experts_TK, weights_TK)
-
-    def exchange_counts(self, choices: Choices) -> Flight[list[int]]:
-        group, tokens = self.group, len(choices.experts_TK)
-        if (planned := group.planned_numbers(tokens)) is not None:
-            return Arrived(self._with_planned_copies(planned, tokens))
-        copies_P1 = destinations(choices.kept_TK, group).sum(1, keepdim=True)
-        own = torch.cat((choices.kept_E.view(group.ranks, -1), copies_P1), 1).flatten()
-        received = torch.empty_like(own)
-        work = group.transport.all_to_all(received, own, None, None)
-        return NumbersFlying(work, own, received, group.meter)
+    def _planned_numbers(self, tokens: int) -> list[int]:
+        group = self.group
+        assert group.planned_counts is not None
+        copies_PP = planned_copies(group.planned_counts, tokens, group.top_k, group.capacity(tokens))
+        copies = (*copies_PP[group.rank].tolist(), *copies_PP[:, group.rank].tolist())
+        blocks = rows_of(group.planned_numbers(tokens), group.local_experts)
+        return [number for rows, count in zip(blocks, copies, strict=True) for number in (*rows, count)]
 
     def journey(
         self, choices: Choices, counts: Flight[list[int]], experts: Experts, *, keep: bool
@@ -66,14 +70,6 @@ class Deduplicated:
         order_A = choices.kept(sum(sent.by_rank))
         goes_PT = destinations(choices.kept_TK, group)
         return DeduplicatedJourney(group, choices.experts_TK, order_A, goes_PT, sent, received, experts, keep)
-
-    def _with_planned_copies(self, planned: list[int], tokens: int) -> list[int]:
-        group = self.group
-        assert group.planned_counts is not None
-        copies_PP = planned_copies(group.planned_counts, tokens, group.top_k, group.capacity(tokens))
-        copies = (*copies_PP[group.rank].tolist(), *copies_PP[:, group.rank].tolist())
-        blocks = rows_of(planned, group.local_experts)
-        return [number for rows, count in zip(blocks, copies, strict=True) for number in (*rows, count)]
 
 
 def destinations(experts_TK: Tensor, group: ExpertGroup) -> Tensor:

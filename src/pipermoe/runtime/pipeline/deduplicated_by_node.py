@@ -23,8 +23,8 @@ from torch import Tensor
 
 from pipermoe.resources.dispatch import planned_copies
 from pipermoe.runtime.pipeline.deduplicated import Copies, DeduplicatedJourney, Rows, destinations
-from pipermoe.runtime.pipeline.dispatch import Choices, ExpertGroup, Experts
-from pipermoe.runtime.pipeline.flight import Arrived, Both, Flight, NumbersFlying
+from pipermoe.runtime.pipeline.dispatch import Choices, Dispatcher, ExpertGroup, Experts
+from pipermoe.runtime.pipeline.flight import Both, Flight
 
 
 class NodeRows(NamedTuple):
@@ -53,27 +53,19 @@ class NodeRows(NamedTuple):
         )
 
 
-class DeduplicatedByNode:
+class DeduplicatedByNode(Dispatcher):
     """`across` are the ranks at this one's place on every node, with a node's experts each; `inside` is this node."""
 
     def __init__(self, group: ExpertGroup, across: ExpertGroup, inside: ExpertGroup):
-        self.group, self._across, self._inside = group, across, inside
+        super().__init__(group)
+        self._across, self._inside = across, inside
 
-    def choices(self, experts_TK: Tensor, weights_TK: Tensor) -> Choices:
-        return self.group.choices(experts_TK, weights_TK)
-
-    def exchange_counts(self, choices: Choices) -> Flight[list[int]]:
-        group, nodes = self.group, self._across.ranks
-        if group.planned_counts is not None:
-            return Arrived(self._planned_numbers(len(choices.experts_TK)))
-        kept_TK = choices.kept_TK
-        copies_NL = destinations(kept_TK, group).sum(1).view(nodes, -1)
+    def _numbers(self, choices: Choices) -> Tensor:
+        nodes, kept_TK = self._across.ranks, choices.kept_TK
+        copies_NL = destinations(kept_TK, self.group).sum(1).view(nodes, -1)
         copies_N1 = destinations(kept_TK, self._across).sum(1, keepdim=True)
         told_NM = torch.cat((choices.kept_E.view(nodes, -1), copies_NL, copies_N1), 1)
-        own = told_NM.repeat_interleave(self._inside.ranks, 0).flatten()  # every rank of a node hears of all of it
-        received = torch.empty_like(own)
-        work = group.transport.all_to_all(received, own, None, None)
-        return NumbersFlying(work, own, received, group.meter)
+        return told_NM.repeat_interleave(self._inside.ranks, 0).flatten()  # every rank of a node hears of all of it
 
     def journey(self, choices: Choices, counts: Flight[list[int]], experts: Experts, *, keep: bool) -> NodeJourney:
         nodes, ranks = self._across.ranks, self._inside.ranks
@@ -82,7 +74,6 @@ class DeduplicatedByNode:
         return NodeJourney(self._across, self._inside, choices, rows, experts, keep)
 
     def _planned_numbers(self, tokens: int) -> list[int]:
-        """What an exchange of the planned counts would give."""
         group, nodes, ranks = self.group, self._across.ranks, self._inside.ranks
         assert group.planned_counts is not None
         rows_PE = np.minimum(group.planned_counts, group.capacity(tokens) or tokens)

@@ -9,6 +9,7 @@ Dropless by default and free of padding always: with a capacity, choices beyond 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -48,24 +49,6 @@ class Journey(Protocol):
 
     def merge_gradient(self, combined: Flight) -> tuple[Tensor, Tensor]:
         """The gradients of `x_TD` and of `weights_TK`."""
-        ...
-
-
-class Dispatcher(Protocol):
-    """How the tokens of one rank meet the experts of its group."""
-
-    group: ExpertGroup
-
-    def choices(self, experts_TK: Tensor, weights_TK: Tensor) -> Choices:
-        """What the router chose, within the capacity of the experts."""
-        ...
-
-    def exchange_counts(self, choices: Choices) -> Flight:
-        """Launch the exchange of row counts, the one host synchronisation of a layer."""
-        ...
-
-    def journey(self, choices: Choices, counts: Flight, experts: Experts, *, keep: bool) -> Journey:
-        """The route of these choices. Without `keep` the experts' graph is rebuilt in backward."""
         ...
 
 
@@ -167,14 +150,20 @@ class ExpertGroup:
             kept_E = chosen_E.minimum(capacity * copies_E)
         return Choices(experts_TK, weights_TK if self.planned_counts is None else None, chosen_E, kept_E, capacity)
 
-    def planned_numbers(self, tokens: int) -> list[int] | None:
+    def planned_numbers(self, tokens: int) -> list[int]:
         """What an exchange of the planned counts would give: sent by expert, then received by source, local expert."""
-        if self.planned_counts is None:
-            return None
+        assert self.planned_counts is not None
         mine = slice(self.rank * self.local_experts, (self.rank + 1) * self.local_experts)
         received = [count for counts in self.planned_counts for count in counts[mine]]
         most = self.capacity(tokens) or tokens
         return [min(count, most) for count in (*self.planned_counts[self.rank], *received)]
+
+    def exchange(self, own: Tensor) -> Flight[list[int]]:
+        """Tell every rank its part of `own`; the result is `own`, then what they tell this one."""
+        if self.ranks == 1:
+            return Arrived(own.tolist() * 2)
+        received = torch.empty_like(own)
+        return NumbersFlying(self.transport.all_to_all(received, own, None, None), own, received, self.meter)
 
     def launch(
         self, x: Tensor, before: Tensor | None, sent: list[int], received: list[int], after: Tensor | None
@@ -187,25 +176,46 @@ class ExpertGroup:
         return Flying(work, outgoing, incoming, lambda rows: rows if after is None else rows[after], self.meter)
 
 
-class AllToAll:
-    """Every kept choice travels as a row of its own."""
+class Dispatcher(ABC):
+    """How the tokens of one rank meet the experts of its group."""
 
     def __init__(self, group: ExpertGroup):
         self.group = group
 
     def choices(self, experts_TK: Tensor, weights_TK: Tensor) -> Choices:
+        """What the router chose, within the capacity of the experts."""
         return self.group.choices(experts_TK, weights_TK)
 
     def exchange_counts(self, choices: Choices) -> Flight[list[int]]:
-        group = self.group
-        if (planned := group.planned_numbers(len(choices.experts_TK))) is not None:
-            return Arrived(planned)
-        own_E = choices.kept_E
-        if group.ranks == 1:
-            return Arrived(own_E.tolist() * 2)
-        received_PN = torch.empty_like(own_E)
-        work = group.transport.all_to_all(received_PN, own_E, None, None)
-        return NumbersFlying(work, own_E, received_PN, group.meter)
+        """Launch the exchange of row counts, the one host synchronisation of a layer.
+
+        It gives the numbers that this rank tells the others, then those that they tell it.
+        """
+        if self.group.planned_counts is not None:
+            return Arrived(self._planned_numbers(len(choices.experts_TK)))
+        return self.group.exchange(self._numbers(choices))
+
+    @abstractmethod
+    def _numbers(self, choices: Choices) -> Tensor:
+        """What this rank tells the ranks of its group, as many numbers each, end to end (int64)."""
+
+    @abstractmethod
+    def _planned_numbers(self, tokens: int) -> list[int]:
+        """What an exchange of the planned counts would give."""
+
+    @abstractmethod
+    def journey(self, choices: Choices, counts: Flight[list[int]], experts: Experts, *, keep: bool) -> Journey:
+        """The route of these choices. Without `keep` the experts' graph is rebuilt in backward."""
+
+
+class AllToAll(Dispatcher):
+    """Every kept choice travels as a row of its own."""
+
+    def _numbers(self, choices: Choices) -> Tensor:
+        return choices.kept_E
+
+    def _planned_numbers(self, tokens: int) -> list[int]:
+        return self.group.planned_numbers(tokens)
 
     def journey(self, choices: Choices, counts: Flight[list[int]], experts: Experts, *, keep: bool) -> AllToAllJourney:
         numbers, experts_here = counts.wait(), self.group.local_experts

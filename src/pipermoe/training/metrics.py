@@ -18,12 +18,12 @@ from torch import Tensor
 
 from pipermoe.modules.model import MoELayer
 from pipermoe.runtime.groups import ProcessGroups
-from pipermoe.runtime.measurement import StepSeconds
 from pipermoe.runtime.pipeline.engine import Engine
+from pipermoe.training.measurement import StepSeconds
 
 
 @dataclass(frozen=True, slots=True)
-class StepResult:
+class StepOutcome:
     """The losses and the gradient norm of one step of the whole job, and this rank's times.
 
     `dropped` is the share of choices beyond their experts' capacity. `skipped`: loss or gradient were not finite, and

@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipermoe.layout.trace import LOADS_FILE
-from pipermoe.runtime.json_lines import JsonLines
-from pipermoe.runtime.layout.balance_line import BalanceLine
-from pipermoe.runtime.tensorboard import Board, open_board
 from pipermoe.specs.report import MemoryCategory, Term
 from pipermoe.specs.units import GIB, MIB
+from pipermoe.training.balancing.balance_line import BalanceLine
+from pipermoe.training.json_lines import JsonLines
+from pipermoe.training.tensorboard import Board, open_board
 
 STEPS_FILE = "steps.jsonl"
 CONVENTION = (

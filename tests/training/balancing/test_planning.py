@@ -5,8 +5,8 @@ from threading import Event
 import pytest
 
 from pipermoe.layout.expert_layout import ExpertLayout
-from pipermoe.runtime.layout.planning import Planning
 from pipermoe.specs.errors import MachineError
+from pipermoe.training.balancing.planning import Planning
 
 LAYOUT = ExpertLayout.static(1, 2, 4)
 

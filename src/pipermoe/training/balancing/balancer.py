@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from pipermoe.layout.expert_layout import ExpertLayout
 from pipermoe.layout.policies import POLICIES
 from pipermoe.layout.trigger import Trigger, gain_rows, gain_that_stays, horizon_steps, pays
-from pipermoe.runtime.layout.balance_line import BalanceLine
-from pipermoe.runtime.layout.moving_costs import MovingCosts
-from pipermoe.runtime.layout.planning import Planning
 from pipermoe.runtime.optimizer.adamw import Optimizer
 from pipermoe.runtime.pipeline.engine import Engine
 from pipermoe.specs.train import Balance
+from pipermoe.training.balancing.balance_line import BalanceLine
+from pipermoe.training.balancing.moving_costs import MovingCosts
+from pipermoe.training.balancing.planning import Planning
 
 REMEMBERED = 5  # steps whose mean load is the forecast (Hecate's window)
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from pipermoe.layout.trace import read_trace
-from pipermoe.runtime.log import STEPS_FILE, StepLine, StepLog, format_line
-from pipermoe.runtime.measurement import StepSeconds, central_half, counted_step, measured_steps, step_report
 from pipermoe.specs.report import MEMORY_CATEGORIES, TERMS, RankReport
 from pipermoe.specs.units import GIB
+from pipermoe.training.log import STEPS_FILE, StepLine, StepLog, format_line
+from pipermoe.training.measurement import StepSeconds, central_half, counted_step, measured_steps, step_report
 
 LOADS = np.array([[3, 1], [0, 4]])
 

@@ -18,7 +18,7 @@ from pipermoe.specs.plan import Measurement, Plan
 
 if TYPE_CHECKING:
     from pipermoe.data.batches import TextData
-    from pipermoe.runtime.run import Run
+    from pipermoe.training.run import Run
 
 
 def launch(
@@ -35,8 +35,8 @@ def launch(
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # gloo prints a C++ stack for every closed connection
     from pipermoe.processes.interrupt import end_on_signals
     from pipermoe.processes.progress import Display
-    from pipermoe.runtime.checkpoint.store import check_same_text, partial_folder
-    from pipermoe.runtime.rank import run_rank
+    from pipermoe.training.checkpoint.store import check_same_text, partial_folder
+    from pipermoe.training.rank import run_rank
 
     world = existing_world(os.environ)
     _check_world(plan, world, nproc, where)
@@ -65,9 +65,9 @@ def launch(
 def _run_here(plan: Plan, data: TextData, run: Run) -> Measurement:
     from pipermoe.processes.local_ranks import run_local_ranks
     from pipermoe.processes.status_board import StatusBoard
-    from pipermoe.runtime.rank import device_for, run_rank
-    from pipermoe.runtime.trainer import MEASUREMENT_FILE
     from pipermoe.specs.documents import load
+    from pipermoe.training.rank import device_for, run_rank
+    from pipermoe.training.trainer import MEASUREMENT_FILE
 
     ranks = plan.strategy.world_size
     device_for(ranks)  # refuses more ranks than devices before any process starts
@@ -99,7 +99,7 @@ def _check_plan(plan: Plan, run: Run, where: str) -> None:
     """Everything about the plan that can be known to be wrong before a rank starts."""
     from pipermoe.modules.hf.weights import check_weights
     from pipermoe.runtime.support import check_supported
-    from pipermoe.runtime.tensorboard import require_tensorboard
+    from pipermoe.training.tensorboard import require_tensorboard
 
     if run.steps is not None and run.steps < 1:
         raise UserError(f"--steps = {run.steps}: must be at least 1")
@@ -125,7 +125,7 @@ def _with_start(plan: Plan, run: Run, resume: bool) -> Run:
     `resume` without a checkpoint begins anew: a job that is started again and again, as by a batch system, may be
     stopped before its first.
     """
-    from pipermoe.runtime.checkpoint.store import check_resumable, checkpoints
+    from pipermoe.training.checkpoint.store import check_resumable, checkpoints
 
     found = checkpoints(run.output)
     if resume and found:
@@ -138,7 +138,7 @@ def _with_start(plan: Plan, run: Run, resume: bool) -> Run:
 
 def _remove_stale(output: Path) -> None:
     """Should this run fail, nobody shall take the last one's results for its own."""
-    from pipermoe.runtime.trainer import MEASUREMENT_FILE, TRACE_FILE
+    from pipermoe.training.trainer import MEASUREMENT_FILE, TRACE_FILE
 
     for stale in (output / MEASUREMENT_FILE, output / TRACE_FILE, *output.glob("rank-*.error.txt")):
         stale.unlink(missing_ok=True)

@@ -13,10 +13,10 @@ import torch.fx.experimental.symbolic_shapes
 
 from pipermoe.data.batches import TextData
 from pipermoe.processes.world import World
-from pipermoe.runtime.run import Run
-from pipermoe.runtime.trainer import train
 from pipermoe.specs.errors import MachineError, UserError
 from pipermoe.specs.plan import Measurement, Plan
+from pipermoe.training.run import Run
+from pipermoe.training.trainer import train
 
 
 def run_rank(plan: Plan, data: TextData, run: Run, world: World) -> Measurement | None:

@@ -19,7 +19,6 @@ from pydantic import Field
 from torch import Tensor
 
 from pipermoe.layout.expert_layout import ExpertLayout
-from pipermoe.runtime.checkpoint.format import Piece, Pieces, read_pieces
 from pipermoe.runtime.optimizer.adamw import Optimizer, Part
 from pipermoe.specs.base import Frozen
 from pipermoe.specs.documents import load
@@ -28,6 +27,7 @@ from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.plan import Plan
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.train import TrainConfig
+from pipermoe.training.checkpoint.format import Piece, Pieces, read_pieces
 
 RECORD = "checkpoint.json"
 _FOLDER = re.compile(r"step-(\d{6,})")

@@ -17,8 +17,13 @@ from torch import Tensor
 
 from pipermoe.exchange.executor.gather_json import all_gather_json
 from pipermoe.layout.expert_layout import ExpertLayout
-from pipermoe.runtime.checkpoint.format import Pieces, write_pieces
-from pipermoe.runtime.checkpoint.store import (
+from pipermoe.runtime.groups import ProcessGroups
+from pipermoe.runtime.optimizer.adamw import Optimizer
+from pipermoe.specs.documents import save
+from pipermoe.specs.errors import MachineError
+from pipermoe.specs.plan import Plan
+from pipermoe.training.checkpoint.format import Pieces, write_pieces
+from pipermoe.training.checkpoint.store import (
     RECORD,
     CheckpointRecord,
     SavedLayout,
@@ -27,11 +32,6 @@ from pipermoe.runtime.checkpoint.store import (
     pieces_of,
     pieces_of_biases,
 )
-from pipermoe.runtime.groups import ProcessGroups
-from pipermoe.runtime.optimizer.adamw import Optimizer
-from pipermoe.specs.documents import save
-from pipermoe.specs.errors import MachineError
-from pipermoe.specs.plan import Plan
 
 KEPT = 3  # newest checkpoints that stay on disk
 

@@ -1,12 +1,11 @@
-"""The learning-rate schedule and clipping; what needs several ranks is in tests/distributed/test_optimizer.py."""
+"""The learning rate of every step."""
 
 from __future__ import annotations
 
 import pytest
 
-from pipermoe.runtime.optimizer.gradient_norm import clip_scale
-from pipermoe.runtime.optimizer.learning_rate import learning_rate
 from pipermoe.specs.train import Optimizer
+from pipermoe.training.learning_rate import learning_rate
 
 CONFIG = Optimizer(learning_rate=1.0, minimum_learning_rate=0.1, warmup_steps=4)
 
@@ -28,9 +27,3 @@ def test_the_rate_never_rises_after_warm_up():
 
 def test_a_run_shorter_than_its_warm_up_is_all_warm_up():
     assert [learning_rate(step, CONFIG, 2) for step in range(2)] == [0.25, 0.5]
-
-
-def test_clipping_shrinks_large_gradients_only_and_zero_means_none():
-    assert clip_scale(10.0, 1.0) == pytest.approx(0.1)
-    assert clip_scale(0.5, 1.0) == 1.0
-    assert clip_scale(1e9, 0.0) == 1.0

@@ -7,10 +7,10 @@ from tests.plans import tiny_plan
 
 from pipermoe.processes.local_ranks import Failure, culprit
 from pipermoe.processes.world import World, existing_world, first_host
-from pipermoe.runtime.launch import launch
-from pipermoe.runtime.run import Run
 from pipermoe.specs.errors import MachineError, UserError
 from pipermoe.specs.strategy import Strategy
+from pipermoe.training.launch import launch
+from pipermoe.training.run import Run
 
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 SRUN = {

@@ -19,22 +19,10 @@ from pipermoe.exchange.executor.gather_json import all_gather_json
 from pipermoe.modules.hf.weights import load_weights
 from pipermoe.processes.progress import Display
 from pipermoe.resources.flops import training_forward_flops
-from pipermoe.runtime.agreement import check_same_job
-from pipermoe.runtime.checkpoint.hf_weights import save_weights
-from pipermoe.runtime.checkpoint.store import load_checkpoint, saved_layout
-from pipermoe.runtime.checkpoint.writer import CheckpointWriter
-from pipermoe.runtime.counting import counted
 from pipermoe.runtime.groups import ProcessGroups
-from pipermoe.runtime.layout.balance_line import BalanceLine
-from pipermoe.runtime.layout.balancer import Balancer
 from pipermoe.runtime.layout.lay_out import first_layout
-from pipermoe.runtime.log import CONVENTION, StepLine, StepLog
-from pipermoe.runtime.measurement import StepSeconds, counted_step, measured_steps, step_report
-from pipermoe.runtime.metrics import StepResult, take_census
 from pipermoe.runtime.optimizer.adamw import Optimizer
-from pipermoe.runtime.optimizer.learning_rate import learning_rate
 from pipermoe.runtime.pipeline.engine import Engine
-from pipermoe.runtime.run import Run
 from pipermoe.runtime.step import training_step
 from pipermoe.runtime.trace import Trace, spans_of
 from pipermoe.schedule.action import Action
@@ -46,6 +34,18 @@ from pipermoe.specs.errors import MachineError, UserError
 from pipermoe.specs.plan import Measurement, Plan
 from pipermoe.specs.report import RankReport
 from pipermoe.specs.units import format_bytes, format_seconds
+from pipermoe.training.agreement import check_same_job
+from pipermoe.training.balancing.balance_line import BalanceLine
+from pipermoe.training.balancing.balancer import Balancer
+from pipermoe.training.checkpoint.hf_weights import save_weights
+from pipermoe.training.checkpoint.store import load_checkpoint, saved_layout
+from pipermoe.training.checkpoint.writer import CheckpointWriter
+from pipermoe.training.counting import counted
+from pipermoe.training.learning_rate import learning_rate
+from pipermoe.training.log import CONVENTION, StepLine, StepLog
+from pipermoe.training.measurement import StepSeconds, counted_step, measured_steps, step_report
+from pipermoe.training.metrics import StepOutcome, take_census
+from pipermoe.training.run import Run
 
 MEASUREMENT_FILE = "measurement.json"
 TRACE_FILE = "trace.json"
@@ -134,7 +134,7 @@ class Trainer:
             self.log.close()
         return measurement
 
-    def _all_steps(self) -> tuple[list[StepResult], float]:
+    def _all_steps(self) -> tuple[list[StepOutcome], float]:
         """Every step's result, and the validation loss after the last."""
         results, validation = [], math.nan
         under_counters, job = counted_step(self.first, self.steps), self.plan.train
@@ -160,7 +160,7 @@ class Trainer:
                 self.checkpoints.finish()
         return results, validation
 
-    def step(self, step: int) -> StepResult:
+    def step(self, step: int) -> StepOutcome:
         """One training step: forward and backward, reduce, update. Errors name the step."""
         start = time.perf_counter()
         self.meter.reset()
@@ -187,7 +187,7 @@ class Trainer:
             raise MachineError(f"{where} failed: {type(error).__name__}: {error}") from error
         norm, loss, mtp_loss, auxiliary, z_loss, dropped = agreed
         timing = StepSeconds(step, time.perf_counter() - start, dict(self.meter.seconds))
-        return StepResult(loss, mtp_loss, auxiliary, z_loss, dropped, norm, rate, timing, skipped=self.skipped > 0)
+        return StepOutcome(loss, mtp_loss, auxiliary, z_loss, dropped, norm, rate, timing, skipped=self.skipped > 0)
 
     def _is_finite(self, step: int, loss: float, norm: float) -> bool:
         """Whether the step may change the weights; every rank sees the same numbers. Raises `UserError` to stop."""
@@ -208,7 +208,7 @@ class Trainer:
         self._say(f"warning: step {step + 1}: {name} = {value}: skipped, the weights stay as they were")
         return False
 
-    def _counted_step(self, step: int) -> StepResult:
+    def _counted_step(self, step: int) -> StepOutcome:
         """The step that runs under the counters: everything of it is counted, its time is not."""
         result, own = counted(self.groups.rank, self.meter, self.optimizer, lambda: self.step(step))
         gathered = all_gather_json(own.model_dump(mode="json"), self.groups.world)
@@ -257,7 +257,7 @@ class Trainer:
         peak = self.plan.inputs.get("peak_flops_per_s")
         return self._flops_per_second(seconds) / float(peak.value) if peak is not None else None
 
-    def _log_step(self, step: int, result: StepResult, validation: float | None) -> None:
+    def _log_step(self, step: int, result: StepOutcome, validation: float | None) -> None:
         census = take_census(self.engine, self.groups)
         terms = result.timing.terms
         computing = terms["forward"] + terms["backward"]
@@ -295,7 +295,7 @@ class Trainer:
             census.load_LE,
         )
 
-    def _measurement(self, results: list[StepResult], before: float, after: float) -> Measurement | None:
+    def _measurement(self, results: list[StepOutcome], before: float, after: float) -> Measurement | None:
         """The measurement, put together on rank 0 from what every rank timed and counted."""
         measured = measured_steps(self.first, self.steps)
         own = [result.timing for result in results if result.timing.step in measured]
