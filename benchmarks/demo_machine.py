@@ -9,11 +9,11 @@ import sys
 import tempfile
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 from benchmarks.network import bed as network
 from pipermoe.measure import measure_platform
@@ -29,10 +29,12 @@ from pipermoe.specs.train import TrainConfig
 from pipermoe.specs.units import GIB
 from pipermoe.training.launch import launch
 from pipermoe.training.run import Run
+from pipermoe.training.trainer import MEASUREMENT_FILE
 
 MODEL = "tiny-moe"
 RANKS = 4
 HOSTS = 2  # of the slow link
+MASTER_PORT = 29400
 ENTER = Path(network.__file__).parent / "enter"
 
 
@@ -41,8 +43,8 @@ class Machine(Protocol):
 
     def measure(self, model: ModelSpec) -> Platform: ...
 
-    def train(self, plan: Plan, steps: int) -> StepReport:
-        """What `steps` steps of the plan measured."""
+    def train(self, plans: list[Plan], steps: int) -> list[StepReport]:
+        """What `steps` steps of every plan measured, one plan after the other."""
         ...
 
 
@@ -54,11 +56,14 @@ class ThisMachine:
         assert platform is not None, "this process starts the ranks, so it has the result"
         return platform
 
-    def train(self, plan: Plan, steps: int) -> StepReport:
-        with tempfile.TemporaryDirectory(prefix="pipermoe-demo-") as folder:
-            measurement = launch(plan, Run(Path(folder), steps=steps, quiet=True))
-        assert measurement is not None, "this process starts the ranks, so it has the result"
-        return measurement.report
+    def train(self, plans: list[Plan], steps: int) -> list[StepReport]:
+        reports = []
+        for plan in plans:
+            with tempfile.TemporaryDirectory(prefix="pipermoe-demo-") as folder:
+                measurement = launch(plan, Run(Path(folder), steps=steps, quiet=True))
+            assert measurement is not None, "this process starts the ranks, so it has the result"
+            reports.append(measurement.report)
+        return reports
 
 
 class TwoHosts:
@@ -67,41 +72,46 @@ class TwoHosts:
     def measure(self, model: ModelSpec) -> Platform:
         with tempfile.TemporaryDirectory(prefix="pipermoe-demo-") as folder:
             written = Path(folder) / "machine.toml"
-            self._start("measure", "--model", model.name, "-o", str(written))
+            self._start("pipermoe", "measure", "--model", model.name, "-o", str(written))
             return load(written, Platform)
 
-    def train(self, plan: Plan, steps: int) -> StepReport:
+    def train(self, plans: list[Plan], steps: int) -> list[StepReport]:
+        """The same ranks train all of them: a process spends more time on importing torch than on a few steps."""
         with tempfile.TemporaryDirectory(prefix="pipermoe-demo-") as folder:
-            path, run = save(Path(folder) / "plan.toml", plan), Path(folder) / "run"
-            self._start("train", "--plan", str(path), "-o", str(run), "--steps", str(steps))
-            return load(run / "measurement.json", Measurement).report
+            for number, plan in enumerate(plans):
+                save(Path(folder) / f"{number}.toml", plan)
+            self._start("benchmarks.demo_rank", folder, str(steps))
+            runs = [Path(folder) / str(number) for number in range(len(plans))]
+            return [load(run / MEASUREMENT_FILE, Measurement).report for run in runs]
 
     def _start(self, *command: str) -> None:
-        """Run a command of pipermoe as every rank; the output of a rank that fails goes to stderr."""
-        ranks = [self._rank(rank, command) for rank in range(RANKS)]
-        outputs = [rank.communicate()[0] for rank in ranks]
-        for number, (rank, output) in enumerate(zip(ranks, outputs, strict=True)):
-            if rank.returncode:
-                sys.exit(f"rank {number} of {command[0]} ended with {rank.returncode}:\n{output}")
+        """Run a module as every rank, until all have ended; the output of a rank that fails goes to stderr."""
+        with ExitStack() as started:
+            outputs = [started.enter_context(tempfile.TemporaryFile("w+")) for _ in range(RANKS)]
+            ranks = [started.enter_context(self._rank(rank, command, outputs[rank])) for rank in range(RANKS)]
+            try:
+                codes = [rank.wait() for rank in ranks]
+            finally:
+                for rank in ranks:
+                    rank.kill()
+            for number, (code, output) in enumerate(zip(codes, outputs, strict=True)):
+                if code:
+                    output.seek(0)
+                    sys.exit(f"rank {number} of {command[0]} ended with {code}:\n{output.read()}")
 
-    def _rank(self, rank: int, command: tuple[str, ...]) -> subprocess.Popen[str]:
+    def _rank(self, rank: int, command: tuple[str, ...], output: IO[str]) -> subprocess.Popen[bytes]:
         per_host = RANKS // HOSTS
         world = {
             "RANK": rank,
             "WORLD_SIZE": RANKS,
             "LOCAL_RANK": rank % per_host,
             "MASTER_ADDR": network.address(0, 0),
-            "MASTER_PORT": 29400,
+            "MASTER_PORT": MASTER_PORT,
             "GLOO_SOCKET_IFNAME": "nic0",
         }
-        inside = [str(ENTER), network.name_of(rank // per_host), sys.executable, "-m", "pipermoe", *command]
-        return subprocess.Popen(
-            inside,
-            env=os.environ | {key: str(value) for key, value in world.items()},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        inside = [str(ENTER), network.name_of(rank // per_host), sys.executable, "-m", *command]
+        env = os.environ | {key: str(value) for key, value in world.items()}
+        return subprocess.Popen(inside, env=env, stdout=output, stderr=subprocess.STDOUT)
 
 
 @contextmanager
@@ -144,10 +154,10 @@ class Demo:
 
     def measured(self, plans: list[Plan], steps: int, passes: int) -> dict[str, list[StepReport]]:
         """What every plan took in every pass; every second pass goes backwards, so that drift cancels."""
+        order = [plan for number in range(passes) for plan in (plans if number % 2 == 0 else reversed(plans))]
         reports: dict[str, list[StepReport]] = {plan.name: [] for plan in plans}
-        for number in range(passes):
-            for plan in plans if number % 2 == 0 else reversed(plans):
-                reports[plan.name].append(self.machine.train(plan, steps))
+        for plan, report in zip(order, self.machine.train(order, steps), strict=True):
+            reports[plan.name].append(report)
         return reports
 
 
