@@ -9,15 +9,12 @@ from tests.plans import tiny_plan
 from tests.resources.cases import MODEL, machine
 
 from pipermoe.cli import main
+from pipermoe.cli.app import COMMANDS
 from pipermoe.cli.demo import loop
 from pipermoe.specs.documents import load, save
 from pipermoe.specs.plan import Plan
 from pipermoe.specs.strategy import Strategy
 
-COMMANDS = (
-    *("measure", "describe", "plan", "tokenize", "train", "compare", "schedule", "dryrun", "demo"),
-    *("predict", "sweep", "compare-platforms", "export", "import-plan", "megatron-memory", "balance"),
-)
 PLAN = ["plan", "model.toml", "--platform", "machine.toml", "--job", "job.toml"]
 PREDICT = ["predict", "model.toml", "--platform", "machine.toml", "--job", "job.toml", "--strategy"]
 JOB = "seq_len = 32\nglobal_batch_size = 16\n"
@@ -41,10 +38,10 @@ def run(*arguments: str) -> int:
 
 
 def plan(*arguments: str) -> int:
-    return run("plan", "model.toml", "--platform", "machine.toml", "--job", "job.toml", *arguments)
+    return run(*PLAN, *arguments)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [command.__name__.replace("_", "-") for command in COMMANDS])
 def test_every_command_has_help_and_json(command, capsys):
     assert run(command, "--help") == 0
     text = capsys.readouterr().out
@@ -90,18 +87,15 @@ def test_options_win_over_the_job_file(folder):
         (["plan", "model.toml", "--platform", "none.toml"], "none.toml: no such file"),
         (["plan", "no-model", "--platform", "machine.toml", "--job", "job.toml"], "no-model"),
         (["plan", "model.toml", "--platform", "machine.toml"], "--seq-len and --global-batch must be given"),
-        (["plan", "model.toml", "--platform", "machine.toml", "--job", "machine.toml"], "machine.toml: "),
+        ([*PLAN[:-1], "machine.toml"], "machine.toml: "),
         (["plan", "model.toml", "--platform", "job.toml", "--job", "job.toml"], "job.toml"),
-        (["plan", "model.toml", "--platform", "machine.toml", "--job", "job.toml", "--memory", "much"], "= 'much'"),
-        (["plan", "model.toml", "--platform", "machine.toml", "--job", "job.toml", "--memory=-1GiB"], "positive"),
-        (["plan", "model.toml", "--platform", "machine.toml", "--job", "job.toml", "--ranks", "0"], "0"),
-        (["plan", "model.toml", "--platform", "machine.toml", "--job", "job.toml", "--top", "0"], "top = 0"),
-        (["plan", "model.toml", "--platform", "machine.toml", "--job", "job.toml", "--seq-len", "0"], "seq_len = 0"),
-        (
-            ["plan", "model.toml", "--platform", "machine.toml", "--job", "job.toml", "--ranks", "4", "--nodes", "1"],
-            "one",
-        ),
-        (["plan", "model.toml", "--platform", "machine.toml", "--job", "job.toml", "--imbalance", "0.5"], "= 0.5"),
+        ([*PLAN, "--memory", "much"], "= 'much'"),
+        ([*PLAN, "--memory=-1GiB"], "positive"),
+        ([*PLAN, "--ranks", "0"], "0"),
+        ([*PLAN, "--top", "0"], "top = 0"),
+        ([*PLAN, "--seq-len", "0"], "seq_len = 0"),
+        ([*PLAN, "--ranks", "4", "--nodes", "1"], "give one of them"),
+        ([*PLAN, "--imbalance", "0.5"], "= 0.5"),
         ([*PREDICT, "pp2 dp2 ep2 mbs3"], "must divide global_batch_size = 16"),
         ([*PREDICT, "pp2 dp2 ep2 zb-v"], "strategy.virtual_stages = 1: zb-v needs exactly 2"),
         ([*PLAN, "--target", "soon"], "100B tokens in 3 days"),
@@ -109,6 +103,7 @@ def test_options_win_over_the_job_file(folder):
         ([*PLAN, "--price", "2"], "--tokens"),
         ([*PLAN, "--tokens", "many"], "--tokens = 'many'"),
         ([*PLAN, "--objective", "device-hours"], "give --tokens"),
+        ([*PLAN, "--plot", "front.gif"], "plot = 'front.gif': must end in .svg or .png"),
         (["sweep", "model.toml", "--platform", "machine.toml", "--gpus", "1,x", "--job", "job.toml"], "--gpus = '1,x'"),
         (["compare-platforms", "model.toml", "--platforms", "x", "--gpus", "1", "--job", "job.toml"], "'x'"),
         ([*PREDICT, "none.toml"], "none.toml: no such file"),

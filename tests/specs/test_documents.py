@@ -55,6 +55,12 @@ def test_an_unknown_key_names_file_key_value_and_what_is_accepted(tmp_path):
     assert "weight_decay" in message
 
 
+def test_a_misspelt_key_is_named_before_the_one_that_it_leaves_missing(tmp_path):
+    path = tmp_path / "job.toml"
+    path.write_text("seq_len = 128\nglobal_batch_siez = 4\n")
+    assert "global_batch_siez = 4: unknown key; did you mean 'global_batch_size'?" in error_of(path, TrainConfig)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from pipermoe.cli.options import Switch
+from cyclopts import Parameter
+
+from pipermoe.cli.options import Plot, Switch
 from pipermoe.cli.output import note, show
 
 if TYPE_CHECKING:
@@ -21,12 +23,12 @@ def balance(
     ranks: int | None = None,
     nodes: int = 8,
     slots: int | None = None,
-    policy: list[str] | None = None,
+    policy: Annotated[list[str] | None, Parameter(negative="")] = None,
     every: int = 10,
     window: int = 5,
     plan: Path | None = None,
     platform: str | None = None,
-    plot: Path | None = None,
+    plot: Plot | None = None,
     json: Switch = False,
 ) -> None:
     """Compare the policies that place experts, on the recorded load of a run.

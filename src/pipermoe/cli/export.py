@@ -20,8 +20,8 @@ def export(
     ranks_per_node: int | None = None,
     runs: Literal["pipermoe", "megatron", "torchtitan", "deepspeed"] = "pipermoe",
     time: str = "24:00:00",
-    partition: str = "",
-    account: str = "",
+    partition: str | None = None,
+    account: str | None = None,
     cpu: Switch = False,
     json: Switch = False,
 ) -> None:

@@ -15,7 +15,17 @@ from pipermoe.specs.platform import Platform
 from pipermoe.specs.train import TrainConfig
 from pipermoe.specs.units import parse_bytes, parse_seconds
 
+
+def _drawable(_: object, path: Path | None) -> None:
+    """Asked before the work whose result is to be drawn."""
+    from pipermoe.report.picture import require_drawable
+
+    if path is not None:
+        require_drawable(path)
+
+
 Output = Annotated[Path, Parameter(name=["--output", "-o"])]
+Plot = Annotated[Path, Parameter(validator=_drawable)]
 Switch = Annotated[bool, Parameter(negative="")]
 ModelName = Annotated[
     str, Parameter(help="A catalogue name, a model file (TOML), a Hugging Face config.json or its folder.")

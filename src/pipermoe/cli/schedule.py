@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipermoe.cli.options import Switch
+from pipermoe.cli.options import Plot, Switch
 from pipermoe.cli.output import note, show
 
 
@@ -14,7 +14,7 @@ def schedule(
     pp: int = 4,
     microbatches: int = 8,
     vpp: int | None = None,
-    plot: Path | None = None,
+    plot: Plot | None = None,
     csv: Path | None = None,
     trace: Path | None = None,
     json: Switch = False,

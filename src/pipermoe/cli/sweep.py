@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
@@ -16,6 +16,7 @@ from pipermoe.cli.options import (
     LimitOptions,
     ModelName,
     PlatformName,
+    Plot,
     Precision,
     Switch,
     numbers,
@@ -23,29 +24,33 @@ from pipermoe.cli.options import (
 )
 from pipermoe.cli.output import note, show
 
-Plot = Annotated[Path | None, Parameter(help="Draw tokens per second and rank into this file (.svg or .png).")]
+if TYPE_CHECKING:
+    from pipermoe.planner.sweep import Sweep
+
+Ranks = Annotated[
+    str, Parameter(name=["--ranks", "--gpus"], help="Numbers of ranks: one number or several, such as 64,128,256.")
+]
+Rates = Annotated[Plot | None, Parameter(help="Draw tokens per second and rank into this file (.svg or .png).")]
 
 
 def sweep(
     model: ModelName,
     *,
     platform: PlatformName,
-    gpus: str,
+    gpus: Ranks,
     job: JobFile = None,
     global_batch: str | None = None,
     seq_len: str | None = None,
     experts: str | None = None,
     precision: Precision = None,
     limits: LimitOptions = NO_LIMITS,
-    plot: Plot = None,
+    plot: Rates = None,
     json: Switch = False,
 ) -> None:
     """Plan many jobs: every combination of numbers of ranks, batches, sequences and experts.
 
     Parameters
     ----------
-    gpus
-        Numbers of ranks, such as 64,128,256.
     global_batch
         Sequences in a step: one number or several.
     seq_len
@@ -56,8 +61,6 @@ def sweep(
         Print as JSON.
     """
     from pipermoe.planner.sweep import sweep as plan_all
-    from pipermoe.report.picture import write_picture
-    from pipermoe.report.sweep import render_sweep, sweep_picture
     from pipermoe.specs.catalogue import load_model
     from pipermoe.specs.platform_file import load_platform
 
@@ -69,20 +72,17 @@ def sweep(
     defaults = {"precision": machine.usual_precision}
     task = training_job(job, first.get("seq_len"), first.get("global_batch"), precision, defaults)
     result = plan_all(load_model(model), machine, task, axes, **limits.limits())
-    show(result, lambda console: render_sweep(result, console), as_json=json)
-    if plot is not None:
-        write_picture(sweep_picture(result), plot)
-        note(f"Wrote {plot}", as_json=json)
+    _show(result, plot, as_json=json)
 
 
 def compare_platforms(
     model: ModelName,
     *,
     platforms: str,
-    gpus: str,
+    gpus: Ranks,
     job: JobOptions = NO_JOB,
     imbalance: Imbalance = 1.0,
-    plot: Plot = None,
+    plot: Rates = None,
     json: Switch = False,
 ) -> None:
     """Plan the same job on several machines.
@@ -91,14 +91,10 @@ def compare_platforms(
     ----------
     platforms
         Machines of the catalogue or platform files, such as dgx-h100,dgx-b200,frontier; or all.
-    gpus
-        Numbers of ranks, such as 64,256.
     json
         Print as JSON.
     """
     from pipermoe.planner.sweep import compare_platforms as plan_all
-    from pipermoe.report.picture import write_picture
-    from pipermoe.report.sweep import render_sweep, sweep_picture
     from pipermoe.specs.catalogue import load_model
     from pipermoe.specs.platform_file import load_platform, platform_names
 
@@ -108,7 +104,14 @@ def compare_platforms(
     precision = job.precision if job.job is None else task.precision
     sizes = numbers("--gpus", gpus)
     result = plan_all(load_model(model), machines, task, sizes, precision=precision, imbalance=imbalance)
-    show(result, lambda console: render_sweep(result, console), as_json=json)
+    _show(result, plot, as_json=json)
+
+
+def _show(result: Sweep, plot: Path | None, *, as_json: bool) -> None:
+    from pipermoe.report.picture import write_picture
+    from pipermoe.report.sweep import render_sweep, sweep_picture
+
+    show(result, lambda console: render_sweep(result, console), as_json=as_json)
     if plot is not None:
         write_picture(sweep_picture(result), plot)
-        note(f"Wrote {plot}", as_json=json)
+        note(f"Wrote {plot}", as_json=as_json)

@@ -13,7 +13,7 @@ def tokenize(
     output: Output,
     tokenizer: str = "bytes",
     json_field: str = "text",
-    workers: int = 0,
+    workers: int | None = None,
     json: Switch = False,
 ) -> None:
     """Prepare text for training: memory-mapped token shards, which a job names in data.paths.
@@ -43,7 +43,7 @@ def tokenize(
 
     if not inputs:
         raise UserError("name at least one text file or folder")
-    if workers < 0:
+    if workers is not None and workers < 1:
         raise UserError(f"--workers = {workers}: must be at least 1")
     header = prepare_tokens(
         inputs, output, tokenizer=tokenizer, json_field=json_field, workers=workers or len(os.sched_getaffinity(0))

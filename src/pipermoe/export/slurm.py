@@ -24,7 +24,9 @@ def own_files(plan: Plan, cluster: Cluster) -> dict[str, str]:
     }
 
 
-def batch_script(what: str, cluster: Cluster, *, gpus: bool, time: str, partition: str = "", account: str = "") -> str:
+def batch_script(
+    what: str, cluster: Cluster, *, gpus: bool, time: str, partition: str | None = None, account: str | None = None
+) -> str:
     """A script for sbatch, submitted from its folder, that runs launch.sh on every node.
 
     Every node's torchrun meets the others at the first node; the port follows from the job, so that jobs on shared
@@ -34,13 +36,13 @@ def batch_script(what: str, cluster: Cluster, *, gpus: bool, time: str, partitio
         "job-name": "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in what)[:48],
         "nodes": cluster.nodes,
         "ntasks-per-node": 1,
-        "gpus-per-node": cluster.ranks_per_node if gpus else "",
+        "gpus-per-node": cluster.ranks_per_node if gpus else None,
         "time": time,
         "partition": partition,
         "account": account,
         "output": "%x.%j.log",
     }
-    lines = "".join(f"#SBATCH --{key}={value}\n" for key, value in directives.items() if value != "")
+    lines = "".join(f"#SBATCH --{key}={value}\n" for key, value in directives.items() if value is not None)
     return (
         "#!/usr/bin/env bash\n"
         + lines

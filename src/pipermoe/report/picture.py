@@ -6,10 +6,11 @@ import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from pipermoe.specs.documents import write_atomically
+from pipermoe.specs.documents import require_writable, write_atomically
 from pipermoe.specs.errors import UserError, describe_value
 
 FONT = "Helvetica, Arial, sans-serif"
@@ -61,13 +62,22 @@ class Picture:
 
 
 def write_picture(picture: Picture, path: Path) -> None:
-    """Write as SVG or PNG by suffix; UserError for any other suffix, or PNG without matplotlib."""
+    """Write as SVG or PNG by suffix; UserError for what `require_drawable` refuses."""
+    require_drawable(path)
     if path.suffix == ".svg":
         write_atomically(path, to_svg(picture))
-    elif path.suffix == ".png":
-        _write_png(picture, path)
     else:
+        _write_png(picture, path)
+
+
+def require_drawable(path: Path) -> None:
+    """UserError for a suffix but .svg and .png, PNG without matplotlib, or where nothing can be written."""
+    if path.suffix not in (".svg", ".png"):
         raise UserError(describe_value("", "plot", str(path), "must end in .svg or .png"))
+    if path.suffix == ".png" and find_spec("matplotlib") is None:
+        rule = "PNG needs matplotlib: pip install 'pipermoe[plots]', or write .svg, which needs nothing"
+        raise UserError(describe_value("", "plot", str(path), rule))
+    require_writable(path)
 
 
 def to_svg(picture: Picture) -> str:
@@ -101,13 +111,10 @@ def _svg_shapes(shapes: Sequence[Shape]) -> Iterator[str]:
 
 
 def _write_png(picture: Picture, path: Path) -> None:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # pyright: ignore[reportMissingImports]
-        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
-        from matplotlib.patches import Rectangle  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        rule = "PNG needs matplotlib: pip install 'pipermoe[plots]', or write .svg, which needs nothing"
-        raise UserError(describe_value("", "plot", str(path), rule)) from None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # pyright: ignore[reportMissingImports]
+    from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
+    from matplotlib.patches import Rectangle  # pyright: ignore[reportMissingImports]
+
     points_per_inch = 72
     figure = Figure(figsize=(picture.width / points_per_inch, picture.height / points_per_inch), dpi=144)
     FigureCanvasAgg(figure)

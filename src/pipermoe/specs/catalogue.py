@@ -28,7 +28,7 @@ def load_model(reference: str, *, assume: str | None = None) -> ModelSpec:
     if path.is_dir() or path.suffix == ".json":
         return ModelSpec.from_hf_config(path, assume=assume)
     if not looks_like_a_path(reference):
-        raise UserError(unknown_name(reference, model_names(), "model"))
+        raise UserError(unknown_name(reference, model_names(), "model", files="a .toml file or a config.json"))
     if not path.exists():
         raise UserError(unknown_name(path.name, model_names(), "model", missing=reference))
     if assume is not None:
@@ -58,14 +58,15 @@ def looks_like_a_path(reference: str) -> bool:
     return "/" in reference or "\\" in reference or reference.endswith((".toml", ".json"))
 
 
-def unknown_name(reference: str, names: list[str], kind: str, *, missing: str = "") -> str:
-    """One line: what was not found, what was perhaps meant, what else is accepted."""
+def unknown_name(reference: str, names: list[str], kind: str, *, files: str = "", missing: str = "") -> str:
+    """One line: what was not found, what was perhaps meant, which `files` are accepted instead."""
     stem = reference.lower().removesuffix(".toml")
     close = difflib.get_close_matches(stem, names, n=3, cutoff=0.5)
     if missing:
         return f"{missing}: no such file" + (f"; did you mean the catalogue's {' or '.join(close)}?" if close else "")
     hint = f"did you mean {' or '.join(close)}? " if close else f"the catalogue has {', '.join(names)}; "
-    return f"{kind} {reference!r}: not in the catalogue; {hint}or give the path of a .toml file or a config.json"
+    way_out = f"{hint}or give the path of {files}" if files else hint.rstrip("; ")
+    return f"{kind} {reference!r}: not in the catalogue; {way_out}"
 
 
 def _folder(kind: str) -> Traversable:

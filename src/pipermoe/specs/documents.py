@@ -76,7 +76,8 @@ def validate(data: dict[str, Any], kind: type[Document], where: str) -> Document
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        first, *others = error.errors()
+        # A misspelt key is said before the key that is missing because of it.
+        first, *others = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
         more = f" (and {len(others)} more)" if others else ""
         raise UserError(_explain(first, kind, where) + more) from None
 

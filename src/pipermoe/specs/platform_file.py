@@ -27,7 +27,7 @@ def load_platform(reference: str) -> Platform:
     if reference.lower() in platform_names():
         return validate(_resolved(_entry("platforms", reference, "")), Platform, where=f"{reference.lower()}.toml")
     if not looks_like_a_path(reference) and not Path(reference).exists():
-        raise UserError(unknown_name(reference, platform_names(), "platform"))
+        raise UserError(unknown_name(reference, platform_names(), "platform", files="a .toml or .json file"))
     try:
         table = _resolved(load_mapping(reference))
     except UserError as error:
