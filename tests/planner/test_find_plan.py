@@ -121,6 +121,19 @@ def test_no_bound_of_a_head_exceeds_that_of_its_strategies():
     assert (field.bound[places // len(field.space.tails)] <= bound * (1 + 1e-12)).all()
 
 
+def test_the_branches_of_a_head_end_in_its_strategies():
+    space = job_space(Job(MODEL, machine(ranks=8, compute_slots=3), TRAIN, 8, 2**40))
+    part = space.select(zero_dense=[0, 1], dispatcher=0)
+    heads = np.arange(0, len(space.heads), 5)
+    branches, strategies = space.branches(heads, part)
+    places = space.places_of(branches, part)
+    assert places.tolist() == space.places(heads, part).tolist()
+    assert np.unique(places // space.tails_of_branch, return_counts=True)[1].tolist() == strategies.tolist()
+    table, of_branch = space.table(places), space.table(branches * space.tails_of_branch)
+    for name in ("recompute", "recompute_modules"):
+        assert (getattr(table, name) == np.repeat(getattr(of_branch, name), strategies)).all()
+
+
 def test_redundant_strategies_cost_what_the_kept_ones_cost():
     job = Job(MODEL, machine(), TRAIN, 4, 2**40)
     space = job_space(job)

@@ -1,31 +1,34 @@
-"""The exact search: best first, over the heads and strategies of a space.
+"""The exact search: best first, over the heads, branches and strategies of a space.
 
-Heads come in the order of their bounds. A head that could still win is written out with its tails; a strategy that
-could still win is weighed, and if it fits simulated. The search ends when no bound is below the last of the ranking.
-Because no simulation undercuts its bound, the ranking is that of simulating every strategy.
+Heads come in the order of their bounds. A head that could still win is divided into its branches, a branch that could
+still win is written out with its tails; a strategy that could still win is weighed, and if it fits simulated. The
+search ends when no bound is below the last of the ranking. Because no simulation undercuts its bound, the ranking is
+that of simulating every strategy.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipermoe.planner.axes import WAY_COLUMNS
+from pipermoe.planner.axes import LEVEL_COLUMNS, WAY_COLUMNS
 from pipermoe.planner.exact import schedule_kinds
 from pipermoe.planner.job import Job
 from pipermoe.planner.judge import Judge
 from pipermoe.planner.pool import Pool
 from pipermoe.planner.space import Selection, Space, job_space
 from pipermoe.planner.splits import balanced_splits
-from pipermoe.resources.bound import pipeline_bound, step_bound
+from pipermoe.resources.groups import Ways
 from pipermoe.resources.kinds import distinct
 from pipermoe.resources.peak import memory_floor, peak_bytes
+from pipermoe.specs.strategy_table import StrategyTable
 
 ROUNDING = 1e-9  # bounds and simulations add up in different orders
-HEADS = 512  # that are taken at once
+HEADS, BRANCHES = 1024, 256  # that are taken at once
 NEAR = 1.05  # the bounds of strategies of one schedule that are weighed or simulated together
 HEADS_WEIGHED, WEIGHED, WEIGHED_AT_ONCE = 1 << 14, 512, 32  # where nothing fits
 
@@ -64,10 +67,9 @@ class Field:
     @classmethod
     def of(cls, job: Job) -> Field:
         space = job_space(job, balanced_splits(job.model, job.platform, job.train, job.world_size))
-        tails = space.tails.take(distinct([getattr(space.tails, name) for name in WAY_COLUMNS]).rows)
-        ways = [{name: int(getattr(tails, name)[row]) for name in WAY_COLUMNS} for row in range(len(tails))]
-        bound = pipeline_bound(job.model, job.platform, job.train, space.heads, job.imbalance, ways)
-        return cls(job, space, bound, Judge(job, space))
+        judge = Judge(job, space)
+        ways, levels = (_values(space.tails, names) for names in (WAY_COLUMNS, LEVEL_COLUMNS))
+        return cls(job, space, judge.bound(space.heads, ways, levels), judge)
 
     def best(
         self, count: int = 1, selection: Selection | None = None, memory_budget_bytes: float | None = None
@@ -110,14 +112,16 @@ def smallest(job: Job, space: Space, selection: Selection) -> int:
 
 
 class _Search:
-    """One run: pools of heads and places in the order of their bounds; those of `fitting` are weighed."""
+    """One run: pools of heads, branches and places in the order of their bounds; those of `fitting` are weighed."""
 
     def __init__(self, field: Field, selection: Selection, budget: float, count: int) -> None:
         self.job, self.space, self.judge = field.job, field.space, field.judge
+        tails = field.space.tails.take(selection.tails)
+        self.ways, self.levels = _values(tails, WAY_COLUMNS), _values(tails, LEVEL_COLUMNS)
         self.selection, self.budget, self.count = selection, budget, count
         chosen = np.flatnonzero(selection.heads)
         self.heads = Pool.of(chosen, field.bound[chosen] * (1 - ROUNDING))
-        self.places, self.fitting = Pool.of(), Pool.of()
+        self.branches, self.places, self.fitting = Pool.of(), Pool.of(), Pool.of()
         self.found: list[Found] = []
         self.not_fitting = 0
 
@@ -141,7 +145,7 @@ class _Search:
 
     def _advance(self) -> bool:
         """Write out and weigh what could win until a strategy that fits comes first; False if none could win."""
-        pools = (self.fitting, self.places, self.heads)
+        pools = (self.fitting, self.places, self.branches, self.heads)
         while True:
             first = min(pools, key=lambda pool: pool.least)
             if first.least > self.worst or not len(first):
@@ -150,17 +154,27 @@ class _Search:
                 return True
             if first is self.places:
                 self._weigh()
+            elif first is self.branches:
+                self._write_out(self.branches.take(BRANCHES, self.worst))
             else:
-                self._open(self.heads.take(HEADS, self.worst))
+                self._divide(self.heads.take(HEADS, self.worst))
 
-    def _open(self, heads: NDArray) -> None:
-        """Write out the strategies of `heads`, but those that no order of the schedule could make fit."""
-        job, places = self.job, self.space.places(heads, self.selection)
+    def _divide(self, heads: NDArray) -> None:
+        """The branches of `heads`, but those that would not fit with any tail."""
+        branches, strategies = self.space.branches(heads, self.selection)
+        table = self.space.table(branches * self.space.tails_of_branch)
+        fits = self.judge.floor(table, self.ways, self.levels) <= self.budget
+        self.not_fitting += int(strategies[~fits].sum())
+        bound = self.judge.bound(table.take(fits), self.ways, self.levels)
+        self.branches.add(branches[fits], bound * (1 - ROUNDING))
+
+    def _write_out(self, branches: NDArray) -> None:
+        """The strategies of `branches`, but those that no order of the schedule could make fit."""
+        places = self.space.places_of(branches, self.selection)
         table = self.space.table(places)
-        fits = memory_floor(job.model, job.train, table, job.imbalance) <= self.budget
+        fits = self.judge.floor(table) <= self.budget
         self.not_fitting += int(np.count_nonzero(~fits))
-        bound = step_bound(job.model, job.platform, job.train, table.take(fits), job.imbalance)
-        bound = np.maximum(bound, self.judge.at_least(places[fits]))
+        bound = np.maximum(self.judge.bound(table.take(fits)), self.judge.at_least(places[fits]))
         self.places.add(places[fits], bound * (1 - ROUNDING))
 
     def _weigh(self) -> None:
@@ -182,3 +196,9 @@ class _Search:
         seconds, peaks = self.judge.seconds(places), self.judge.peaks(places)
         found = map(Found, seconds.tolist(), peaks.tolist(), places.tolist())
         self.found = sorted([*self.found, *found])
+
+
+def _values(tails: StrategyTable, names: Sequence[str]) -> Ways:
+    """The different values that tails have in the columns `names`."""
+    rows = distinct([getattr(tails, name) for name in names]).rows
+    return [{name: int(getattr(tails, name)[row]) for name in names} for row in rows]

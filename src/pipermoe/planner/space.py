@@ -2,13 +2,15 @@
 
 A head is an arrangement of ranks with its micro-batch, its schedule and its cut of the layers; a tail says what is
 recomputed and sharded and who moves the tokens. Every head goes with every tail, so the space is their product, and
-only what could win is ever written out.
+only what could win is ever written out: a head first with all that may be recomputed, its branches, and a branch with
+its tails.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,10 +47,11 @@ class Selection:
     tails: NDArray[np.bool_]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Space:
     """The heads and the tails of a job; strategy `place` is head `place // tails`, tail `place % tails`.
 
+    Tails that recompute the same follow each other, so it is in branch `place // tails_of_branch`.
     Of `considered` strategies, all heads with all tails, `illegal` break a rule; of the others those that are as good
     as another one are left out, heads at once, (head, tail) where `open_tails` says no.
     """
@@ -80,6 +83,25 @@ class Space:
         """The strategies of `heads` (indices) that differ from all others, with the selected tails."""
         head, tail = np.nonzero(self.open_tails[heads] & selection.tails)
         return heads[head] * len(self.tails) + tail
+
+    @cached_property
+    def tails_of_branch(self) -> int:
+        """How many tails recompute the same."""
+        different = distinct([self.tails.recompute, self.tails.recompute_modules]).rows
+        return len(self.tails) // len(different)
+
+    def branches(self, heads: NDArray, selection: Selection) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The branches of `heads` (indices) with a selected tail, and how many strategies each has."""
+        some = (self.open_tails[heads] & selection.tails).reshape(len(heads), -1, self.tails_of_branch).sum(axis=2)
+        head, branch = np.nonzero(some)
+        return heads[head] * some.shape[1] + branch, some[head, branch]
+
+    def places_of(self, branches: NDArray, selection: Selection) -> NDArray[np.int64]:
+        """As `places`, of branches."""
+        width = self.tails_of_branch
+        selected = selection.tails.reshape(-1, width)
+        branch, tail = np.nonzero(self.open_tails.reshape(-1, width)[branches] & selected[branches % len(selected)])
+        return branches[branch] * width + tail
 
     def table(self, places: NDArray) -> StrategyTable:
         """The strategies of `places` as a table."""

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipermoe.resources.chains import Chains
-from pipermoe.resources.groups import Groups, alike_pipelines, per_group
+from pipermoe.resources.groups import Groups, Ways, alike_pipelines, per_group
 from pipermoe.resources.kinds import distinct
+from pipermoe.resources.price_list import Price, in_each
 from pipermoe.resources.step import closing_costs, compute_slots
-from pipermoe.resources.unit_seconds import columns, exchange_units, unit_seconds
-from pipermoe.specs.legality import copies_fit
+from pipermoe.resources.unit_seconds import unit_seconds
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.platform import Platform
 from pipermoe.specs.strategy_table import StrategyTable
@@ -21,65 +21,51 @@ from pipermoe.specs.train import TrainConfig
 
 
 def step_bound(
-    model: ModelSpec, platform: Platform, train: TrainConfig, table: StrategyTable, imbalance: float = 1.0
-) -> NDArray[np.float64]:
-    """Seconds (rows,) that no simulation of a row undercuts, whatever the order of its schedule.
-
-    The longest chain of the pipeline and the reduction of gradients where it ends, then the agreement on their norm,
-    the update and the gathering of weights. Ranks that share cores compute together no faster than the cores.
-    """
-    if not len(table):
-        return np.zeros(0)
-    return grouped_bound(model, platform, train, Groups(model, train, table), imbalance)
-
-
-def pipeline_bound(
     model: ModelSpec,
     platform: Platform,
     train: TrainConfig,
     table: StrategyTable,
     imbalance: float = 1.0,
-    ways: Sequence[Mapping[str, int]] = (),
+    *,
+    ways: Ways = ({},),
+    levels: Ways = ({},),
+    price_of: Price | None = None,
 ) -> NDArray[np.float64]:
-    """The part of `step_bound` that ZeRO does not change: the longest chain of the pipeline alone, (rows,).
+    """Seconds (rows,) that no simulation of a row undercuts, whatever the order of its schedule.
 
-    With `ways`, values of columns on which only collectives depend, each takes what it takes in the cheapest way.
+    The longest chain of the pipeline and the reduction of gradients where it ends, then the agreement on their norm,
+    the update and the gathering of weights. Ranks that share cores compute together no faster than the cores.
+    With `ways`, values of columns that only the collectives of a layer read, and `levels`, of ZeRO, each part takes
+    what it takes at best. `price_of` is `unit_seconds`.
     """
     if not len(table):
         return np.zeros(0)
-    groups = Groups(model, train, table)
-    return _chain_seconds(model, platform, train, groups, imbalance, ways).max(axis=1)[groups.both.of]
+    price_of = price_of or partial(unit_seconds, model, platform, train, imbalance=imbalance)
+    return grouped_bound(model, platform, train, Groups(model, train, table, levels), price_of, ways)
 
 
 def grouped_bound(
-    model: ModelSpec, platform: Platform, train: TrainConfig, groups: Groups, imbalance: float
+    model: ModelSpec, platform: Platform, train: TrainConfig, groups: Groups, price_of: Price, ways: Ways = ({},)
 ) -> NDArray[np.float64]:
-    """`step_bound` of the rows of `groups`."""
+    """`step_bound` of the rows of `groups`, `price_of` being `unit_seconds`."""
     pipe, found = groups.chains(platform)
-    ends = _chain_seconds(model, platform, train, groups, imbalance)
+    ends = _chain_seconds(platform, groups, price_of, ways)
     chosen, alike = groups.table.take(groups.state.rows), alike_pipelines(found)
-    width = ends.shape[1]
-    closing = per_group(
-        alike[pipe.of[groups.both.of[groups.state.rows]]],
-        len(found),
-        width + 1,
-        lambda rows, g: _closing(model, platform, train, found[g], chosen.take(rows), width),
-    )
-    return groups.largest_sum(ends, closing[:, :width]) + closing[:, width].take(groups.state.of)
+    levels, width = groups.levels, ends.shape[1]
+
+    def closing(rows: NDArray, g: int) -> NDArray[np.float64]:
+        each = _closing(model, platform, train, found[g], in_each(levels, chosen.take(rows)), width)
+        return each.reshape(len(levels), len(rows), -1).min(axis=0)
+
+    after = per_group(alike[pipe.of[groups.both.of[groups.state.rows]]], len(found), width + 1, closing)
+    return groups.largest_sum(ends, after[:, :width]) + after[:, width].take(groups.state.of)
 
 
-def _chain_seconds(
-    model: ModelSpec,
-    platform: Platform,
-    train: TrainConfig,
-    groups: Groups,
-    imbalance: float,
-    ways: Sequence[Mapping[str, int]] = (),
-) -> NDArray[np.float64]:
+def _chain_seconds(platform: Platform, groups: Groups, price_of: Price, ways: Ways) -> NDArray[np.float64]:
     """Seconds of the longest chain of every combo: first of what its cores compute, then of every class of ranks."""
     combos, (pipe, found) = groups.combos, groups.chains(platform)
     insides = combos.take(groups.inside.rows)
-    price = _cheapest(model, platform, train, insides, imbalance, ways)[groups.inside.of]
+    price = price_of(in_each(ways, insides)).reshape(len(ways), len(insides), -1).min(axis=0)[groups.inside.of]
     shares = _shares(platform, combos)
 
     def seconds(rows: NDArray, g: int) -> NDArray[np.float64]:
@@ -125,23 +111,3 @@ def _closing(
 def _together(each: Any, ranks: NDArray[np.int64]) -> Any:
     """The sum over all ranks of what those of each class take (rows, classes), in their order: (rows, 1)."""
     return sum(each[:, c : c + 1] * count for c, count in enumerate(ranks))
-
-
-def _cheapest(
-    model: ModelSpec,
-    platform: Platform,
-    train: TrainConfig,
-    table: StrategyTable,
-    imbalance: float,
-    ways: Sequence[Mapping[str, int]],
-) -> NDArray[np.float64]:
-    """`unit_seconds` of every row as it is, or each price in the cheapest of the `ways` that exist for it."""
-    price = unit_seconds(model, platform, train, table, imbalance)
-    for way in ways:
-        other = table.with_columns(**{name: np.full(len(table), code) for name, code in way.items()})
-        rows = np.flatnonzero(copies_fit(other))
-        if not len(rows):
-            continue
-        for work, seconds in exchange_units(model, platform, train, other.take(rows), imbalance).items():
-            price[rows, columns(work)] = np.minimum(price[rows, columns(work)], seconds)
-    return price

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipermoe.resources.activations.sizes import RUNTIME
 from pipermoe.resources.bound import grouped_bound
 from pipermoe.resources.groups import Groups
+from pipermoe.resources.memory import prices
 from pipermoe.resources.peak import grouped_peak_bytes
+from pipermoe.resources.unit_seconds import unit_seconds
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.platform import Platform
 from pipermoe.specs.strategy_table import StrategyTable
@@ -32,7 +34,8 @@ def evaluate(
     if not len(table):
         return Evaluation(np.zeros(0), np.zeros(0))
     groups = Groups(model, train, table)
+    of_bytes = partial(prices, model, train, imbalance=imbalance)
+    of_seconds = partial(unit_seconds, model, platform, train, imbalance=imbalance)
     return Evaluation(
-        grouped_peak_bytes(model, train, groups, RUNTIME, imbalance),
-        grouped_bound(model, platform, train, groups, imbalance),
+        grouped_peak_bytes(model, train, groups, of_bytes), grouped_bound(model, platform, train, groups, of_seconds)
     )

@@ -7,7 +7,7 @@ others. Every figure of a row is made of its own numbers in the same order, so i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property, lru_cache
 from typing import Protocol
@@ -19,6 +19,7 @@ from pipermoe.resources.chains import Chains, chains
 from pipermoe.resources.communication import hop_levels
 from pipermoe.resources.kinds import BLOCK, Kinds, distinct
 from pipermoe.resources.stages import stage_shapes
+from pipermoe.resources.unit_seconds import COMPUTED, EXCHANGED
 from pipermoe.schedule.traits import schedule_traits, stages_of_ranks
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.platform import Platform
@@ -26,22 +27,23 @@ from pipermoe.specs.strategy_table import SCHEDULE_NAMES, StrategyTable
 from pipermoe.specs.train import TrainConfig
 
 # What the formulas read.
-INSIDE = (
-    *("micro_batch_size", "context_parallel", "tensor_parallel", "expert_parallel", "expert_tensor_parallel"),
-    *("recompute", "recompute_modules", "dispatcher", "ranks_per_copy", "exchange"),
-)
+INSIDE = (*COMPUTED, *(name for name in EXCHANGED if name not in COMPUTED))
 PIPELINE = ("schedule", "pipeline_parallel", "virtual_stages", "layer_split")
 DEGREES = ("data_parallel", "context_parallel", "tensor_parallel", "expert_parallel", "expert_tensor_parallel")
 STATES = ("expert_data_parallel", "zero_dense", "zero_expert")
 
+Ways = Sequence[Mapping[str, int]]  # values of columns that a row may have instead of its own
 Parts = tuple[tuple[int, ...], ...]  # of every stage, in the order of StageShapes
 
 
 class Groups:
-    """The rows of a table by what a formula reads: `both` is pipeline and what happens inside a stage."""
+    """The rows of a table by what a formula reads: `both` is pipeline and what happens inside a stage.
 
-    def __init__(self, model: ModelSpec, train: TrainConfig, table: StrategyTable) -> None:
-        self.model, self.table = model, table
+    With `levels`, values of the columns of ZeRO, rows are grouped for any of them instead of for their own.
+    """
+
+    def __init__(self, model: ModelSpec, train: TrainConfig, table: StrategyTable, levels: Ways = ({},)) -> None:
+        self.model, self.table, self.levels = model, table, levels
         names = (*PIPELINE, *INSIDE, "data_parallel")
         self.both = distinct([getattr(table, name) for name in names])
         self.combos = table.take(self.both.rows)
@@ -94,6 +96,7 @@ class Groups:
         once = distinct(degrees)
         per_microbatch = distinct([once.of, self.microbatches])
         repeats = (self.table.zero_dense >= 2) | (self.table.zero_expert >= 2)
+        repeats |= any(level >= 2 for each in self.levels for level in each.values())
         both = self.both.of
         column = np.where(repeats, (len(once.rows) + per_microbatch.of)[both], once.of[both])
         return distinct([column, *(getattr(self.table, name) for name in STATES)])

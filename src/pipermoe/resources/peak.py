@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipermoe.resources.activations.sizes import RUNTIME, MemoryProfile
-from pipermoe.resources.groups import Groups, Parts, alike_pipelines, per_group, pipeline_numbers
+from pipermoe.resources.groups import Groups, Parts, Ways, alike_pipelines, per_group, pipeline_numbers
 from pipermoe.resources.instants import Feature, instants
 from pipermoe.resources.kinds import distinct
 from pipermoe.resources.memory import peak_activations, pipeline_of, prices
+from pipermoe.resources.price_list import Price, in_each
 from pipermoe.resources.sharded_units import whole_unit_bytes
 from pipermoe.resources.spare_slots import balancing_bytes
 from pipermoe.resources.stages import StageShapes
@@ -42,20 +43,18 @@ def peak_bytes(
     """The most bytes that any rank of every strategy holds at any instant of a step: (rows,)."""
     if not len(table):
         return np.zeros(0)
-    return grouped_peak_bytes(model, train, Groups(model, train, table), profile, imbalance)
+    price = partial(prices, model, train, profile=profile, imbalance=imbalance)
+    return grouped_peak_bytes(model, train, Groups(model, train, table), price)
 
 
-def grouped_peak_bytes(
-    model: ModelSpec, train: TrainConfig, groups: Groups, profile: MemoryProfile, imbalance: float
-) -> NDArray[np.float64]:
-    """`peak_bytes` of the rows of `groups`."""
+def grouped_peak_bytes(model: ModelSpec, train: TrainConfig, groups: Groups, price_of: Price) -> NDArray[np.float64]:
+    """`peak_bytes` of the rows of `groups`, `price_of` being `memory.prices`."""
     combos = groups.combos
     pipe = distinct([groups.pipe.of, groups.microbatches])
     pipelines = combos.take(pipe.rows)
     found = [instants(pipeline_of(model, train, pipelines, row)) for row in range(len(pipelines))]
     width = max(len(each.holds) for each in found)
-    price = prices(model, train, combos.take(groups.inside.rows), profile, imbalance)
-    inside = groups.inside.of
+    price, inside = price_of(combos.take(groups.inside.rows)), groups.inside.of
     activations = per_group(pipe.of, len(found), width, lambda rows, g: peak_activations(found[g], price, inside[rows]))
     chosen = groups.table.take(groups.state.rows)
     states = per_group(
@@ -68,11 +67,23 @@ def grouped_peak_bytes(
 
 
 def memory_floor(
-    model: ModelSpec, train: TrainConfig, table: StrategyTable, imbalance: float = 1.0
+    model: ModelSpec,
+    train: TrainConfig,
+    table: StrategyTable,
+    imbalance: float = 1.0,
+    *,
+    ways: Ways = ({},),
+    levels: Ways = ({},),
+    price_of: Price | None = None,
 ) -> NDArray[np.float64]:
-    """Bytes (rows,) that the peak does not undercut: states, and the activations that the schedule's ramp holds."""
+    """Bytes (rows,) that the peak does not undercut: states, and the activations that the schedule's ramp holds.
+
+    With `ways` and `levels`, values of columns that only activations or only states read, each number is the least of
+    all of them. `price_of` is `memory.prices`.
+    """
     if not len(table):
         return np.zeros(0)
+    price_of = price_of or partial(prices, model, train, imbalance=imbalance)
     groups = Groups(model, train, table)
     combos, pipe = groups.combos, distinct([groups.pipe.of, groups.microbatches])
     pipelines = combos.take(pipe.rows)
@@ -82,7 +93,8 @@ def memory_floor(
         for row in range(len(pipelines))
     ]
     width = max(len(each.holds) for each in found)
-    total = prices(model, train, combos.take(groups.inside.rows), RUNTIME, imbalance)
+    insides = combos.take(groups.inside.rows)
+    total = price_of(in_each(ways, insides)).reshape(len(ways), len(insides), -1).min(axis=0)
     price = np.stack([total[:, list(kept)].sum(axis=1) for kept in KEPT], axis=1)[groups.inside.of]
     activations = per_group(
         pipe.of,
@@ -91,12 +103,12 @@ def memory_floor(
         lambda rows, g: np.maximum.reduceat(price[rows] @ found[g].kept.T, found[g].starts, axis=1),
     )
     chosen, alike = groups.table.take(groups.state.rows), alike_pipelines(found)
-    states = per_group(
-        alike[pipe.of[groups.both.of[groups.state.rows]]],
-        len(found),
-        width,
-        lambda rows, g: _states(model, train, found[g].holds, chosen.take(rows), defers=True),
-    )
+
+    def least_states(rows: NDArray, g: int) -> NDArray[np.float64]:
+        each = _states(model, train, found[g].holds, in_each(levels, chosen.take(rows)), defers=True)
+        return each.reshape(len(levels), len(rows), -1).min(axis=0)
+
+    states = per_group(alike[pipe.of[groups.both.of[groups.state.rows]]], len(found), width, least_states)
     return groups.largest_sum(activations, states)
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pipermoe.resources.activations.sizes import Recompute, sizes_of
 from pipermoe.resources.communication import exchange_seconds, exchanges, message_bytes
 from pipermoe.resources.compute import layer_seconds, stage_seconds
+from pipermoe.resources.kinds import distinct
 from pipermoe.resources.rates import level_send_seconds
 from pipermoe.resources.stages import ONE_OF_EACH
 from pipermoe.specs.model import ModelSpec
@@ -33,6 +34,9 @@ class Work(IntEnum):
 
 
 PARTS = ONE_OF_EACH.num_stages
+SHAPE = ("micro_batch_size", "context_parallel", "tensor_parallel", "expert_parallel", "expert_tensor_parallel")
+COMPUTED = (*SHAPE, "recompute", "recompute_modules")  # what computing reads
+EXCHANGED = (*SHAPE, "dispatcher", "ranks_per_copy", "exchange")  # what collectives read
 
 
 def columns(work: Work) -> slice:
@@ -51,13 +55,13 @@ def unit_seconds(
     They depend on the micro-batch, the degrees inside a stage, recomputation and dispatch only.
     """
     sizes = sizes_of(model, train, table, imbalance=imbalance)
-    by_work = {
-        **compute_units(model, platform, train, table, imbalance),
-        **exchange_units(model, platform, train, table, imbalance),
-    }
+    by_work = {}
+    for names, units in ((COMPUTED, compute_units), (EXCHANGED, exchange_units)):
+        kinds = distinct([getattr(table, name) for name in names])
+        found = units(model, platform, train, table.take(kinds.rows), imbalance)
+        by_work |= {work: seconds[kinds.of] for work, seconds in found.items()}
     sends = [level_send_seconds(platform, level, message_bytes(sizes)) for level in range(len(platform.levels))]
-    parts = [np.broadcast_to(by_work[work], (len(table), PARTS)) for work in Work]
-    return np.concatenate([*parts, np.stack(sends, axis=1)], axis=1)
+    return np.concatenate([*(by_work[work] for work in Work), np.stack(sends, axis=1)], axis=1)
 
 
 def compute_units(
@@ -67,11 +71,8 @@ def compute_units(
     sizes = sizes_of(model, train, table, imbalance=imbalance)
     layers = layer_seconds(platform.device, train.precision, sizes, Recompute.of(table))
     compute = stage_seconds(layers, ONE_OF_EACH)
-    return {
-        Work.FORWARD: compute.forward,
-        Work.INPUT_GRAD: compute.input_grad,
-        Work.WEIGHT_GRAD: compute.weight_grad,
-    }
+    each = {Work.FORWARD: compute.forward, Work.INPUT_GRAD: compute.input_grad, Work.WEIGHT_GRAD: compute.weight_grad}
+    return {work: np.broadcast_to(seconds, (len(table), PARTS)) for work, seconds in each.items()}
 
 
 def exchange_units(
@@ -80,4 +81,5 @@ def exchange_units(
     """The collectives among them: seconds (rows, PARTS) of either direction."""
     sizes = sizes_of(model, train, table, imbalance=imbalance)
     forward, backward = exchange_seconds(platform, exchanges(sizes, ONE_OF_EACH), table)
-    return {Work.FORWARD_EXCHANGE: forward, Work.BACKWARD_EXCHANGE: backward}
+    each = {Work.FORWARD_EXCHANGE: forward, Work.BACKWARD_EXCHANGE: backward}
+    return {work: np.broadcast_to(seconds, (len(table), PARTS)) for work, seconds in each.items()}

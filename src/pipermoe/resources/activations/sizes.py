@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipermoe.resources.dispatch import balanced_copies, kept_rows
+from pipermoe.resources.kinds import distinct
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.strategy_table import DISPATCHER_NAMES, RECOMPUTE_NAMES, StrategyTable
 from pipermoe.specs.train import TrainConfig
@@ -104,14 +105,15 @@ class Sizes:
 
     def _copies(self, ranks_per_copy: Any) -> Any:
         moe, factor = self.model.moe, self.capacity_factor
-        each = np.broadcast(self.deduplicated, self.rows, self.ep, ranks_per_copy)
+        each = np.broadcast_arrays(self.deduplicated, self.rows, self.ep, ranks_per_copy)
+        kinds = distinct([np.ravel(column).astype(np.int64) for column in each])
         found = [
             balanced_copies(int(rows), moe.top_k, moe.num_experts, int(ep), factor, int(block)).sum(1).max()
             if deduplicated and ep > 1
             else 0
-            for deduplicated, rows, ep, block in each
+            for deduplicated, rows, ep, block in zip(*(column.ravel()[kinds.rows] for column in each), strict=True)
         ]
-        return np.array(found).reshape(each.shape)
+        return np.array(found)[kinds.of].reshape(each[0].shape)
 
     @property
     def local_experts(self) -> Any:
