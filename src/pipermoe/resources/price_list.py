@@ -32,7 +32,7 @@ class PriceList:
 
 
 def in_each(ways: Ways, table: StrategyTable) -> StrategyTable:
-    """All rows in the first way, then all in the second, and so on; a row that a way does not exist for stays as it is."""
+    """All rows in the first way, then all in the second, and so on; where there is no such way, a row as it is."""
     names = tuple(ways[0])
     own = table.take(np.tile(np.arange(len(table)), len(ways)))
     other = own.with_columns(**{name: np.repeat([way[name] for way in ways], len(table)) for name in names})
