@@ -13,15 +13,16 @@ QkNorm = Literal["none", "head", "full", "l2"]
 def grouped_query(
     config: ConfigReader,
     *,
+    bias: bool = False,
     qkv_bias: bool = False,
-    output_bias: bool = False,
     qk_norm: QkNorm = "none",
     sinks: bool = False,
     rotary_part: float = 1.0,
 ) -> GroupedQueryAttention:
     """Grouped-query attention in the usual keys; `head_dim` is hidden size over heads unless the config gives it.
 
-    `rotary_part` is the family's share of a head that turns with its position, unless the config gives it.
+    `bias` is on all four projections, `qkv_bias` on those of queries, keys and values. `rotary_part` is the family's
+    share of a head that turns with its position, unless the config gives it.
     """
     num_heads = config.size("num_attention_heads")
     num_kv_heads = config.size("num_key_value_heads", num_heads)
@@ -37,8 +38,8 @@ def grouped_query(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        qkv_bias=qkv_bias,
-        output_bias=output_bias,
+        qkv_bias=bias or qkv_bias,
+        output_bias=bias,
         qk_norm=qk_norm,
         sinks=sinks,
         rotary_dim=_rotary_dim(config, head_dim, rotary_part),

@@ -10,18 +10,21 @@ from pipermoe.specs.model import MAX_EXPERTS, MixtureOfExperts, Router
 
 def experts(
     config: ConfigReader,
+    router: Router,
     *,
     count: str,
-    top_k: str,
-    width: int,
-    router: Router,
+    top_k: str = "num_experts_per_tok",
+    width: int | None = None,
     shared_width: int = 0,
     shared_gate: bool = False,
     expert_bias: bool = False,
     expert_matrices: Literal[2, 3] = 3,
     swiglu_limit: float = 0.0,
 ) -> MixtureOfExperts:
-    """The block whose number of experts is in the key `count` and whose experts per token are in `top_k`."""
+    """The block whose number of experts is in the key `count` and whose experts per token are in `top_k`.
+
+    `width` of an expert is by default that of a dense layer, `intermediate_size`.
+    """
     num_experts, chosen = config.uniform_size(count, limit=MAX_EXPERTS), config.uniform_size(top_k)
     if chosen > num_experts:
         raise config.error(top_k, f"must be at most {count} = {num_experts}")
@@ -30,7 +33,7 @@ def experts(
     return MixtureOfExperts(
         num_experts=num_experts,
         top_k=chosen,
-        expert_width=width,
+        expert_width=config.size("intermediate_size") if width is None else width,
         shared_width=shared_width,
         shared_gate=shared_gate,
         expert_matrices=expert_matrices,

@@ -33,23 +33,16 @@ def _decoder(config: ConfigReader, attention: Attention, moe: MixtureOfExperts, 
 
 def mixtral(config: ConfigReader) -> Fields:
     """Mixtral: `intermediate_size` is the expert width."""
-    moe = experts(
-        config,
-        count="num_local_experts",
-        top_k="num_experts_per_tok",
-        width=config.size("intermediate_size"),
-        router=Router(normalize_top_k=True),
-    )
+    moe = experts(config, Router(normalize_top_k=True), count="num_local_experts")
     window = sliding_everywhere(config, layers.count(config))
     return _decoder(config, grouped_query(config), moe, local_attention=window)
 
 
 def phimoe(config: ConfigReader) -> Fields:
     """Phi-3.5-MoE: Mixtral with biases and LayerNorm; its sparse mixer weights each choice by its own softmax."""
-    bias = config.flag("attention_bias", False)
     fields = mixtral(config)
     moe = fields["moe"].model_copy(update={"router": Router(normalize_top_k=False)})
-    attention = grouped_query(config, qkv_bias=bias, output_bias=bias)
+    attention = grouped_query(config, bias=config.flag("attention_bias", False))
     head_bias = config.flag("lm_head_bias", False)
     return fields | {"attention": attention, "moe": moe, "norm_bias": True, "head_bias": head_bias}
 
@@ -61,47 +54,35 @@ def minimax_m2(config: ConfigReader) -> Fields:
     config.require("shared_intermediate_size", 0, "shared experts are not known of this family; 0 is accepted")
     moe = experts(
         config,
+        Router(score="sigmoid", correction_bias="buffer" if config.flag("use_routing_bias", True) else "none"),
         count="num_local_experts",
-        top_k="num_experts_per_tok",
-        width=config.size("intermediate_size"),
-        router=Router(score="sigmoid", correction_bias="buffer" if config.flag("use_routing_bias", True) else "none"),
     )
     return _decoder(config, grouped_query(config, qk_norm="full"), moe)
 
 
 def granitemoe(config: ConfigReader) -> Fields:
     """Granite 3 MoE."""
-    bias = config.flag("attention_bias", False)
-    moe = experts(
-        config,
-        count="num_local_experts",
-        top_k="num_experts_per_tok",
-        width=config.size("intermediate_size"),
-        router=Router(normalize_top_k=True),
-    )
-    return _decoder(config, grouped_query(config, qkv_bias=bias, output_bias=bias), moe)
+    moe = experts(config, Router(normalize_top_k=True), count="num_local_experts")
+    return _decoder(config, grouped_query(config, bias=config.flag("attention_bias", False)), moe)
 
 
 def gpt_oss(config: ConfigReader) -> Fields:
     """gpt-oss: biases everywhere, a learned sink per head, every other layer sees a window."""
     num_layers = layers.count(config)
-    bias = config.flag("attention_bias", True)
     kinds = config.per_layer("layer_types", num_layers, ("full_attention", "sliding_attention"))
     if kinds is None:
         kinds = ["full_attention" if layer % 2 else "sliding_attention" for layer in range(num_layers)]
     window = config.size("sliding_window", 0, zero=True)
     moe = experts(
         config,
+        Router(normalize_top_k=True, bias=True),
         count="num_local_experts",
-        top_k="num_experts_per_tok",
-        width=config.size("intermediate_size"),
-        router=Router(normalize_top_k=True, bias=True),
         expert_bias=True,
         swiglu_limit=config.number("swiglu_limit", 7.0),
     )
     return _decoder(
         config,
-        grouped_query(config, qkv_bias=bias, output_bias=bias, sinks=True),
+        grouped_query(config, bias=config.flag("attention_bias", True), sinks=True),
         moe,
         local_attention=local("sliding", window, [i for i, kind in enumerate(kinds) if kind == "sliding_attention"]),
     )
@@ -109,27 +90,19 @@ def gpt_oss(config: ConfigReader) -> Fields:
 
 def olmoe(config: ConfigReader) -> Fields:
     """OLMoE: `intermediate_size` is the expert width; queries and keys are normalised over all heads together."""
-    bias = config.flag("attention_bias", False)
-    moe = experts(
-        config,
-        count="num_experts",
-        top_k="num_experts_per_tok",
-        width=config.size("intermediate_size"),
-        router=Router(normalize_top_k=config.flag("norm_topk_prob", False)),
-    )
-    return _decoder(config, grouped_query(config, qkv_bias=bias, output_bias=bias, qk_norm="full"), moe)
+    moe = experts(config, Router(normalize_top_k=config.flag("norm_topk_prob", False)), count="num_experts")
+    return _decoder(config, grouped_query(config, bias=config.flag("attention_bias", False), qk_norm="full"), moe)
 
 
 def _qwen(config: ConfigReader, attention: GroupedQueryAttention, shared_width: int) -> Fields:
     num_layers = layers.count(config)
     moe = experts(
         config,
+        Router(normalize_top_k=config.flag("norm_topk_prob", False)),
         count="num_local_experts" if config.has("num_local_experts") else "num_experts",  # transformers 5 writes either
-        top_k="num_experts_per_tok",
         width=config.size("moe_intermediate_size"),
         shared_width=shared_width,
         shared_gate=shared_width > 0,
-        router=Router(normalize_top_k=config.flag("norm_topk_prob", False)),
     )
     dense = layers.sparse_step(config, num_layers)
     return _decoder(config, attention, moe, **_dense(config, dense, "intermediate_size"))
@@ -157,8 +130,7 @@ def qwen2_moe(config: ConfigReader) -> Fields:
 
 def qwen3_moe(config: ConfigReader) -> Fields:
     """Qwen3: queries and keys are normalised per head; no shared expert."""
-    bias = config.flag("attention_bias", False)
-    fields = _qwen(config, grouped_query(config, qkv_bias=bias, output_bias=bias, qk_norm="head"), 0)
+    fields = _qwen(config, grouped_query(config, bias=config.flag("attention_bias", False), qk_norm="head"), 0)
     if config.flag("use_sliding_window", False):
         fields["local_attention"] = sliding_everywhere(config, layers.count(config))
     return fields
@@ -194,11 +166,10 @@ def _deepseek(config: ConfigReader, attention: Attention, router: Router) -> Fie
     width = config.size("moe_intermediate_size")
     moe = experts(
         config,
+        router,
         count="n_routed_experts",
-        top_k="num_experts_per_tok",
         width=width,
         shared_width=width * config.size("n_shared_experts", 0, zero=True),
-        router=router,
     )
     dense = layers.leading(config, layers.count(config))
     return _decoder(config, attention, moe, **_dense(config, dense, "intermediate_size"))
@@ -219,14 +190,12 @@ def glm4_moe(config: ConfigReader) -> Fields:
 def llama4(config: ConfigReader) -> Fields:
     """Llama 4, text: one implicit shared expert as wide as a routed one; layers with rotary position see chunks."""
     num_layers, width = layers.count(config), config.size("intermediate_size")
-    bias = config.flag("attention_bias", False)
     moe = experts(
         config,
+        Router(score="sigmoid", normalize_top_k=False),
         count="num_local_experts",
-        top_k="num_experts_per_tok",
         width=width,
         shared_width=width,
-        router=Router(score="sigmoid", normalize_top_k=False),
     )
     kinds = config.per_layer("layer_types", num_layers, ("full_attention", "chunked_attention"))
     interval = config.size("no_rope_layer_interval", 4)
@@ -238,7 +207,7 @@ def llama4(config: ConfigReader) -> Fields:
     norm = "l2" if config.flag("use_qk_norm", True) else "none"
     return _decoder(
         config,
-        grouped_query(config, qkv_bias=bias, output_bias=bias, qk_norm=norm),
+        grouped_query(config, bias=config.flag("attention_bias", False), qk_norm=norm),
         moe,
         local_attention=local("chunked", config.size("attention_chunk_size", 0), chunked),
         no_rope_layers=tuple(layer for layer in range(num_layers) if layer not in turned),
@@ -252,15 +221,15 @@ def ernie4_5_moe(config: ConfigReader) -> Fields:
     width = config.uniform_size("moe_intermediate_size")
     moe = experts(
         config,
+        Router(normalize_top_k=True, correction_bias="parameter"),
         count="moe_num_experts",
         top_k="moe_k",
         width=width,
         shared_width=width * config.size("moe_num_shared_experts", 0, zero=True),
-        router=Router(normalize_top_k=True, correction_bias="parameter"),
     )
     return _decoder(
         config,
-        grouped_query(config, qkv_bias=bias, output_bias=bias),
+        grouped_query(config, bias=bias),
         moe,
         mlp_bias=bias,
         head_bias=bias,
@@ -278,9 +247,8 @@ def hunyuan_v1_moe(config: ConfigReader) -> Fields:
     config.require("moe_layer_num_skipped", 0, "must be 0: every layer of the family is a mixture of experts")
     if config.uniform_size("num_shared_expert", 1) != 1:
         raise config.error("num_shared_expert", "must be 1, as in the published model")
-    bias = config.flag("attention_bias", False)
-    moe = experts(config, count="num_experts", top_k="moe_topk", width=width, shared_width=width, router=Router())
-    return _decoder(config, grouped_query(config, qkv_bias=bias, output_bias=bias, qk_norm="head"), moe)
+    moe = experts(config, Router(), count="num_experts", top_k="moe_topk", width=width, shared_width=width)
+    return _decoder(config, grouped_query(config, bias=config.flag("attention_bias", False), qk_norm="head"), moe)
 
 
 def dbrx(config: ConfigReader) -> Fields:
@@ -294,10 +262,10 @@ def dbrx(config: ConfigReader) -> Fields:
         raise attention.error("kv_n_heads", f"must divide n_heads = {num_heads}")
     moe = experts(
         ffn,
+        Router(normalize_top_k=ffn.raw("moe_normalize_expert_weights") is not None),
         count="moe_num_experts",
         top_k="moe_top_k",
         width=ffn.size("ffn_hidden_size"),
-        router=Router(normalize_top_k=ffn.raw("moe_normalize_expert_weights") is not None),
     )
     return {
         "vocab_size": config.size("vocab_size"),
@@ -317,13 +285,7 @@ def dbrx(config: ConfigReader) -> Fields:
 
 def grok_1(config: ConfigReader) -> Fields:
     """Grok-1: a norm before and after each of the two blocks; tied embeddings."""
-    moe = experts(
-        config,
-        count="num_experts",
-        top_k="num_experts_per_tok",
-        width=config.size("intermediate_size"),
-        router=Router(normalize_top_k=False),
-    )
+    moe = experts(config, Router(normalize_top_k=False), count="num_experts")
     tied = config.flag("tie_word_embeddings", True)
     return _decoder(config, grouped_query(config), moe, norms_per_layer=4, tie_word_embeddings=tied)
 
@@ -333,12 +295,7 @@ def arctic(config: ConfigReader) -> Fields:
     num_layers, hidden_size = layers.count(config), config.size("hidden_size")
     residual = config.flag("parallel_attn_mlp_res", False)
     moe = experts(
-        config,
-        count="num_local_experts",
-        top_k="num_experts_per_tok",
-        width=config.size("intermediate_size"),
-        shared_width=hidden_size if residual else 0,
-        router=Router(normalize_top_k=True),
+        config, Router(normalize_top_k=True), count="num_local_experts", shared_width=hidden_size if residual else 0
     )
     dense = layers.every(config, "moe_layer_frequency", num_layers)
     if dense and residual:
