@@ -37,6 +37,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "zero_expert": (0, 1, 2, 3),
     "dispatcher": ("all_to_all", "deduplicated", "deduplicated by node"),
     "split": ("even", "uneven"),
+    "rank_order": ("dp-pp", "pp-dp"),
     "capacity_factor": (0.0, 1.0),
 }
 
@@ -118,7 +119,7 @@ def _strategy(schedule: Any, arrangement: Any, options: dict[str, Any]) -> Strat
         recompute_modules=RECOMPUTE_MODULES if options["recompute"] == "selective" else (),
         dispatcher="deduplicated" if "deduplicated" in options["dispatcher"] else "all_to_all",
         ranks_per_copy=2 if "node" in options["dispatcher"] and ep > 2 else 1,
-        **{key: options[key] for key in ("recompute", "zero_dense", "zero_expert")},
+        **{key: options[key] for key in ("recompute", "rank_order", "zero_dense", "zero_expert")},
     )
 
 

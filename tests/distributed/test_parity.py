@@ -83,6 +83,10 @@ CASES = {
     "ep2 edp2, sinks and windows, zero 1": ("sinks", arrangement(dp=4, ep=2, zero_dense=1, zero_expert=1)),
     "ep4, a copy per node": ("rich", arrangement(dp=4, ep=4, dispatcher="deduplicated", ranks_per_copy=2)),
     "pp2 edp2, latent attention": ("latent", arrangement(pp=2, dp=2, ep=1, micro_batch_size=2)),
+    "pp2 dp2, a pipeline inside data parallelism": (
+        "rich",
+        arrangement(pp=2, dp=2, ep=1, rank_order="pp-dp", zero_dense=1, zero_expert=1),
+    ),
     "pp4, chunks, layer norm, plain blocks": ("older", arrangement(pp=4, recompute="full")),
 }
 

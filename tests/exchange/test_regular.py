@@ -10,6 +10,7 @@ from pipermoe.exchange.regular import Links
 from pipermoe.exchange.topology import Topology
 from pipermoe.resources.rates import collective_seconds
 from pipermoe.specs.network import Level, Link
+from pipermoe.specs.spread import Spread
 
 SPEEDS = {
     "nic_bandwidth": 1e9,
@@ -86,5 +87,5 @@ def test_a_planned_exchange_on_a_platform_takes_the_cheapest_plan():
     assert alone == 0
     assert pair == pytest.approx(8 * 8 * 1e6 / 100e9 + 2e-6)  # nothing but the NICs and one latency
     measured = machine(4)
-    library = collective_seconds(measured, "all_to_all", 4, 4, 3e6)
+    library = collective_seconds(measured, "all_to_all", Spread(4, 4), 3e6)
     assert regular.planned_seconds(measured, 4, 4, 3e6) <= library + 1e-12

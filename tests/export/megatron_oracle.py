@@ -89,6 +89,7 @@ def rank_groups(parsed, world_size: int) -> dict[Axis, set[tuple[int, ...]]]:
                 expert_model_parallel_size=parsed.expert_model_parallel_size,
                 expert_tensor_parallel_size=parsed.expert_tensor_parallel_size,
                 create_gloo_process_groups=False,
+                order="tp-cp-ep-pp-dp" if parsed.use_tp_pp_dp_mapping else "tp-cp-ep-dp-pp",
             )
             for axis, ranks in _groups_of_this_rank():
                 found[axis].add(ranks)

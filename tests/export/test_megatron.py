@@ -20,6 +20,7 @@ PLANS = [
     "pp2 vpp2 dp4 cp2 tp2 ep4 edp2 etp2 mbs1 interleaved-1f1b-overlap z1",
     "pp3 dp4 ep4 mbs1 1f1b z1/0 split:2,3,3",
     "pp1 dp8 ep4 edp2 mbs1 1f1b-overlap z2 deduplicated",
+    "pp2 dp2 tp2 ep2 edp2 mbs1 1f1b z1 pp-dp",
 ]
 
 
@@ -84,6 +85,7 @@ def test_the_launch_script_prints_its_command_and_asks_for_what_it_needs(tmp_pat
         ("pp1 dp8 ep8 mbs1 1f1b-overlap z1/0 full", "schedule", "pp1 dp8 ep8 mbs1 1f1b z1/0 full"),
         ("pp1 dp8 ep4 edp2 mbs1 1f1b z1/0", "zero_expert", "pp1 dp8 ep4 edp2 mbs1 1f1b z1"),
         ("pp1 dp8 ep8 mbs1 1f1b z1/0 selective:experts", "recompute_modules", "pp1 dp8 ep8 mbs1 1f1b z1/0 full"),
+        ("pp2 dp8 ep4 edp2 mbs1 1f1b z1 pp-dp", "rank_order", "pp2 dp8 ep4 edp2 mbs1 1f1b z1"),
         ("pp4 vpp2 dp4 ep4 mbs16 interleaved-1f1b", "micro_batch_size", "pp4 vpp2 dp4 ep4 mbs4 interleaved-1f1b z0"),
     ],
 )

@@ -63,6 +63,8 @@ def test_megatron_accepts_every_model_that_is_exported(name):
         "pp1 dp4 tp2 ep4 edp2 mbs1 1f1b z3 full",
         "pp2 dp4 cp2 ep2 edp4 mbs1 1f1b z1",
         "pp2 dp1 ep1 mbs1 1f1b",
+        "pp2 dp2 tp2 ep2 edp2 mbs1 1f1b z1 pp-dp",
+        "pp2 dp4 cp2 tp2 ep2 etp2 edp4 mbs1 1f1b z1 pp-dp",
     ],
 )
 def test_megatron_accepts_a_strategy_and_groups_its_ranks_as_we_do(text):

@@ -76,6 +76,7 @@ def test_the_module_is_python_and_says_what_it_was_tested_with():
         ("pp2 dp8 ep8 mbs1 dualpipe z2/0", "schedule", "pp2 vpp2 dp8 ep8 mbs1 dualpipe-v z2/0"),
         ("pp1 dp8 ep8 mbs1 gpipe z2/0", "schedule", "pp1 dp8 ep8 mbs1 1f1b z2/0"),
         ("pp1 dp8 ep8 mbs1 1f1b z2/0 selective:norm", "recompute", "pp1 dp8 ep8 mbs1 1f1b z2/0 full"),
+        ("pp2 dp8 ep4 edp2 mbs1 1f1b z2 pp-dp", "rank_order", "pp2 dp8 ep4 edp2 mbs1 1f1b z2"),
         ("pp1 dp8 ep8 mbs1 1f1b z2/0 deduplicated", "dispatcher", "pp1 dp8 ep8 mbs1 1f1b z2/0"),
     ],
 )

@@ -1,14 +1,18 @@
 import numpy as np
 import pytest
+from hypothesis import given, settings
 from tests.resources.cases import MODEL, TRAIN, link, machine
+from tests.specs.test_mesh import folded
 
 from pipermoe.exchange.regular import planned_seconds
 from pipermoe.resources.activations.sizes import sizes_of
-from pipermoe.resources.communication import exchange_seconds, exchanges, send_seconds, traffic
+from pipermoe.resources.communication import exchange_seconds, exchanges, hop_levels, send_seconds, traffic
 from pipermoe.resources.rates import collective_seconds
 from pipermoe.resources.states import state_elements
 from pipermoe.resources.step import messages_sent, placement_of
+from pipermoe.specs.mesh import groups
 from pipermoe.specs.network import Level
+from pipermoe.specs.spread import Spread
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.strategy_table import StrategyTable
 
@@ -84,7 +88,7 @@ def test_messages_between_stages_of_one_rank_are_not_sent():
 def test_a_group_pays_the_innermost_level_that_none_of_its_groups_straddles():
     platform = machine(ranks=8)
     sizes = np.array([2, 4, 1])
-    inside, across, alone = collective_seconds(platform, "all_to_all", sizes, sizes, 1e6)
+    inside, across, alone = collective_seconds(platform, "all_to_all", Spread(sizes, sizes), 1e6)
     assert inside == pytest.approx(1e-3 + 1e6 / 1e9)
     assert across == pytest.approx(2e-3 + 1e6 / 0.5e9)
     assert alone == 0
@@ -94,7 +98,7 @@ def test_a_smaller_group_costs_what_the_next_larger_measured_size_costs():
     level = Level(name="all", ranks=8, cost=link(8e-3, 1e9), group_cost={4: link(4e-3, 1e9)})
     platform = machine(ranks=8).model_copy(update={"levels": (level,)})
     sizes = np.array([2, 4, 5, 8])
-    assert collective_seconds(platform, "all_reduce", sizes, sizes, 0).tolist() == pytest.approx(
+    assert collective_seconds(platform, "all_reduce", Spread(sizes, sizes), 0).tolist() == pytest.approx(
         [4e-3, 4e-3, 8e-3, 8e-3]
     )
 
@@ -105,6 +109,20 @@ def test_stages_that_share_a_block_of_ranks_send_over_its_link():
     assert send_seconds(platform, pipeline, np.array([1e6]), [[0], [1], [2], [3]])[0].tolist() == pytest.approx(
         [1e-3 + 1e-3, 2e-3 + 2e-3, 1e-3 + 1e-3]
     )
+
+
+@settings(deadline=None, max_examples=40)
+@given(folded(degrees=(1, 2, 4)))
+def test_stages_meet_on_the_level_that_holds_both_ranks_of_every_message(strategy):
+    table, levels = StrategyTable.of([strategy]), [2, 8, 1024]
+    stages_of = [[stage] for stage in range(strategy.pipeline_parallel)]
+    [found] = hop_levels(levels, table.stage_stride, table.runs_per_stage, stages_of)
+    for stage, level in enumerate(found[: strategy.pipeline_parallel - 1]):
+        meetings = [
+            next(i for i, block in enumerate(levels) if pipeline[stage] // block == pipeline[stage + 1] // block)
+            for pipeline in groups(strategy, "pp")
+        ]
+        assert level == max(meetings)
 
 
 def test_a_planned_exchange_is_priced_by_its_own_formulas():

@@ -74,6 +74,7 @@ def strategies(draw, ranks: int = RANKS):
         schedule=name,
         dispatcher=draw(st.sampled_from(["all_to_all", "deduplicated"])),
         exchange=draw(st.sampled_from(["library", "planned"])),
+        rank_order=draw(st.sampled_from(["dp-pp", "pp-dp"])),
         recompute=recompute,
         recompute_modules=tuple(modules),
         zero_dense=draw(st.integers(0, 3)),

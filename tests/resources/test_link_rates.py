@@ -7,6 +7,7 @@ from pipermoe.resources.rates import collective_seconds, grouped_rate_at, sent_s
 from pipermoe.specs.device import GroupedCurve
 from pipermoe.specs.network import Level, Link, links_per_rank
 from pipermoe.specs.platform_file import load_platform
+from pipermoe.specs.spread import Spread
 
 
 def two_level(**nic):
@@ -18,28 +19,30 @@ def two_level(**nic):
 
 
 def test_an_all_to_all_waits_for_the_part_that_leaves_the_node():
-    seconds = collective_seconds(two_level(), "all_to_all", 8, 8, 7e9)  # 4 of 7 peers are on the other node
+    seconds = collective_seconds(two_level(), "all_to_all", Spread(8, 8), 7e9)  # 4 of 7 peers are on the other node
     assert seconds == pytest.approx(4e9 / 12.5e9)
 
 
 def test_a_ring_crosses_the_nics_of_all_ranks_of_a_node():
     platform = two_level()
-    assert collective_seconds(platform, "all_gather", 8, 8, 8e9) == pytest.approx(8e9 * (1 - 4 / 8) / 4 / 12.5e9)
-    assert collective_seconds(platform, "all_reduce", 8, 8, 8e9) == pytest.approx(2 * 1e9 / 12.5e9)
+    assert collective_seconds(platform, "all_gather", Spread(8, 8), 8e9) == pytest.approx(
+        8e9 * (1 - 4 / 8) / 4 / 12.5e9
+    )
+    assert collective_seconds(platform, "all_reduce", Spread(8, 8), 8e9) == pytest.approx(2 * 1e9 / 12.5e9)
 
 
 def test_ranks_one_per_node_use_only_their_own_port():
-    seconds = collective_seconds(two_level(), "all_gather", 2, 8, 8e9)  # every fourth rank
+    seconds = collective_seconds(two_level(), "all_gather", Spread(2, 8), 8e9)  # every fourth rank
     assert seconds == pytest.approx(8e9 / 2 / 12.5e9)
 
 
 def test_a_taper_narrows_the_way_out():
-    plain, tapered = (collective_seconds(two_level(taper=t), "all_to_all", 8, 8, 7e9) for t in (1.0, 0.5))
+    plain, tapered = (collective_seconds(two_level(taper=t), "all_to_all", Spread(8, 8), 7e9) for t in (1.0, 0.5))
     assert tapered == pytest.approx(2 * plain)
 
 
 def test_a_group_inside_a_node_never_meets_the_network():
-    assert collective_seconds(two_level(), "all_to_all", 4, 4, 3e9) == pytest.approx(3e9 / 100e9)
+    assert collective_seconds(two_level(), "all_to_all", Spread(4, 4), 3e9) == pytest.approx(3e9 / 100e9)
 
 
 def test_the_bytes_of_a_ring_are_those_of_the_textbook():
@@ -59,7 +62,7 @@ def test_a_full_mesh_gives_every_link():
 @pytest.mark.parametrize(("ep", "measured"), [(8, 1265e-6), (16, 5774e-6), (32, 8059e-6), (64, 9164e-6)])
 def test_the_h100_exchanges_as_published(ep, measured):  # NCCL dispatch, arXiv 2603.07685, table 7
     leaving = 4096 * 8 * 7168 * 2 * (ep - 1) / ep
-    assert collective_seconds(load_platform("dgx-h100"), "all_to_all", ep, ep, leaving) == pytest.approx(
+    assert collective_seconds(load_platform("dgx-h100"), "all_to_all", Spread(ep, ep), leaving) == pytest.approx(
         measured, rel=0.05
     )
 

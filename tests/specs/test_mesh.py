@@ -4,25 +4,26 @@ from hypothesis import strategies as st
 
 from pipermoe.specs.mesh import coordinates, group_of, groups, split_layers
 from pipermoe.specs.strategy import Strategy
-
-degrees = st.sampled_from([1, 2, 3, 4])
+from pipermoe.specs.strategy_table import RANK_ORDERS
 
 
 @st.composite
-def folded(draw) -> Strategy:
+def folded(draw, degrees: tuple[int, ...] = (1, 2, 3, 4)) -> Strategy:
     """A strategy whose two arrangements cover the same ranks."""
-    ep, edp, etp = draw(degrees), draw(degrees), draw(st.sampled_from([1, 2]))
+    degree = st.sampled_from(degrees)
+    ep, edp, etp = draw(degree), draw(degree), draw(st.sampled_from([1, 2]))
     inner = ep * edp * etp
     tp = draw(st.sampled_from([d for d in (1, 2) if inner % d == 0]))
     cp = draw(st.sampled_from([d for d in (1, 2) if (inner // tp) % d == 0]))
     return Strategy(
-        pipeline_parallel=draw(degrees),
+        pipeline_parallel=draw(degree),
         data_parallel=inner // tp // cp,
         context_parallel=cp,
         tensor_parallel=tp,
         expert_parallel=ep,
         expert_data_parallel=edp,
         expert_tensor_parallel=etp,
+        rank_order=draw(st.sampled_from(RANK_ORDERS)),
     )
 
 
@@ -53,6 +54,28 @@ def test_expert_replicas_are_strided_over_expert_groups():
     strategy = Strategy(data_parallel=4, expert_parallel=2, expert_data_parallel=2)
     assert groups(strategy, "ep") == [(0, 1), (2, 3)]
     assert groups(strategy, "edp") == [(0, 2), (1, 3)]
+
+
+def test_a_pipeline_inside_data_parallelism_keeps_stages_and_experts_near_and_replicas_far():
+    strategy = Strategy.parse("pp2 dp4 ep2 pp-dp")
+    assert groups(strategy, "ep") == [(0, 1), (2, 3), (4, 5), (6, 7)]
+    assert groups(strategy, "pp") == groups(strategy, "ends") == [(0, 2), (1, 3), (4, 6), (5, 7)]
+    assert groups(strategy, "edp") == [(0, 4), (1, 5), (2, 6), (3, 7)]
+    assert groups(strategy, "dp") == groups(strategy, "stage") == [(0, 1, 4, 5), (2, 3, 6, 7)]
+
+
+@given(folded())
+@settings(deadline=None, max_examples=50)
+def test_the_order_of_stages_moves_no_group_of_a_layer_apart(strategy):
+    outermost = strategy.model_copy(update={"rank_order": "dp-pp"})
+    for axis in ("tp", "cp", "etp", "ep"):
+        reach = [{max(ranks) - min(ranks) for ranks in groups(one, axis)} for one in (strategy, outermost)]
+        assert reach[0] == reach[1]
+
+
+def test_experts_on_all_ranks_of_a_stage_have_one_order():
+    orders = [Strategy.parse(f"pp2 dp4 ep4 {order}") for order in RANK_ORDERS]
+    assert [coordinates(orders[0], rank) for rank in range(8)] == [coordinates(orders[1], rank) for rank in range(8)]
 
 
 def test_a_group_that_shares_copies_falls_into_blocks_and_the_ranks_at_one_place_of_each():

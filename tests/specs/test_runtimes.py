@@ -47,6 +47,7 @@ def any_strategies(draw) -> Strategy:
         schedule=schedule,
         dispatcher=draw(st.sampled_from(["all_to_all", "all_to_all", "deduplicated"])),
         exchange=draw(st.sampled_from(["library", "library", "planned"])),
+        rank_order=draw(st.sampled_from(["dp-pp", "dp-pp", "pp-dp"])),
         recompute=recompute,
         recompute_modules=tuple(modules),
         zero_dense=draw(st.integers(0, 3)),

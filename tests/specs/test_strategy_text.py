@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from pipermoe.schedule.builders import RECIPES
 from pipermoe.specs.errors import UserError
 from pipermoe.specs.strategy import RECOMPUTE_MODULES, Strategy
-from pipermoe.specs.strategy_table import DISPATCHER_NAMES, EXCHANGE_NAMES, SCHEDULE_NAMES, StrategyTable
+from pipermoe.specs.strategy_table import DISPATCHER_NAMES, EXCHANGE_NAMES, RANK_ORDERS, SCHEDULE_NAMES, StrategyTable
 from pipermoe.specs.strategy_text import strategy_text
 
 degree = st.integers(1, 64)
@@ -32,6 +32,7 @@ def strategies(draw) -> Strategy:
         dispatcher=dispatcher,
         ranks_per_copy=draw(degree) if dispatcher == "deduplicated" else 1,
         exchange=draw(st.sampled_from(EXCHANGE_NAMES)),
+        rank_order=draw(st.sampled_from(RANK_ORDERS)),
         layer_split=tuple(draw(st.lists(st.sampled_from([1, 2, 13]), max_size=12))),
         recompute=recompute,
         recompute_modules=tuple(draw(st.lists(st.sampled_from(RECOMPUTE_MODULES), min_size=1, max_size=3)))

@@ -1,6 +1,5 @@
 """Published rows become recipes or say why not; errors are counted on rows that calibrated nothing."""
 
-import numpy as np
 import pytest
 
 from pipermoe.resources.rates import collective_seconds, gemm_seconds, rate_at
@@ -9,6 +8,7 @@ from pipermoe.specs.errors import UserError
 from pipermoe.specs.network import INSIDE_A_NODE
 from pipermoe.specs.platform_file import load_platform
 from pipermoe.specs.software import SoftwareProfile, load_software, product_per_expert, under
+from pipermoe.specs.spread import Spread
 from pipermoe.specs.strategy import Strategy
 from pipermoe.validate.accuracy import spearman, validate_rows
 from pipermoe.validate.dispatcher import copies_per_row, dispatch_rates
@@ -99,10 +99,8 @@ def test_hybridep_takes_as_long_as_was_published(machine, expert_parallel, publi
     moe, platform = load_model("deepseek-v3").moe, load_platform(machine)
     platform = under(platform, PLAIN, dispatch_rates(platform, moe, expert_parallel, "hybridep"))
     leaving = 4096 * 8 * 7168 * 2 * (expert_parallel - 1) / expert_parallel
-    seconds = collective_seconds(
-        platform, "all_to_all", np.array([expert_parallel]), np.array([expert_parallel]), leaving
-    )
-    assert float(seconds[0]) == pytest.approx(sum(published) / 2, rel=0.18)
+    seconds = collective_seconds(platform, "all_to_all", Spread(expert_parallel, expert_parallel), leaving)
+    assert float(seconds) == pytest.approx(sum(published) / 2, rel=0.18)
 
 
 def test_experts_that_are_multiplied_one_by_one_run_at_the_rate_of_dense_products():

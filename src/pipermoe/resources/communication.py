@@ -22,6 +22,7 @@ from pipermoe.resources.states import StateElements
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.network import Collective
 from pipermoe.specs.platform import Platform
+from pipermoe.specs.spread import Axis, spread
 from pipermoe.specs.strategy_table import EXCHANGE_NAMES, StrategyTable
 from pipermoe.specs.train import TrainConfig
 
@@ -36,7 +37,7 @@ class Call:
     """Calls of one collective over one axis per rank and step, and the bytes of all of them together."""
 
     collective: Collective
-    axis: str
+    axis: Axis
     calls: Any
     bytes: Any
     counts: bool = False  # the exchange of routing counts, reported apart
@@ -175,18 +176,15 @@ def exchange_seconds(platform: Platform, found: Exchanges, table: StrategyTable)
     All-to-alls go by the library's collective or by the cheapest exchange plan, as the strategy says.
     """
     planned = (table.exchange == EXCHANGE_NAMES.index("planned"))[:, None]
-    tp, cp = table.tensor_parallel, table.context_parallel
-    ep, etp = table.expert_parallel, table.expert_tensor_parallel
-    block = table.ranks_per_copy
-    reach = {"tp": (tp, tp), "cp": (cp, cp * tp), "etp": (etp, etp), "ep": (ep, ep * etp)}
-    reach |= {"ep_across": (ep // block, ep * etp), "ep_inside": (block, block * etp)}
+    columns = _as_columns(table)
 
     def seconds(call: Call) -> Any:
-        ranks, span = (each[:, None] for each in reach[call.axis])
-        library = collective_seconds(platform, call.collective, ranks, span, call.bytes, call.calls)
+        group = spread(columns, call.axis)
+        library = collective_seconds(platform, call.collective, group, call.bytes, call.calls)
         if call.collective != "all_to_all" or not planned.any():
             return library
-        return np.where(planned, planned_seconds(platform, ranks, span, call.bytes, call.calls), library)
+        plan = planned_seconds(platform, group.ranks, group.span, call.bytes, call.calls)
+        return np.where(planned, plan, library)
 
     def total(calls: tuple[Call, ...]) -> Any:
         return sum(map(seconds, calls))
@@ -204,27 +202,31 @@ def send_seconds(platform: Platform, table: StrategyTable, sent_bytes: Any, stag
 
     A message between two stages of one rank takes no time.
     """
-    hops = hop_levels([level.ranks for level in platform.levels], table.ranks_per_stage, stages_of)
+    levels = [level.ranks for level in platform.levels]
+    hops = hop_levels(levels, table.stage_stride, table.runs_per_stage, stages_of)
     seconds = np.zeros(hops.shape)
     for index in range(len(platform.levels)):
         seconds += np.where(hops == index, level_send_seconds(platform, index, np.asarray(sent_bytes)[:, None]), 0.0)
     return seconds
 
 
-def hop_levels(levels: Sequence[int], ranks_per_stage: Any, stages_of: StagesOf) -> NDArray[np.int64]:
+def hop_levels(levels: Sequence[int], stride: Any, runs: Any, stages_of: StagesOf) -> NDArray[np.int64]:
     """The level of the network between each stage and the next, -1 on one rank: (rows, stages - 1), a column at least.
 
-    Ranks of a pipeline lie `ranks_per_stage` (rows,) apart; `levels[i]` ranks meet on level i.
+    Stages lie `stride` (rows,) ranks apart; of `runs` (rows,) pipelines behind each other that one counts whose stages
+    are farthest. `levels[i]` ranks meet on level i.
     """
     home = {stage: rank for rank, stages in enumerate(stages_of) for stage in stages}
     hops = [(home[stage], home[stage + 1]) for stage in range(len(home) - 1)] or [(0, 0)]
     low, high = (np.array([pick(hop) for hop in hops]) for pick in (min, max))
-    per_stage = np.asarray(ranks_per_stage)[:, None]
-    first, last = low * per_stage, (high + 1) * per_stage - 1
+    stride, several = np.asarray(stride)[:, None], np.asarray(runs)[:, None] > 1
+    pipeline = stride * len(stages_of)
+    first, last = low * stride, (high + 1) * stride - 1
     outermost = len(levels) - 1
     level = np.full(first.shape, outermost)
     for index in reversed(range(outermost)):
-        size = levels[index]
+        # Where pipelines begin at any multiple of their length, what they have in common with a block counts.
+        size = np.where(several, np.gcd(levels[index], pipeline), levels[index])
         level = np.where(first // size == last // size, index, level)
     return np.where(high > low, level, -1)
 
@@ -272,20 +274,21 @@ def sync_seconds(
 ) -> tuple[Any, Any, Any]:
     """Seconds of reducing gradients, agreeing on their norm over the world (rows, 1) and gathering weights."""
     reducing, gathering = sync_calls(train, shapes, table, states)
-    sizes = {
-        "dp": (table.data_parallel * table.context_parallel)[:, None],
-        "edp": table.expert_data_parallel[:, None],
-        "ends": np.full((len(table), 1), 2),
-    }
-    world, stage = table.world_size[:, None], table.ranks_per_stage[:, None]
+    columns = _as_columns(table)
 
     def total(calls: list[Call]) -> Any:
-        spans = {"dp": stage, "edp": stage, "ends": world}
         return sum(
-            collective_seconds(platform, c.collective, sizes[c.axis], spans[c.axis], c.bytes, c.calls) for c in calls
+            collective_seconds(platform, call.collective, spread(columns, call.axis), call.bytes, call.calls)
+            for call in calls
         )
 
-    return total(reducing), collective_seconds(platform, "all_reduce", world, world, TOTALS_BYTES), total(gathering)
+    agreed = collective_seconds(platform, "all_reduce", spread(columns, "world"), TOTALS_BYTES)
+    return total(reducing), agreed, total(gathering)
+
+
+def _as_columns(table: StrategyTable) -> StrategyTable:
+    """The table with columns (rows, 1), beside which figures of stages stand."""
+    return table.take(np.arange(len(table))[:, None])
 
 
 def traffic(

@@ -30,6 +30,7 @@ from pipermoe.specs.train import TrainConfig
 INSIDE = (*COMPUTED, *(name for name in EXCHANGED if name not in COMPUTED))
 PIPELINE = ("schedule", "pipeline_parallel", "virtual_stages", "layer_split")
 DEGREES = ("data_parallel", "context_parallel", "tensor_parallel", "expert_parallel", "expert_tensor_parallel")
+PLACE = ("data_parallel", "rank_order")  # how ranks lie
 STATES = ("expert_data_parallel", "zero_dense", "zero_expert")
 
 Ways = Sequence[Mapping[str, int]]  # values of columns that a row may have instead of its own
@@ -44,7 +45,7 @@ class Groups:
 
     def __init__(self, model: ModelSpec, train: TrainConfig, table: StrategyTable, levels: Ways = ({},)) -> None:
         self.model, self.table, self.levels = model, table, levels
-        names = (*PIPELINE, *INSIDE, "data_parallel")
+        names = (*PIPELINE, *INSIDE, *PLACE)
         self.both = distinct([getattr(table, name) for name in names])
         self.combos = table.take(self.both.rows)
         self.microbatches = self.combos.microbatches(train.global_batch_size)
@@ -54,15 +55,16 @@ class Groups:
     def chains(self, platform: Platform) -> tuple[Kinds, list[Chains]]:
         """The chains of every pipeline, which depend on how far apart its ranks lie and on few micro-batches."""
         few = np.minimum(self.microbatches, 2 * self.combos.pipeline_parallel)  # what ramps up
-        pipe = distinct([self.pipe.of, self.combos.ranks_per_stage, few])
+        stride, runs = self.combos.stage_stride, self.combos.runs_per_stage
+        pipe = distinct([self.pipe.of, stride, runs, few])
         pipelines = self.combos.take(pipe.rows)
         levels = tuple(level.ranks for level in platform.levels)
         found = []
-        for row in range(len(pipelines)):
+        for row, combo in enumerate(pipe.rows.tolist()):
             name, ranks, chunks = pipeline_numbers(pipelines, row)
-            hops = _hops(name, ranks, chunks, int(pipelines.ranks_per_stage[row]), levels)
-            parts = self.parts[int(self.pipe.of[pipe.rows[row]])]
-            found.append(chains(name, ranks, chunks, parts, hops, len(levels), int(few[pipe.rows[row]])))
+            hops = _hops(name, ranks, chunks, int(stride[combo]), int(runs[combo]), levels)
+            parts = self.parts[int(self.pipe.of[combo])]
+            found.append(chains(name, ranks, chunks, parts, hops, len(levels), int(few[combo])))
         return pipe, found
 
     @cached_property
@@ -92,7 +94,7 @@ class Groups:
     @cached_property
     def state(self) -> Kinds:
         """The rows by what states, and their reduction, read: from ZeRO-2 on also the number of micro-batches."""
-        degrees = [self.layout, *(getattr(self.combos, name) for name in ("pipeline_parallel", *DEGREES))]
+        degrees = [self.layout, *(getattr(self.combos, name) for name in ("pipeline_parallel", "rank_order", *DEGREES))]
         once = distinct(degrees)
         per_microbatch = distinct([once.of, self.microbatches])
         repeats = (self.table.zero_dense >= 2) | (self.table.zero_expert >= 2)
@@ -116,9 +118,10 @@ class Groups:
 
 
 @lru_cache(maxsize=8192)
-def _hops(name: str, ranks: int, chunks: int, ranks_per_stage: int, levels: tuple[int, ...]) -> tuple[int, ...]:
+def _hops(name: str, ranks: int, chunks: int, stride: int, runs: int, levels: tuple[int, ...]) -> tuple[int, ...]:
     """The levels of the network between each stage and the next, `levels[i]` ranks being on one of level i."""
-    return tuple(hop_levels(levels, np.array([ranks_per_stage]), stages_of_ranks(name, ranks, chunks))[0].tolist())
+    found = hop_levels(levels, np.array([stride]), np.array([runs]), stages_of_ranks(name, ranks, chunks))
+    return tuple(found[0].tolist())
 
 
 def _layout(model: ModelSpec, pipelines: StrategyTable, row: int) -> tuple:

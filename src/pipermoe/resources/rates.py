@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipermoe.specs.device import Device, GroupedCurve, Pass, RateCurve
 from pipermoe.specs.errors import UserError, describe_value
 from pipermoe.specs.network import INSIDE_A_NODE, Collective, Level, LinkCost
 from pipermoe.specs.platform import Platform
 from pipermoe.specs.precision import RECIPES, Precision
+from pipermoe.specs.spread import Spread
 
 # Elements read and written per counted element, forward and backward: used only where a platform has no measured rate
 # for the pass (a datasheet). Each tensor is read or written once; the norms and the loss read their input twice.
@@ -113,13 +115,14 @@ def _streamed_seconds(device: Device, moved_bytes):
     return moved_bytes / rate_at(device.memory_bound, moved_bytes) + device.kernel_seconds
 
 
-def collective_seconds(platform: Platform, collective: Collective, group_size, span, moved_bytes, calls=1):
-    """Seconds of `calls` calls that move `moved_bytes` in all, in groups of `group_size` ranks; 0 in a group of one.
+def collective_seconds(platform: Platform, collective: Collective, spread: Spread, moved_bytes, calls=1):
+    """Seconds of `calls` calls that move `moved_bytes` in all, in groups of so many ranks; 0 in a group of one.
 
-    `span` is the number of consecutive ranks over which such a group is spread. The level is the innermost one whose
-    blocks no group straddles: its size is a multiple of the span. Bytes are `specs.report.Traffic`'s. Broadcasts.
+    The level is the innermost one whose blocks no group straddles: its size is a multiple of the group's span. Bytes
+    are `specs.report.Traffic`'s. Broadcasts.
     """
-    group_size, span, moved_bytes, calls = np.broadcast_arrays(group_size, span, moved_bytes, calls)
+    group_size, span, moved_bytes, calls = np.broadcast_arrays(spread.ranks, spread.span, moved_bytes, calls)
+    shared = [np.broadcast_to(spread.inside(level.ranks), group_size.shape) for level in platform.levels]
     seconds = np.zeros(group_size.shape)
     pending = group_size > 1
     for index, level in enumerate(platform.levels):
@@ -129,7 +132,9 @@ def collective_seconds(platform: Platform, collective: Collective, group_size, s
             if level.link is None:
                 seconds[here] = _measured_seconds(level, collective, size, moved, count)
             else:
-                seconds[here] = _described_seconds(platform, index, collective, size, span[here], moved, count)
+                seconds[here] = _described_seconds(
+                    platform, collective, size, [members[here] for members in shared[:index]], moved, count
+                )
         pending = pending & ~here
     return seconds
 
@@ -157,21 +162,21 @@ def _measured_seconds(level: Level, collective: Collective, group_size, moved_by
 
 
 def _described_seconds(
-    platform: Platform, outermost: int, collective: Collective, group_size, span, moved_bytes, calls
+    platform: Platform, collective: Collective, group_size, shared: Sequence[NDArray], moved_bytes, calls
 ):
-    """Seconds from the links of the levels up to `outermost`: all carry their part at once, the slowest one counts.
+    """Seconds from the links of the levels on which the group meets: all carry their part at once, the slowest counts.
 
-    The group's ranks are evenly spread: m = group_size x level.ranks / span of them, at least 1, share a block.
+    `shared[i]` members share a block of level i; on the level behind the last of them all of the group meet.
     """
     per_call = moved_bytes / np.maximum(calls, 1)
     slowest = latency = np.zeros(group_size.shape)
     members = np.ones(group_size.shape)
-    for index, level in enumerate(platform.levels[: outermost + 1]):
+    for index, level in enumerate(platform.levels[: len(shared) + 1]):
         link = level.link
         if link is None:
             raise UserError(describe_value(platform.name, f"levels.{level.name}.cost", "measured", MIXED_LEVELS))
         inside = members
-        members = np.clip(group_size * (level.ranks / span), 1, group_size) if index < outermost else group_size
+        members = shared[index] if index < len(shared) else group_size
         reach = members if link.topology in INSIDE_A_NODE else group_size  # NICs carry what goes farther, too
         carried = sent_share(collective, group_size, inside, reach) * per_call
         rate = link.collectives.get(collective)

@@ -11,6 +11,7 @@ from pipermoe.resources.step import predict
 from pipermoe.specs.base import Frozen
 from pipermoe.specs.plan import Plan
 from pipermoe.specs.platform import Platform
+from pipermoe.specs.spread import spread
 from pipermoe.specs.strategy_table import StrategyTable
 from pipermoe.specs.train import Balance
 
@@ -54,8 +55,8 @@ def _price(replayed: Replay, every: int, plan: Plan, platform: Platform) -> Layo
     model, strategy = plan.model, plan.strategy
     layers = -(-len(model.moe_layers) // strategy.pipeline_parallel)
     moved = replayed.arrivals * layers * expert_bytes(expert_parameters(model)) / strategy.expert_tensor_parallel
-    span = strategy.expert_parallel * strategy.expert_tensor_parallel
-    moving = collective_seconds(platform, "all_to_all", strategy.expert_parallel, span, moved) if moved else 0.0
+    group = spread(StrategyTable.of([strategy]), "ep")
+    moving = collective_seconds(platform, "all_to_all", group, moved)[0] if moved else 0.0
     state = plan.train.recipe.state
     copies = max(replayed.held - model.moe.num_experts / strategy.expert_parallel, 0.0)
     copied = (

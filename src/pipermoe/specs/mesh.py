@@ -1,7 +1,17 @@
 """Which rank stands where: the coordinates of a rank and the groups it communicates in. One mapping, read by all.
 
-Ranks are numbered with the pipeline outermost and tensor parallelism innermost: attention `pp, dp, cp, tp`,
-experts `pp, edp, ep, etp`, both over the same consecutive ranks of a stage.
+A stage has places 0 to N-1, tensor parallelism innermost: attention `dp, cp, tp`, experts `edp, ep, etp`. A strategy's
+`rank_order` says how the places of all stages become ranks:
+
+- "dp-pp": the pipeline is outermost, so a stage is N consecutive ranks.
+- "pp-dp": the pipeline stands inside data parallelism. A stage is cut into runs of `stage_stride` places, the
+  fewest that hold whole groups of tp, cp, etp and ep; the first runs of all stages come first, then all second ones,
+  and so on. So what exchanges within a layer lies as close as ever, the stages of a pipeline lie near each other, and
+  what the runs repeat lies far apart: replicas of dense parameters and of experts.
+
+Both arrangements share their stages (folding) and no run cuts an expert group, so experts on all ranks of a stage (the
+paper's ep = dp) have one order only. Where tp * cp = etp * ep, "pp-dp" is Megatron's `tp-cp-ep-pp-dp`
+(--use-tp-pp-dp-mapping), which it has for such strategies alone.
 """
 
 from __future__ import annotations
@@ -45,10 +55,13 @@ def coordinates(strategy: Strategy, rank: int) -> Coordinates:
     """The coordinates of `rank`, 0 <= rank < world size."""
     if not 0 <= rank < strategy.world_size:
         raise ValueError(f"rank {rank} is outside of 0..{strategy.world_size - 1}")
-    pp, inner = divmod(rank, strategy.ranks_per_stage)
-    dp, rest = divmod(inner, strategy.context_parallel * strategy.tensor_parallel)
+    stride = strategy.stage_stride
+    run, rest = divmod(rank, strategy.pipeline_parallel * stride)
+    pp, rest = divmod(rest, stride)
+    place = run * stride + rest
+    dp, rest = divmod(place, strategy.context_parallel * strategy.tensor_parallel)
     cp, tp = divmod(rest, strategy.tensor_parallel)
-    edp, rest = divmod(inner, strategy.expert_parallel * strategy.expert_tensor_parallel)
+    edp, rest = divmod(place, strategy.expert_parallel * strategy.expert_tensor_parallel)
     ep, etp = divmod(rest, strategy.expert_tensor_parallel)
     return Coordinates(pp, dp, cp, tp, edp, ep, etp)
 
@@ -67,9 +80,9 @@ def groups(strategy: Strategy, axis: Axis) -> list[tuple[int, ...]]:
         ]
         return [ranks for group in blocks for ranks in (group if axis == "ep_inside" else zip(*group, strict=True))]
     if axis == "ends":
-        last = strategy.pipeline_parallel - 1
-        between = [(rank,) for rank in range(strategy.ranks_per_stage, last * strategy.ranks_per_stage)]
-        return [(first, *rest[-1:]) for first, *rest in groups(strategy, "pp")] + between
+        pipelines = groups(strategy, "pp")
+        between = [(rank,) for pipeline in pipelines for rank in pipeline[1:-1]]
+        return [(first, *rest[-1:]) for first, *rest in pipelines] + between
     if axis == "stage":
         varying = DENSE_AXES
         family: tuple[Axis, ...] = ("pp", *DENSE_AXES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
@@ -14,6 +15,9 @@ Recompute = Literal["none", "selective", "full"]
 Dispatcher = Literal["all_to_all", "deduplicated"]
 # Who moves an all-to-all's bytes: the communication library's collective, or exchange plans that know the network.
 Exchange = Literal["library", "planned"]
+# Which of the two outermost axes is the inner one, as Megatron's orders tp-cp-ep-dp-pp and tp-cp-ep-pp-dp end:
+# stages far apart and replicas near each other, or the stages of a pipeline near and replicas far (specs/mesh.py).
+RankOrder = Literal["dp-pp", "pp-dp"]
 
 # What selective recomputation drops after the forward and rebuilds once in the backward. A module is rebuilt up to the
 # input of its last product: what backward does not read is not computed again. Collectives are never repeated.
@@ -49,6 +53,7 @@ class Strategy(Frozen):
     expert_data_parallel: PositiveInt = 1
     expert_tensor_parallel: PositiveInt = 1
     micro_batch_size: PositiveInt = 1
+    rank_order: RankOrder = "dp-pp"
     schedule: str = "1f1b"
     dispatcher: Dispatcher = "all_to_all"
     ranks_per_copy: PositiveInt = 1
@@ -93,6 +98,16 @@ class Strategy(Frozen):
     @property
     def ranks_per_stage(self) -> int:
         return self.data_parallel * self.context_parallel * self.tensor_parallel
+
+    @property
+    def stage_stride(self) -> int:
+        """How many ranks a stage lies behind the one before. In the order "pp-dp": the fewest that hold whole groups
+        of tp, cp, etp and ep.
+        """
+        inner = math.lcm(
+            self.context_parallel * self.tensor_parallel, self.expert_parallel * self.expert_tensor_parallel
+        )
+        return inner if self.rank_order == "pp-dp" else self.ranks_per_stage
 
     @property
     def num_stages(self) -> int:

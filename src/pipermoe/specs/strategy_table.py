@@ -19,6 +19,7 @@ SCHEDULE_NAMES: tuple[str, ...] = (
 DISPATCHER_NAMES: tuple[str, ...] = ("all_to_all", "deduplicated")
 EXCHANGE_NAMES: tuple[str, ...] = ("library", "planned")
 RECOMPUTE_NAMES: tuple[str, ...] = ("none", "selective", "full")
+RANK_ORDERS: tuple[str, ...] = ("dp-pp", "pp-dp")
 UNKNOWN = -1  # the code of a name that is not in the tuples above
 
 Column = NDArray[np.int64]
@@ -41,6 +42,7 @@ class StrategyTable:
     expert_data_parallel: Column
     expert_tensor_parallel: Column
     micro_batch_size: Column
+    rank_order: Column
     schedule: Column
     dispatcher: Column
     ranks_per_copy: Column
@@ -110,6 +112,17 @@ class StrategyTable:
         return self.pipeline_parallel * self.ranks_per_stage
 
     @property
+    def stage_stride(self) -> Column:
+        """`Strategy.stage_stride`."""
+        inner = np.lcm(self.context_parallel * self.tensor_parallel, self.expert_parallel * self.expert_tensor_parallel)
+        return np.where(self.rank_order == RANK_ORDERS.index("pp-dp"), inner, self.ranks_per_stage)
+
+    @property
+    def runs_per_stage(self) -> Column:
+        """How many runs of consecutive ranks a stage is."""
+        return self.ranks_per_stage // self.stage_stride
+
+    @property
     def num_stages(self) -> Column:
         return self.pipeline_parallel * self.virtual_stages
 
@@ -123,18 +136,14 @@ class StrategyTable:
 
 
 COLUMNS: tuple[str, ...] = tuple(field.name for field in fields(StrategyTable) if field.name != "splits")
-ZERO_BY_DEFAULT = {
-    *("schedule", "dispatcher", "exchange", "recompute", "recompute_modules", "zero_dense", "zero_expert"),
-    "layer_split",
-}
-
-
 NAMES = {
+    "rank_order": RANK_ORDERS,
     "schedule": SCHEDULE_NAMES,
     "dispatcher": DISPATCHER_NAMES,
     "exchange": EXCHANGE_NAMES,
     "recompute": RECOMPUTE_NAMES,
 }
+ZERO_BY_DEFAULT = {*NAMES, "recompute_modules", "zero_dense", "zero_expert", "layer_split"}
 
 
 def _encode(strategy: Strategy, name: str, splits: tuple[tuple[int, ...], ...]) -> int:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from pipermoe.specs.documents import load_mapping, validate
 from pipermoe.specs.errors import UserError
 from pipermoe.specs.strategy import RECOMPUTE_MODULES, Strategy
-from pipermoe.specs.strategy_table import DISPATCHER_NAMES, EXCHANGE_NAMES, SCHEDULE_NAMES
+from pipermoe.specs.strategy_table import DISPATCHER_NAMES, EXCHANGE_NAMES, RANK_ORDERS, SCHEDULE_NAMES
 
 DEGREES = {
     "pp": "pipeline_parallel",
@@ -28,7 +28,8 @@ DEGREES = {
 }
 ACCEPTED = (
     f"a degree ({', '.join(f'{short}N' for short in DEGREES)}), z0 to z3 or z1/0 (dense/expert), deduplicated, "
-    f"deduplicated:N (once for every N ranks), planned, full, selective:MODULE,... ({', '.join(RECOMPUTE_MODULES)}), "
+    f"deduplicated:N (once for every N ranks), planned, {', '.join(RANK_ORDERS)}, full, "
+    f"selective:MODULE,... ({', '.join(RECOMPUTE_MODULES)}), "
     f"split:N,N,... (SxN: S stages of N layers) or a schedule ({', '.join(SCHEDULE_NAMES)})"
 )
 _DEGREE, _ZERO = re.compile(r"([a-z]+)(\d+)"), re.compile(r"z([0-3])(?:/([0-3]))?")
@@ -39,10 +40,13 @@ _LONG_RUN = 4  # stages of equally many layers that are written as one
 def strategy_text(strategy: Strategy) -> str:
     """All of `strategy` in one line that `parse_strategy` reads back; what has its default value is left out."""
     words = [*_degrees(strategy), word(strategy, "micro_batch_size"), strategy.schedule, word(strategy, "zero_dense")]
-    return " ".join([*words, *unusual(strategy, ("dispatcher", "exchange", "recompute", "layer_split"))])
+    return " ".join([*words, *unusual(strategy, ("rank_order", "dispatcher", "exchange", "recompute", "layer_split"))])
 
 
-def unusual(strategy: Strategy, keys: tuple[str, ...] = ("dispatcher", "exchange", "layer_split")) -> list[str]:
+UNUSUAL = ("rank_order", "dispatcher", "exchange", "layer_split")  # fields that a layout names only where they matter
+
+
+def unusual(strategy: Strategy, keys: tuple[str, ...] = UNUSUAL) -> list[str]:
     """The words of those fields that do not have their default value."""
     plain = Strategy()
     return [word(strategy, key) for key in keys if getattr(strategy, key) != getattr(plain, key)]
@@ -139,6 +143,8 @@ def _meaning(word: str) -> Iterator[tuple[str, Any]]:
         yield "ranks_per_copy", int(values)
     elif word in EXCHANGE_NAMES:
         yield "exchange", word
+    elif word in RANK_ORDERS:
+        yield "rank_order", word
     elif (match := _DEGREE.fullmatch(word)) and match[1] in DEGREES and 0 < int(match[2]) < 2**31:
         yield DEGREES[match[1]], int(match[2])
     elif word in ("full", "selective") or (name == "selective" and values):

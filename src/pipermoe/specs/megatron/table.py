@@ -78,6 +78,7 @@ STRATEGY: tuple[Row, ...] = (
     Row("context_parallel_size", "context_parallel"),
     Row("expert_model_parallel_size", "expert_parallel"),
     Row("micro_batch_size", "micro_batch_size"),
+    Row("use_tp_pp_dp_mapping", "rank_order", values=(("dp-pp", False), ("pp-dp", True))),
 )
 
 

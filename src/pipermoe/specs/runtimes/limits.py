@@ -48,6 +48,16 @@ def scheduled(table: StrategyTable, names: Collection[str]) -> Mask:
     return np.isin(table.schedule, [SCHEDULE_NAMES.index(name) for name in names])
 
 
+def stages_apart(table: StrategyTable) -> Mask:
+    """Which rows have the pipeline outermost: by their order, or because they have no other."""
+    return (table.pipeline_parallel == 1) | (table.runs_per_stage == 1)
+
+
+def pipeline_outermost(strategy: Strategy, job: Job) -> Changes:
+    """The other order of ranks."""
+    return {"rank_order": "dp-pp"}
+
+
 def sharding(table: StrategyTable) -> tuple[Mask, Mask, NDArray[np.int64]]:
     """Which rows shard dense and expert parameters alike, which have one replica of both; the higher level in effect.
 

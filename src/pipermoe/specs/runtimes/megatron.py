@@ -10,7 +10,17 @@ from pipermoe.specs.legality import Changes, Job, divides
 from pipermoe.specs.megatron import VERSION, unsupported_parts
 from pipermoe.specs.megatron.strategy import RECOMPUTE
 from pipermoe.specs.megatron.train import unsupported_state
-from pipermoe.specs.runtimes.limits import Mask, alike, limit, parts_limit, recomputed_whole, scheduled, sharding
+from pipermoe.specs.runtimes.limits import (
+    Mask,
+    alike,
+    limit,
+    parts_limit,
+    pipeline_outermost,
+    recomputed_whole,
+    scheduled,
+    sharding,
+    stages_apart,
+)
 from pipermoe.specs.strategy import RECOMPUTE_MODULES, Strategy
 from pipermoe.specs.strategy_table import RECOMPUTE_NAMES, StrategyTable
 
@@ -110,6 +120,12 @@ RULES = (
         recomputed_whole,
     ),
     limit("zero_expert", lambda table, job: sharding(table)[0], "shards dense and expert parameters alike", alike),
+    limit(
+        "rank_order",
+        lambda table, job: stages_apart(table) | (table.data_parallel == table.expert_data_parallel),
+        "puts the pipeline inside data parallelism only where data_parallel = expert_data_parallel",
+        pipeline_outermost,
+    ),
     limit(
         "train.seq_len",
         lambda table, job: (table.context_parallel == 1) | divides(2 * table.context_parallel, job.train.seq_len),

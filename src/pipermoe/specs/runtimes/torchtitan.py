@@ -8,7 +8,16 @@ import numpy as np
 
 from pipermoe.specs.catalogue import is_catalogue_entry
 from pipermoe.specs.legality import Job
-from pipermoe.specs.runtimes.limits import Mask, job_limit, limit, recomputed_whole, scheduled, sharding
+from pipermoe.specs.runtimes.limits import (
+    Mask,
+    job_limit,
+    limit,
+    pipeline_outermost,
+    recomputed_whole,
+    scheduled,
+    sharding,
+    stages_apart,
+)
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.strategy_table import DISPATCHER_NAMES, RECOMPUTE_NAMES, StrategyTable
 
@@ -95,6 +104,12 @@ RULES = (
         lambda table, job: (table.pipeline_parallel > 1) | scheduled(table, ["1f1b"]),
         "accumulates gradients one micro-batch after the other without a pipeline",
         lambda strategy, job: {"schedule": "1f1b", "virtual_stages": 1},
+    ),
+    limit(
+        "rank_order",
+        lambda table, job: stages_apart(table),
+        "numbers ranks with the pipeline outermost",
+        pipeline_outermost,
     ),
     limit(
         "expert_tensor_parallel",
