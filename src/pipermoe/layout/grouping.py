@@ -4,14 +4,19 @@ A deduplicated or hierarchical dispatch sends a token once to each node that it 
 together belong together. Pairs stand for tokens here: the sum over nodes of the co-selections inside.
 """
 
-# L MoE layers, E logical experts, G nodes, T tokens, K choices of a token
+# L MoE layers, A of them, E logical experts, X pairs of them, G nodes, T tokens, K choices of a token
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipermoe.layout.packing import longest_first
+
+Value = Callable[[NDArray, NDArray, NDArray, NDArray], NDArray]
 
 
 def co_selections(routes_TLK: NDArray[np.int64], experts: int) -> NDArray[np.float64]:
@@ -37,16 +42,15 @@ def group_by_co_selection(
     """
     even_LE = group_by_load(load_LE, nodes)
     limit_L = (1 + slack) * load_LE.sum(1) / nodes
-    careful_LE = _exchange(even_LE, pairs_LEE, load_LE, limit_L, rounds)
-    free_LE = _exchange(even_LE, pairs_LEE, load_LE, np.full(len(load_LE), np.inf), rounds)
-    bold_LE = _exchange(
-        _brought_under(free_LE, pairs_LEE, load_LE, limit_L, rounds), pairs_LEE, load_LE, limit_L, rounds
-    )
-    scores = [_inside(node_LE, pairs_LEE) for node_LE in (careful_LE, bold_LE)]
-    fits = node_loads(bold_LE, load_LE, nodes).max(1) <= np.maximum(
-        limit_L, node_loads(careful_LE, load_LE, nodes).max(1)
-    )
-    return np.where((fits & (scores[1] > scores[0]))[:, None], bold_LE, careful_LE)
+    exchanged = partial(_exchanged, pairs_LEE=pairs_LEE, load_LE=load_LE, rounds=rounds)
+    careful_LE = exchanged(even_LE, limit_L, _gain_under_the_limit)
+    free_LE = exchanged(even_LE, np.full_like(limit_L, np.inf), _gain_under_the_limit)
+    under_LE = exchanged(free_LE, limit_L, _relief_of_the_busiest)
+    bold_LE = exchanged(under_LE, limit_L, _gain_under_the_limit)
+    careful_peak_L, bold_peak_L = (node_loads(each, load_LE, nodes).max(1) for each in (careful_LE, bold_LE))
+    better_L = _inside(bold_LE, pairs_LEE) > _inside(careful_LE, pairs_LEE)
+    better_L &= bold_peak_L <= np.maximum(limit_L, careful_peak_L)
+    return np.where(better_L[:, None], bold_LE, careful_LE)
 
 
 def group_by_load(load_LE: NDArray, nodes: int) -> NDArray[np.int64]:
@@ -89,45 +93,43 @@ def _peaks(node_LE: NDArray[np.int64], load_LE: NDArray) -> tuple[NDArray, NDArr
     return np.maximum(mine_LE[:, :, None], mine_LE[:, None]), after
 
 
-def _exchange(
-    node_LE: NDArray[np.int64], pairs_LEE: NDArray, load_LE: NDArray, limit_L: NDArray, rounds: int
+def _exchanged(
+    node_LE: NDArray[np.int64],
+    limit_L: NDArray,
+    value: Value,
+    *,
+    pairs_LEE: NDArray,
+    load_LE: NDArray,
+    rounds: int,
 ) -> NDArray[np.int64]:
-    """The best exchange that leaves both nodes under the limit (or lowers the busier), until none gains."""
+    """The nodes after exchanges of two experts, each time the one of the highest value, until none has any.
+
+    `value` of every exchange (L, E, E), -inf for one not to be made, from what it gains, the rows on the busier of its
+    two nodes before and after (all (L, E, E)), and the limit of rows (L, 1, 1).
+    """
     node_LE = node_LE.copy()
-    active = np.arange(len(node_LE))
+    layer_A = np.arange(len(node_LE))  # those in which something is still worth exchanging
     for _ in range(rounds):
-        gains = _gains(node_LE[active], pairs_LEE[active])
-        before, after = _peaks(node_LE[active], load_LE[active])
-        gains[(after > limit_L[active, None, None]) & (after >= before)] = -np.inf
-        active = _swap_best(node_LE, active, gains, gains.max((1, 2)) > 1e-9)
-        if not len(active):
+        before, after = _peaks(node_LE[layer_A], load_LE[layer_A])
+        gains = _gains(node_LE[layer_A], pairs_LEE[layer_A])
+        value_AX = value(gains, before, after, limit_L[layer_A, None, None]).reshape(len(layer_A), -1)
+        wanted_A = np.isfinite(value_AX.max(1))
+        layer_A, best_A = layer_A[wanted_A], value_AX[wanted_A].argmax(1)
+        if not len(layer_A):
             break
+        one, other = np.divmod(best_A, node_LE.shape[1])
+        node_LE[layer_A, one], node_LE[layer_A, other] = node_LE[layer_A, other], node_LE[layer_A, one]
     return node_LE
 
 
-def _brought_under(
-    node_LE: NDArray[np.int64], pairs_LEE: NDArray, load_LE: NDArray, limit_L: NDArray, rounds: int
-) -> NDArray[np.int64]:
-    """While a node is above the limit: the exchange with it that lowers its load at the least loss per row."""
-    node_LE = node_LE.copy()
-    active = np.arange(len(node_LE))
-    for _ in range(rounds):
-        before, after = _peaks(node_LE[active], load_LE[active])
-        busiest = before.max((1, 2))
-        relief = np.minimum(before - after, (busiest - limit_L[active])[:, None, None])
-        useful = (before == busiest[:, None, None]) & (relief > 1e-9) & (busiest > limit_L[active])[:, None, None]
-        losses = -_gains(node_LE[active], pairs_LEE[active])
-        value = np.where(useful & np.isfinite(losses), -(losses + 1) / np.where(useful, relief, 1), -np.inf)
-        active = _swap_best(node_LE, active, value, useful.any((1, 2)))
-        if not len(active):
-            break
-    return node_LE
+def _gain_under_the_limit(gains: NDArray, before: NDArray, after: NDArray, limit: NDArray) -> NDArray:
+    """What is gained where both nodes end under the limit, or the busier one lower than it was."""
+    return np.where(((after <= limit) | (after < before)) & (gains > 1e-9), gains, -np.inf)
 
 
-def _swap_best(node_LE: NDArray, active: NDArray, value: NDArray, wanted: NDArray) -> NDArray:
-    """Do the exchange of the highest value in the layers that want one, in place; these layers."""
-    best = value.reshape(len(active), -1).argmax(1)
-    one, other = np.divmod(best[wanted], node_LE.shape[1])
-    layer = active[wanted]
-    node_LE[layer, one], node_LE[layer, other] = node_LE[layer, other], node_LE[layer, one]
-    return layer
+def _relief_of_the_busiest(gains: NDArray, before: NDArray, after: NDArray, limit: NDArray) -> NDArray:
+    """While a node is above the limit: the loss for every row that an exchange relieves the busiest of."""
+    busiest = before.max((1, 2), keepdims=True)
+    relief = np.minimum(before - after, busiest - limit)
+    useful = (before == busiest) & (relief > 1e-9)
+    return np.where(useful, (gains - 1) / np.where(useful, relief, 1), -np.inf)
