@@ -22,7 +22,7 @@ from pipermoe.dryrun.planned_routing import planned_counts
 from pipermoe.dryrun.shapes import ShapeMode
 from pipermoe.layout.policies import POLICIES
 from pipermoe.layout.policy import Nodes
-from pipermoe.runtime.counters import Counters, MemoryCounter
+from pipermoe.runtime.counters import Counters, MemoryCounter, counted_report
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.layout.lay_out import laid_out_in_order
 from pipermoe.runtime.optimizer.adamw import Optimizer
@@ -138,15 +138,7 @@ def _counted_step(
 
     with shapes.counted(Counters(memory, flops, traffic)):
         training_step(engine, optimizer, batch, agree, engine.train.optimizer.learning_rate)
-    report = RankReport(
-        rank=rank,
-        peak_bytes=memory.peak_bytes,
-        memory_bytes=memory.bytes_at_peak,
-        flops=flops.flops,
-        traffic=traffic.traffic,
-        seconds={},
-    )
-    return report, memory, flops, traffic
+    return counted_report(rank, memory, flops, traffic), memory, flops, traffic
 
 
 def _footprint_of(
