@@ -57,3 +57,19 @@ def test_passes_that_are_said_to_be_alone_are_in_no_pair(name):
                 assert all(a >= b for a, b in zip(alone, least, strict=True)), (p, chunks, m, rank)
             never = zip(forward, everything, ramp.never_paired or [0] * len(stages), strict=True)
             assert all(alone == n for alone, n, at_all in never if at_all), (p, chunks, m, rank)
+
+
+@pytest.mark.parametrize("name", ["v-half", "v-half-overlap", "v-min"])
+def test_so_many_come_back_at_once_but_for_the_last(name):
+    for p in range(1, 13):
+        for m in (2, p // 2 + 1, p, 2 * p + 1):
+            schedule, found = build(name, p, m, 2), ramps(name, p, 2, m)
+            for rank, ramp in enumerate(found):
+                turn = {}
+                for place, action in enumerate(schedule.ranks[rank]):
+                    turn |= {
+                        (part.stage, part.microbatch): place for part in action.parts if part.kind is Kind.INPUT_GRAD
+                    }
+                low, high = schedule.stages_of(rank)
+                for first in range(m - max(ramp.last, ramp.returning)):
+                    assert turn[low, first] < turn[high, first + ramp.returning], (p, m, rank, first)

@@ -4,7 +4,8 @@ Actions of a path wait for each other, so no simulation ends before the sum of i
 micro-batch comes through the stages before a rank's first one (fill), the rank works through all micro-batches of its
 stages, and the last gradient goes on to stage 0 (drain; Narayanan et al., arXiv 2104.04473, section 2.2, for equal
 stages). And where a rank never holds more than K micro-batches of a stage, the gradient of one has to come back through
-all stages behind before the K-th after it may set out. Nothing here depends on a size or a duration.
+all stages behind before the K-th after it may set out; the same where no more than K are on their way back between two
+stages. Nothing here depends on a size or a duration.
 """
 
 from __future__ import annotations
@@ -125,17 +126,25 @@ class _Stages:
         work = self.computed_forward + self.exchanged_forward + self.computed_backward + self.exchanged_backward
         return self.fill[-1] - self.fill + self.drain[-1] - self.drain + work[-1]
 
+    def way_back(self, last: NDArray[np.int64], first: NDArray[np.int64]) -> Counts:
+        """(ways, prices): a micro-batch from the start of the backward of one stage to the end of that of another."""
+        return self.drain[last] - self.drain[first] + (self.computed_backward + self.exchanged_backward)[last]
+
 
 @dataclass(frozen=True, slots=True)
 class _Ranks:
     """Of every rank and stage, (ranks, stages): whether it is `held`, how many passes are alone, as `Ramp` says.
 
-    `first` (ranks,) is the lowest stage of a rank, `most` what it holds of that at any time.
+    `first` and `final` (ranks,) are the lowest and the highest stage of a rank, `most` what it holds of the lowest at
+    any time, `returning` how many are on their way back between them, but for the `last`.
     """
 
     held: NDArray[np.int64]
     first: NDArray[np.int64]
+    final: NDArray[np.int64]
     most: NDArray[np.int64]
+    returning: NDArray[np.int64]
+    last: NDArray[np.int64]
     alone_forward: NDArray[np.int64]
     alone_backward: NDArray[np.int64]
     never_paired: NDArray[np.int64]
@@ -151,7 +160,10 @@ class _Ranks:
         return cls(
             held=spread((1,) * len(held) for held in stages_of),
             first=np.array([min(held) for held in stages_of]),
+            final=np.array([max(held) for held in stages_of]),
             most=np.array([ramp.most for ramp in found]),
+            returning=np.array([ramp.returning for ramp in found]),
+            last=np.array([ramp.last for ramp in found]),
             alone_forward=spread(ramp.alone_forward for ramp in found),
             alone_backward=spread(ramp.alone_backward for ramp in found),
             never_paired=spread(ramp.never_paired for ramp in found),
@@ -175,6 +187,12 @@ def _paths(traits: Traits, stages: _Stages, ranks: _Ranks) -> Iterator[tuple[NDA
     known = ranks.most > 0
     trips = share / ranks.most[known, None] * stages.round_trip[first[known]]
     yield first_home[known], there_and_back[known], trips
+    known = ranks.returning > 0
+    way = stages.way_back(ranks.final[known], first[known])
+    back, last = way / ranks.returning[known, None], ranks.last[known, None]
+    # One after the other, beside the first or the last micro-batch's other stages.
+    alone = stages.round_trip[0] + stages.postponed[0] - np.where(last > 0, last * back, way)
+    yield first_home[known], alone, back
 
 
 def _work(traits: Traits, stages: _Stages, ranks: _Ranks) -> Iterator[tuple[Counts, Counts, Counts]]:

@@ -19,8 +19,10 @@ class Ramp:
     forward.
 
     Of its lowest stage it never holds more than `most` (0: not known), so the backward of a micro-batch comes before
-    the forward of the `most`-th after it. In schedules of pairs, `alone_forward` and `alone_backward` passes are in no
-    pair, and none at all of a chunk that is `never_paired` (1).
+    the forward of the `most`-th after it. Between the backwards of its highest and its lowest stage are never more than
+    `returning` (0: not known), so a micro-batch has come back through the stages in between before the
+    `returning`-th after it sets out; but for the `last` micro-batches, which may be closer. In schedules of pairs,
+    `alone_forward` and `alone_backward` passes are in no pair, and none at all of a chunk that is `never_paired` (1).
     """
 
     kept: tuple[Chunks, ...]
@@ -28,6 +30,8 @@ class Ramp:
     alone_forward: Chunks = ()
     alone_backward: Chunks = ()
     never_paired: Chunks = ()
+    returning: int = 0
+    last: int = 0
 
 
 @lru_cache(maxsize=8192)
@@ -45,6 +49,8 @@ def ramps(name: str, pipeline_parallel: int, virtual_stages: int, microbatches: 
             capped(ramp.alone_forward),
             capped(ramp.alone_backward),
             ramp.never_paired,
+            ramp.returning,
+            ramp.last,
         )
         for ramp in found
     )
@@ -94,16 +100,25 @@ def _dualpipe(p: int, v: int, m: int, rank: int) -> Ramp:
     return Ramp(((p - 1 - near, 1 + near),), p - near, (ahead, half), (half, ahead))
 
 
+# Where a V repeats every six slots, as many return as are begun in the slots of one on its way back; where its gaps are
+# closed, the last come back faster.
+
+
 def _v_half(p: int, v: int, m: int, rank: int) -> Ramp:
     odd = p % 2
     down, up = (p - rank // 2, 1 + rank // 2) if odd else (p + 1 - (rank + 1) // 2, 1 + (rank + 1) // 2)
-    return Ramp(((down, up),), most=down)
+    return Ramp(((down, up),), most=down, returning=_half_returning(p, rank), last=0 if odd and m >= p else p)
 
 
 def _v_half_pairs(p: int, v: int, m: int, rank: int) -> Ramp:
     """On every second rank the passes down are in pairs, on the others those up."""
     never = (0, 1) if rank % 2 == 0 else (1, 0)
-    return Ramp(((p - rank // 2, (rank + 2) // 2),), p + 1 - (rank + 1) // 2, (0, 0), (0, 0), never)
+    held = (p - rank // 2, (rank + 2) // 2)
+    return Ramp((held,), p + 1 - (rank + 1) // 2, (0, 0), (0, 0), never, _half_returning(p, rank))
+
+
+def _half_returning(p: int, rank: int) -> int:
+    return (3 * (p - rank) - 1) // 6 + 1
 
 
 def _v_min(p: int, v: int, m: int, rank: int) -> Ramp:
@@ -111,7 +126,8 @@ def _v_min(p: int, v: int, m: int, rank: int) -> Ramp:
     shift = 2 if p % 3 == 0 else 0
     turning = ((2 * p + shift - 1) // 6 + 1, (2 * rank + shift) // 6 + 1)
     ending = ((4 * p + shift - 2 * rank - 1) // 6 + 1, (2 * rank + shift + 1) // 6)
-    return Ramp((turning, ending), most=2 * ((p + 1) // 3 + 1))
+    returning, last = (2 * (p - rank) - 1) // 6 + 1, 0 if p % 3 and p not in (2, 5) and m >= p else p
+    return Ramp((turning, ending), most=2 * ((p + 1) // 3 + 1), returning=returning, last=last)
 
 
 _RAMPS: dict[str, Callable[[int, int, int, int], Ramp]] = {
