@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pipermoe.specs.model import GroupedQueryAttention, MixtureOfExperts, ModelSpec
@@ -20,9 +21,22 @@ TINY_MODEL = ModelSpec(
 )
 
 
+def plan_of(model: ModelSpec, train: TrainConfig, strategy: Strategy, ranks: Sequence[RankReport] = ()) -> Plan:
+    """A plan that somebody might have made, of a step of one second."""
+    return Plan(
+        name="test",
+        platform="none",
+        memory_budget_bytes=2**36,
+        model=model,
+        train=train,
+        strategy=strategy,
+        prediction=StepReport(step_seconds=1.0, ranks=tuple(ranks)),
+    )
+
+
 def tiny_plan(strategy: Strategy, **train: Any) -> Plan:
     """A plan of two layers and four experts; `train` overrides a batch of 8 sequences of 32 bytes, 6 steps."""
-    ranks = tuple(
+    ranks = [
         RankReport(
             rank=rank,
             peak_bytes=1,
@@ -32,14 +46,6 @@ def tiny_plan(strategy: Strategy, **train: Any) -> Plan:
             seconds=dict.fromkeys(TERMS, 0.0),
         )
         for rank in range(strategy.world_size)
-    )
+    ]
     job = {"seq_len": 32, "global_batch_size": 8, "steps": 6, "validation_batches": 2, **train}
-    return Plan(
-        name="test",
-        platform="none",
-        memory_budget_bytes=2**30,
-        model=TINY_MODEL,
-        train=TrainConfig(**job),
-        strategy=strategy,
-        prediction=StepReport(step_seconds=1.0, ranks=ranks),
-    )
+    return plan_of(TINY_MODEL, TrainConfig(**job), strategy, ranks)

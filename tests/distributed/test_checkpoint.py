@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.distributed.harness import run_ranks
+from tests.distributed.odd_shapes import EXPERTS, SHAPES
 from tests.plans import tiny_plan
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -24,17 +25,6 @@ from pipermoe.specs.plan import Plan
 from pipermoe.specs.strategy import Strategy
 from pipermoe.training.checkpoint.store import check_resumable, check_same_text, checkpoints, load_checkpoint
 from pipermoe.training.checkpoint.writer import CheckpointWriter
-
-EXPERTS = 4
-SHAPES = {
-    f"layers.{layer}.{name}": shape
-    for layer in range(2)
-    for name, shape in {
-        "attention.query.weight": (5, 7),
-        "norm.weight": (7,),
-        "experts.up.weight": (EXPERTS, 3, 7),
-    }.items()
-}
 
 
 def values(name: str, kind: str) -> torch.Tensor:

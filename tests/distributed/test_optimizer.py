@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tests.distributed.harness import run_ranks
+from tests.distributed.odd_shapes import EXPERTS, SHAPES
 from torch.nn import Parameter
 
 from pipermoe.modules.names import is_expert
@@ -19,18 +20,8 @@ from pipermoe.runtime.optimizer.sharding import Sharding, flatten, unit_of
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.train import Optimizer as OptimizerConfig
 
-EXPERTS, STEPS = 4, 3
+STEPS = 3
 CONFIG = OptimizerConfig(learning_rate=0.01, gradient_clip=1.0)
-# Odd sizes, so that no flat buffer divides by the ranks and shard borders fall inside parameters.
-SHAPES = {
-    f"layers.{layer}.{name}": shape
-    for layer in range(2)
-    for name, shape in {
-        "attention.query.weight": (5, 7),
-        "norm.weight": (7,),
-        "experts.up.weight": (EXPERTS, 3, 7),
-    }.items()
-}
 
 
 def draw(step: int) -> dict[str, torch.Tensor]:

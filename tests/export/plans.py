@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from tests.plans import plan_of
 
 from pipermoe.export import Job
 from pipermoe.specs.errors import UserError
 from pipermoe.specs.model import GroupedQueryAttention, MixtureOfExperts, ModelSpec
 from pipermoe.specs.plan import Plan
-from pipermoe.specs.report import StepReport
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.train import TrainConfig
 
@@ -32,15 +32,7 @@ def plan_for(strategy: str | Strategy, model: ModelSpec | dict[str, Any] = MODEL
     if isinstance(model, dict):
         model = _changed(model)
     job = {"seq_len": 1024, "global_batch_size": 64, "precision": "bf16", **train}
-    return Plan(
-        name="test",
-        platform="none",
-        memory_budget_bytes=2**36,
-        model=model,
-        train=TrainConfig(**job),
-        strategy=strategy,
-        prediction=StepReport(step_seconds=1.0, ranks=()),
-    )
+    return plan_of(model, TrainConfig(**job), strategy)
 
 
 def _changed(changes: dict[str, Any]) -> ModelSpec:

@@ -2,23 +2,13 @@ import io
 
 import pytest
 from rich.console import Console
+from tests.plans import tiny_plan
 
 from pipermoe.report.comparison import compare, render
 from pipermoe.specs.errors import UserError
-from pipermoe.specs.model import GroupedQueryAttention, MixtureOfExperts, ModelSpec
 from pipermoe.specs.plan import Measurement, Plan
 from pipermoe.specs.report import RankReport, StepReport, Traffic
 from pipermoe.specs.strategy import Strategy
-from pipermoe.specs.train import TrainConfig
-
-MODEL = ModelSpec(
-    name="m",
-    vocab_size=8,
-    hidden_size=4,
-    num_layers=2,
-    attention=GroupedQueryAttention(num_heads=2, num_kv_heads=1, head_dim=2),
-    moe=MixtureOfExperts(num_experts=2, top_k=1, expert_width=4),
-)
 
 
 def report(step: float, flops: int, sent: int) -> StepReport:
@@ -38,17 +28,9 @@ def report(step: float, flops: int, sent: int) -> StepReport:
 
 def plan_and_measurement(measured: StepReport) -> tuple[Plan, Measurement]:
     strategy = Strategy(data_parallel=2, expert_parallel=2)
-    plan = Plan(
-        name="p",
-        platform="laptop",
-        memory_budget_bytes=2**20,
-        model=MODEL,
-        train=TrainConfig(seq_len=8, global_batch_size=2),
-        strategy=strategy,
-        prediction=report(1.0, 100, 64),
-    )
+    plan = tiny_plan(strategy).model_copy(update={"prediction": report(1.0, 100, 64)})
     measurement = Measurement(
-        plan="p",
+        plan=plan.name,
         strategy=strategy,
         steps=3,
         measured_steps=2,

@@ -32,11 +32,6 @@ class LoadStatistics:
         return self.counts_PLE.sum(0)
 
 
-def mean_load(windows: list[LoadStatistics]) -> NDArray[np.int64]:
-    """The forecast that most systems use: the mean of the last windows, (L, E), rounded to whole rows."""
-    return np.rint(np.mean([window.load_LE for window in windows], axis=0)).astype(np.int64)
-
-
 def drift(before_LE: NDArray, after_LE: NDArray) -> NDArray[np.float64]:
     """Total variation between two loads per layer, (L,): the share of rows that went elsewhere, 0 to 1."""
     shares = [load / np.maximum(load.sum(1, keepdims=True), 1) for load in (before_LE, after_LE)]

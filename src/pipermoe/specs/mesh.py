@@ -39,18 +39,6 @@ class Coordinates:
     etp: int
 
 
-def axis_sizes(strategy: Strategy) -> dict[Axis, int]:
-    return {
-        "pp": strategy.pipeline_parallel,
-        "dp": strategy.data_parallel,
-        "cp": strategy.context_parallel,
-        "tp": strategy.tensor_parallel,
-        "edp": strategy.expert_data_parallel,
-        "ep": strategy.expert_parallel,
-        "etp": strategy.expert_tensor_parallel,
-    }
-
-
 def coordinates(strategy: Strategy, rank: int) -> Coordinates:
     """The coordinates of `rank`, 0 <= rank < world size."""
     if not 0 <= rank < strategy.world_size:

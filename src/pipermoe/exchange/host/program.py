@@ -57,10 +57,6 @@ class Program:
     sends: tuple[Transfer, ...]
     shared_bytes: int  # of shared memory that the node of this rank needs
 
-    @property
-    def network_bytes_sent(self) -> int:
-        return sum(send.length for send in self.sends if send.way in (Way.SOCKET, Way.GROUP))
-
     @cached_property
     def socket_peers(self) -> set[int]:
         return {transfer.peer for transfer in (*self.sends, *self.receives) if transfer.way == Way.SOCKET}

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from pipermoe.specs.catalogue import is_catalogue_entry
 from pipermoe.specs.legality import Changes, Job
-from pipermoe.specs.runtimes.limits import alike, job_limit, limit, recomputed_whole, scheduled, sharding
+from pipermoe.specs.runtimes.limits import (
+    alike,
+    dropless_training,
+    job_limit,
+    limit,
+    recomputed_whole,
+    scheduled,
+    sharding,
+)
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.strategy_table import RECOMPUTE_NAMES
 
@@ -49,21 +57,7 @@ RULES = (
         lambda job: job.model.name in PRESETS and is_catalogue_entry(job.model),
         f"AutoEP has presets of {', '.join(PRESETS)} of the catalogue, as they are there",
     ),
-    job_limit(
-        "train.precision",
-        lambda job: job.train.precision in PRECISIONS,
-        f"trains in {', '.join(PRECISIONS)}",
-    ),
-    job_limit(
-        "train.state_bytes",
-        lambda job: job.train.state_bytes is None,
-        "is exported with the usual state only",
-    ),
-    job_limit(
-        "train.capacity_factor",
-        lambda job: job.train.capacity_factor == 0,
-        "drops no tokens under AutoEP",
-    ),
+    *dropless_training(PRECISIONS, state="is exported with the usual state only"),
     limit(
         "pipeline_parallel",
         lambda table, job: table.pipeline_parallel == 1,

@@ -35,6 +35,17 @@ def job_limit(key: str, holds: Callable[[Job], bool], reason: str) -> Rule:
     return limit(key, lambda table, job: np.full(len(table), holds(job)), reason)
 
 
+def dropless_training(precisions: Collection[str], *, state: str) -> tuple[Rule, ...]:
+    """The rules of a runtime with these precisions, that drops no tokens; `state` says which bytes a parameter has."""
+    return (
+        job_limit(
+            "train.precision", lambda job: job.train.precision in precisions, f"trains in {', '.join(precisions)}"
+        ),
+        job_limit("train.state_bytes", lambda job: job.train.state_bytes is None, state),
+        job_limit("train.capacity_factor", lambda job: job.train.capacity_factor == 0, "drops no tokens"),
+    )
+
+
 def parts_limit(unsupported: Callable[[Job], Iterator[tuple[str, object, str]]]) -> Rule:
     """A rule that nothing is `unsupported`: (key, value, rule) of parts of the model or the job."""
     return Rule(

@@ -10,6 +10,7 @@ from pipermoe.specs.catalogue import is_catalogue_entry
 from pipermoe.specs.legality import Job
 from pipermoe.specs.runtimes.limits import (
     Mask,
+    dropless_training,
     job_limit,
     limit,
     pipeline_outermost,
@@ -72,21 +73,7 @@ RULES = (
         _is_registered,
         f"registers {', '.join(MODELS)} of the catalogue, as they are there",
     ),
-    job_limit(
-        "train.precision",
-        lambda job: job.train.precision in NUMBERS,
-        f"trains in {', '.join(NUMBERS)}",
-    ),
-    job_limit(
-        "train.state_bytes",
-        lambda job: job.train.state_bytes is None,
-        "keeps weights, gradients and moments in fp32",
-    ),
-    job_limit(
-        "train.capacity_factor",
-        lambda job: job.train.capacity_factor == 0,
-        "drops no tokens",
-    ),
+    *dropless_training(NUMBERS, state="keeps weights, gradients and moments in fp32"),
     limit(
         "recompute",
         lambda table, job: table.recompute != RECOMPUTE_NAMES.index("selective"),
