@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import sys
@@ -13,9 +14,10 @@ from pathlib import Path
 from threading import Event
 
 import pytest
-from tests.plans import tiny_plan
+from tests.plans import TINY_MODEL, tiny_plan
 
 from pipermoe.cli import main
+from pipermoe.processes.blame import WAITING
 from pipermoe.processes.output_folder import lock_folder
 from pipermoe.processes.status_board import StatusBoard
 from pipermoe.runtime.pipeline.engine import Engine
@@ -23,6 +25,7 @@ from pipermoe.specs.documents import save
 from pipermoe.specs.errors import MachineError, UserError
 from pipermoe.specs.strategy import Strategy
 from pipermoe.training.launch import launch
+from pipermoe.training.roll_call import RollCall
 from pipermoe.training.run import Run
 
 pytestmark = pytest.mark.distributed
@@ -148,35 +151,126 @@ def test_a_folder_that_another_run_is_writing_to_is_refused(plan, tmp_path):
         launch(plan, Run(tmp_path / "run"))
 
 
-def rank_of_torchrun(rank: int, port: int, arguments: list[str], say: int, stops: bool) -> None:
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def rank_of_others(environment: dict[str, str], arguments: list[str], say: int, act) -> None:
+    """A process that somebody else has started as a rank; `act` replaces parts of the program."""
     os.dup2(say, 1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    sys.stderr = os.fdopen(1, "w", closefd=False)
+    os.environ |= environment | {"GLOO_SOCKET_IFNAME": "lo"}
     with pytest.MonkeyPatch.context() as patch:
-        if stops:
-            patch.setattr(Engine, "step", lambda self, batch: (os.kill(os.getpid(), signal.SIGINT), Event().wait()))
+        act(patch)
         main(arguments)
+
+
+def by_torchrun(rank: int, size: int, port: int) -> dict[str, str]:
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), **address}
+
+
+def by_srun(rank: int, size: int, port: int) -> dict[str, str]:
+    address = {"SLURM_STEP_NODELIST": "127.0.0.1", "MASTER_PORT": str(port)}
+    return {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NTASKS": str(size), **address}
+
+
+def started(plan, folder: Path, environment, acts, timeout: float = 60) -> tuple[list, list[int]]:
+    """The processes of all ranks, and where each one's output can be read."""
+    save(folder / "plan.toml", plan)
+    port, size = free_port(), plan.strategy.world_size
+    arguments = ["train", "--plan", str(folder / "plan.toml"), "-o", str(folder / "run"), "--json"]
+    arguments += ["--timeout", str(timeout)]
+    ranks, readers = [], []
+    for rank in range(size):
+        reader, writer = os.pipe()
+        act = acts.get(rank, lambda patch: None)
+        ranks.append(
+            get_context("fork").Process(
+                target=rank_of_others, args=(environment(rank, size, port), arguments, writer, act)
+            )
+        )
+        ranks[-1].start()
+        os.close(writer)
+        readers.append(reader)
+    return ranks, readers
+
+
+def said(reader: int) -> list[str]:
+    """All that a rank said, once it has ended."""
+    with open(reader) as lines:
+        return lines.read().splitlines()
 
 
 @pytest.mark.parametrize("stops", [False, True], ids=["undisturbed", "interrupted"])
 def test_ranks_that_torchrun_started_train_together_and_end_together(plan, tmp_path, stops):
-    save(tmp_path / "plan.toml", plan)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = ["train", "--plan", str(tmp_path / "plan.toml"), "-o", str(tmp_path / "run"), "--json"]
-    reader, writer = os.pipe()
-    context = get_context("fork")
-    ranks = [
-        context.Process(target=rank_of_torchrun, args=(rank, port, arguments, writer, stops and rank == 1))
-        for rank in range(2)
-    ]
-    for rank in ranks:
-        rank.start()
-    os.close(writer)
-    with open(reader, "rb") as said:
-        said.read()  # ends when the last process has ended
+    def interrupt(patch) -> None:
+        patch.setattr(Engine, "step", lambda self, batch: (os.kill(os.getpid(), signal.SIGINT), Event().wait()))
+
+    ranks, readers = started(plan, tmp_path, by_torchrun, {1: interrupt} if stops else {})
+    for reader in readers:
+        said(reader)
     for rank in ranks:
         rank.join()
     assert [rank.exitcode for rank in ranks] == ([4, 130] if stops else [0, 0])
     assert (tmp_path / "run" / "measurement.json").exists() != stops
+
+
+def when_it_tells(moment: str, act):
+    """Lets `act` happen when a rank tells that it is about to do what begins with `moment`."""
+
+    def replace(patch) -> None:
+        tell = RollCall.tell
+
+        def watched(self, doing: str) -> None:
+            tell(self, doing)
+            if doing.startswith(moment) and not doing.endswith(WAITING):
+                self._sign()  # which else comes twice a second
+                act()
+
+        patch.setattr(RollCall, "tell", watched)
+
+    return replace
+
+
+def wait_forever() -> None:
+    Event().wait()
+
+
+PLACE = r"step 2, action 1F1 \(stage 1, micro-batch 1\)"
+GONE = r"has given no sign of life for 3 s: killed or stopped, or its machine is gone$"
+HOST = "rank 0, which keeps the store that the ranks have met in, (is gone|does not answer): killed or stopped"
+
+
+@pytest.mark.parametrize(
+    ("environment", "rank", "act", "message"),
+    [
+        (by_torchrun, 1, fail, r"step 2: rank 1: action 1F1 \(.*\) failed: ValueError: a bug on this rank \(trace"),
+        (by_srun, 0, fail, r"step 2: rank 0: action 0F1 \(.*\) failed: ValueError: a bug on this rank \(traceback"),
+        (by_srun, 1, lambda: os.kill(os.getpid(), signal.SIGKILL), rf"rank 1 \({PLACE}\) {GONE}"),
+        (by_srun, 0, lambda: os.kill(os.getpid(), signal.SIGKILL), HOST),
+        (by_torchrun, 1, lambda: os.kill(os.getpid(), signal.SIGSTOP), rf"rank 1 \({PLACE}\) {GONE}"),
+        (by_srun, 0, lambda: os.kill(os.getpid(), signal.SIGSTOP), HOST),
+        (by_srun, 1, wait_forever, rf"rank 1 \({PLACE}\) stalled: no answer within 3 s \(step 2: rank"),
+    ],
+    ids=["raises", "the first raises", "killed", "the first is killed", "stopped", "the first is stopped", "stalls"],
+)
+def test_all_ranks_that_others_started_end_with_one_line_about_the_one_that_failed(
+    plan, tmp_path, environment, rank, act, message
+):
+    plan = tiny_plan(Strategy(pipeline_parallel=3), data=plan.train.data)
+    plan = plan.model_copy(update={"model": TINY_MODEL.model_copy(update={"num_layers": 3})})
+    act = when_it_tells(f"step 2, action {rank}F1", act)
+    ranks, readers = started(plan, tmp_path, environment, {rank: act}, timeout=3)
+    lines = {other: said(readers[other])[-1].split("; last heard of")[0] for other in range(3) if other != rank}
+    for other in lines:
+        ranks[other].join()
+        assert ranks[other].exitcode == 4
+    ranks[rank].kill()
+    ranks[rank].join()
+    assert len(set(lines.values())) == 1
+    for line in lines.values():
+        assert re.match(f"pipermoe: {message}", line), line
+    assert not (tmp_path / "run" / "measurement.json").exists()

@@ -31,9 +31,11 @@ def test_nested_terms_are_exclusive_and_an_action_inside_a_term_ends_its_stretch
     assert spans_of(3, meter.trace.to_json()) == spans
 
 
-def test_whoever_watches_is_told_of_every_action():
+def test_whoever_watches_is_told_of_every_action_and_every_wait():
     meter, seen = Meter(), []
-    meter.on_action = seen.append
+    meter.on_change = lambda *change: seen.append(change)
     meter.action = "update"
-    assert seen == ["update"]
+    with meter.term("forward"), meter.term("all_to_all"):
+        pass
+    assert seen == [("update", False), ("update", True), ("update", False)]
     assert meter.action == "update"

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 from tests.plans import tiny_plan
 
-from pipermoe.processes.local_ranks import Failure, culprit
 from pipermoe.processes.world import World, existing_world, first_host
-from pipermoe.specs.errors import MachineError, UserError
+from pipermoe.specs.errors import UserError
 from pipermoe.specs.strategy import Strategy
 from pipermoe.training.launch import launch
 from pipermoe.training.run import Run
@@ -98,13 +97,3 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(tmp_path):
     output.write_text("a file")
     with pytest.raises(UserError, match=r"run: cannot be made a folder"):
         launch(tiny_plan(Strategy()), Run(output))
-
-
-def test_a_culprit_is_preferred_to_witnesses_and_silence_to_their_words():
-    witness = Failure(0, "witness", "rank 0: RuntimeError: Connection closed by peer")
-    own = Failure(2, "own", "rank 2 was killed by SIGKILL")
-    assert str(culprit({0: witness, 2: own}, ["rank 1"], 5.0)) == own.message
-    silent = culprit({0: witness}, ["rank 1", "rank 3"], 5.0)
-    assert isinstance(silent, MachineError)
-    assert str(silent).startswith("rank 1, rank 3 stalled: no answer within 5 s")
-    assert str(culprit({0: witness}, [], 5.0)) == witness.message

@@ -6,14 +6,18 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 
 from pipermoe.processes.progress import show_cursor
 
 ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
-def end_on_signals(*, say: bool) -> None:
+def end_on_signals(*, say: bool, last_words: Callable[[], str] = str) -> None:
     """From now on these signals end this process with 128 + their number; `say`: with a line on stderr.
+
+    `last_words` are asked for on SIGTERM, with which a launcher ends the ranks that a failed one has left behind, and
+    said whatever `say` is.
 
     Python runs signal handlers between its own instructions, so not while C++ waits for another rank; the wake-up file
     descriptor is written to at once. Call it in the main thread.
@@ -23,15 +27,15 @@ def end_on_signals(*, say: bool) -> None:
     for number in ENDING:
         signal.signal(number, lambda *_: None)
     signal.set_wakeup_fd(writer)
-    threading.Thread(target=_end, args=(reader, say), name="signals", daemon=True).start()
+    threading.Thread(target=_end, args=(reader, say, last_words), name="signals", daemon=True).start()
 
 
-def _end(reader: int, say: bool) -> None:
+def _end(reader: int, say: bool, last_words: Callable[[], str]) -> None:
     while (number := os.read(reader, 1)[0]) not in ENDING:
         pass
-    if say:
+    line = last_words() if number == signal.SIGTERM else ""
+    if say or line:
         show_cursor()
-        print(
-            "pipermoe: interrupted" if number == signal.SIGINT else "pipermoe: terminated", file=sys.stderr, flush=True
-        )
+        line = line or ("interrupted" if number == signal.SIGINT else "terminated")
+        print(f"pipermoe: {line}", file=sys.stderr, flush=True)
     os._exit(128 + number)

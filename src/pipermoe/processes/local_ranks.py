@@ -15,7 +15,6 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,29 +22,12 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from pipermoe.processes.blame import Failure, culprit, failure_of, named, not_waiting
 from pipermoe.processes.progress import show_cursor
 from pipermoe.processes.world import World
-from pipermoe.specs.errors import MachineError, UserError
 
 GRACE_SECONDS = 2.0  # how long witnesses wait for the culprit
 LOOK_SECONDS = 0.2  # how often the parent looks after what it does meanwhile
-_WITNESS_WORDS = (
-    "connection closed by peer",
-    "connection reset",
-    "timed out",
-    "timeout",
-    "broken pipe",
-    "socket closed",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why a rank stopped: `kind` is "user" (wrong input), "own" (its own error) or "witness" (another one vanished)."""
-
-    rank: int
-    kind: str
-    message: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +40,7 @@ class Family:
     doing: Callable[[int], str]
 
     def name(self, rank: int) -> str:
-        doing = self.doing(rank)
-        return f"{self.noun} {rank} ({doing})" if doing else f"{self.noun} {rank}"
+        return named(self.noun, rank, self.doing(rank))
 
 
 def run_local_ranks(
@@ -127,7 +108,7 @@ def _child(target, world: World, noun: str, output: Path, writer: Connection, al
     try:
         target(world)
     except BaseException as error:
-        failure = _failure(world.rank, noun, error, output)
+        failure = failure_of(world.rank, noun, error, output)
         writer.send_bytes(json.dumps({"kind": failure.kind, "message": failure.message}).encode())
         code = 1
     sys.stdout.flush()
@@ -143,22 +124,6 @@ def _end_with_parent(alive_end: int) -> None:
 def _loopback() -> str | None:
     """The loopback interface: local ranks need no resolvable host name, which laptops and containers often lack."""
     return next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
-
-
-def _failure(rank: int, noun: str, error: BaseException, output: Path) -> Failure:
-    """One line about `error`; the traceback of an unexpected one goes to a file."""
-    if isinstance(error, UserError) and not isinstance(error, MachineError):
-        return Failure(rank, "user", str(error))
-    message = str(error) if isinstance(error, MachineError) else f"{noun} {rank}: {type(error).__name__}: {error}"
-    message = next(iter(message.splitlines()), "")
-    if any(word in message.lower() for word in _WITNESS_WORDS):
-        return Failure(rank, "witness", message)
-    path = output / f"{noun}-{rank}.error.txt"
-    try:
-        path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-    except OSError:
-        return Failure(rank, "own", message)
-    return Failure(rank, "own", f"{message} (traceback in {path})")
 
 
 def _watch(family: Family, timeout_seconds: float, meanwhile: Callable[[], object] | None) -> None:
@@ -182,7 +147,7 @@ def _watch(family: Family, timeout_seconds: float, meanwhile: Callable[[], objec
             now = time.monotonic()
             deadline = deadline or now + GRACE_SECONDS
             if any(failure.kind != "witness" for failure in failures.values()) or now >= deadline or not running:
-                raise culprit(failures, _silent(family, sorted(running)), timeout_seconds)
+                raise culprit(failures, _silent(family, sorted(running)), timeout_seconds).error
 
 
 def _last_words(family: Family, rank: int) -> Failure:
@@ -200,9 +165,9 @@ def _last_words(family: Family, rank: int) -> Failure:
 
 
 def _silent(family: Family, running: list[int]) -> list[str]:
-    """Who has not answered: the ranks that the system has stopped, if there are such, else all that still run."""
+    """Who has not answered: the ranks that the system has stopped, if there are such, else who did not only wait."""
     stopped = [rank for rank in running if _is_stopped(family.processes[rank].pid)]
-    return [family.name(rank) for rank in stopped or running]
+    return [family.name(rank) for rank in stopped or not_waiting({rank: family.doing(rank) for rank in running})]
 
 
 def _is_stopped(pid: int | None) -> bool:
@@ -210,15 +175,3 @@ def _is_stopped(pid: int | None) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("T", "t")
     except OSError:
         return False
-
-
-def culprit(failures: dict[int, Failure], silent: list[str], timeout_seconds: float) -> UserError:
-    """The error to report: a user's mistake, else a rank's own failure, else the ranks that fell `silent`."""
-    for kind, error in (("user", UserError), ("own", MachineError)):
-        for failure in failures.values():
-            if failure.kind == kind:
-                return error(failure.message)
-    witness = next(iter(failures.values()))
-    if silent:
-        return MachineError(f"{', '.join(silent)} stalled: no answer within {timeout_seconds:g} s ({witness.message})")
-    return MachineError(witness.message)

@@ -13,21 +13,23 @@ from pipermoe.runtime.trace import Trace
 from pipermoe.schedule.action import Action
 from pipermoe.specs.report import TERMS, MemoryCategory, Term
 
+WAITS: frozenset[Term | None] = frozenset({"all_to_all", "pipeline_wait", "gradient_sync"})  # for other ranks
+
 
 class Meter:
     """Seconds by term of the current step, and the memory category of tensors born now.
 
     Nested terms are exclusive: waiting for an all-to-all inside a forward action counts as `all_to_all` alone, so the
     terms of a step add up to at most its duration. `action` is what the rank is doing: an action of the schedule or,
-    after the pipeline, the name of a part of the step; `on_action` is told of every change, `trace` of every stretch of
-    time.
+    after the pipeline, the name of a part of the step; `on_change` is told of every new one, and when the rank begins
+    and ends to wait for others; `trace` of every stretch of time.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[Term, float] = dict.fromkeys(TERMS, 0.0)
         self.phase: MemoryCategory = "temporary"
         self.on_release: Callable[[Tensor], None] | None = None
-        self.on_action: Callable[[Action | str], None] | None = None
+        self.on_change: Callable[[Action | str, bool], None] | None = None
         self.on_exchange: Callable[[dist.ProcessGroup, Tensor, Sequence[int] | None], None] | None = None
         self.trace: Trace | None = None
         self._action: Action | str = ""
@@ -50,19 +52,28 @@ class Meter:
     def action(self, action: Action | str) -> None:
         self._end_stretch()
         self._action = action
-        if self.on_action is not None:
-            self.on_action(action)
+        self._tell()
 
     @contextmanager
     def term(self, name: Term) -> Iterator[None]:
         """Count the time of the block as `name`, less what nested blocks count."""
-        self._end_stretch()
-        outer, self._term = self._term, name
+        outer = self._term
+        self._enter(name)
         try:
             yield
         finally:
-            self._end_stretch()
-            self._term = outer
+            self._enter(outer)
+
+    def _enter(self, name: Term | None) -> None:
+        self._end_stretch()
+        waited = self._term in WAITS
+        self._term = name
+        if (name in WAITS) != waited:
+            self._tell()
+
+    def _tell(self) -> None:
+        if self.on_change is not None:
+            self.on_change(self._action, self._term in WAITS)
 
     def _end_stretch(self) -> None:
         now = time.perf_counter()

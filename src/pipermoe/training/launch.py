@@ -33,10 +33,8 @@ def launch(
     stalls; then every other rank has been stopped, and nothing half-written is left.
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # gloo prints a C++ stack for every closed connection
-    from pipermoe.processes.interrupt import end_on_signals
     from pipermoe.processes.progress import Display
     from pipermoe.training.checkpoint.store import check_same_text, partial_folder
-    from pipermoe.training.rank import run_rank
 
     world = existing_world(os.environ)
     _check_world(plan, world, nproc, where)
@@ -53,13 +51,26 @@ def launch(
         if run.resume is not None:
             check_same_text(run.resume, data.fingerprint, data.source)
         if world is not None:
-            end_on_signals(say=speaks)
-            return run_rank(plan, data, run, world)
+            return _run_in(world, plan, data, run)
         shutil.rmtree(partial_folder(run.output), ignore_errors=True)
         try:
             return _run_here(plan, data, run)
         finally:
             shutil.rmtree(partial_folder(run.output), ignore_errors=True)
+
+
+def _run_in(world: World, plan: Plan, data: TextData, run: Run) -> Measurement | None:
+    """As one of the ranks that others have started."""
+    from pipermoe.processes.interrupt import end_on_signals
+    from pipermoe.training.rank import run_rank
+    from pipermoe.training.roll_call import RollCall
+
+    roll_call = RollCall(world, run.output, run.timeout)
+    end_on_signals(say=world.rank == 0, last_words=roll_call.last_words)
+    try:
+        return run_rank(plan, data, replace(run, tell=roll_call.tell), world, roll_call)
+    except UserError as error:
+        raise roll_call.verdict(error) from error
 
 
 def _run_here(plan: Plan, data: TextData, run: Run) -> Measurement:

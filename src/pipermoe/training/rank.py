@@ -10,17 +10,24 @@ import torch
 import torch._dynamo
 import torch.distributed as dist
 import torch.fx.experimental.symbolic_shapes
+from torch.distributed.rendezvous import rendezvous
 
 from pipermoe.data.batches import TextData
 from pipermoe.processes.world import World
 from pipermoe.specs.errors import MachineError, UserError
 from pipermoe.specs.plan import Measurement, Plan
+from pipermoe.training.roll_call import RollCall
 from pipermoe.training.run import Run
 from pipermoe.training.trainer import train
 
 
-def run_rank(plan: Plan, data: TextData, run: Run, world: World) -> Measurement | None:
-    """Join `world` and train. Raises `UserError` as `train` does, and `MachineError` naming the rank otherwise."""
+def run_rank(
+    plan: Plan, data: TextData, run: Run, world: World, roll_call: RollCall | None = None
+) -> Measurement | None:
+    """Join `world` and train. The ranks tell each other how they are by `roll_call`, if nobody watches over them.
+
+    Raises `UserError` as `train` does, and `MachineError` naming the rank otherwise.
+    """
     run.tell("meeting the other ranks")
     device = device_for(local_rank=world.local_rank)
     try:
@@ -28,14 +35,19 @@ def run_rank(plan: Plan, data: TextData, run: Run, world: World) -> Measurement 
             torch.cuda.set_device(device)
         else:
             torch.set_num_threads(1)  # one rank is one thread: ranks are what a machine's cores are shared by
+        store, _, _ = next(rendezvous(world.init_method, world.rank, world.size, timeout=run.timeout))
+        if roll_call is not None:
+            roll_call.open(store)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            init_method=world.init_method,
+            store=store,
             rank=world.rank,
             world_size=world.size,
             timeout=run.timeout,
         )
         measurement = train(plan, data, replace(run, device=str(device)))
+        if roll_call is not None:
+            roll_call.close()
         dist.barrier()  # who leaves early closes its connections under the others
         dist.destroy_process_group()
     except UserError:

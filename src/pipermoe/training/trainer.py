@@ -17,6 +17,7 @@ from pipermoe.data.batches import TextData, micro_batches
 from pipermoe.data.stream import Sequences
 from pipermoe.exchange.executor.gather_json import all_gather_json
 from pipermoe.modules.hf.weights import load_weights
+from pipermoe.processes.blame import WAITING
 from pipermoe.processes.progress import Display
 from pipermoe.resources.flops import training_forward_flops
 from pipermoe.runtime.groups import ProcessGroups
@@ -164,7 +165,9 @@ class Trainer:
         """One training step: forward and backward, reduce, update. Errors name the step."""
         start = time.perf_counter()
         self.meter.reset()
-        self.meter.on_action = lambda action: self.run.tell(f"step {step + 1}, {_describe(action)}")
+        self.meter.on_change = lambda action, waits: self.run.tell(
+            f"step {step + 1}, {_describe(action)}{WAITING if waits else ''}"
+        )
         agreed: list[float] = []
 
         def agree(totals: Tensor) -> float | None:
@@ -222,7 +225,7 @@ class Trainer:
 
     def validation_loss(self) -> float:
         """Mean cross-entropy over the held-back batches, nats per token; the same on every rank and arrangement."""
-        self.meter.on_action = None
+        self.meter.on_change = None
         total = torch.zeros((), dtype=torch.float64, device=self.run.device)
         with self._phase("validating", self.data.validation_batches) as show:
             for index in range(self.data.validation_batches):
