@@ -44,8 +44,8 @@ class Embedding(nn.Module):
         self.gradients.add(lambda: accumulate_rows(self.weight, tokens_T, gradient_TD))
 
 
-class DenseLayer(nn.Module):
-    """Attention and a dense MLP: one piece, with no collective inside."""
+class Layer(nn.Module):
+    """What every layer begins with: attention, and the norm of what follows it."""
 
     def __init__(
         self,
@@ -61,6 +61,26 @@ class DenseLayer(nn.Module):
         self.attention_norm = build_norm(model, gradients, dtype)
         self.attention = build_attention(model, layer, seq_len, gradients, dtype, drop="attention" in drops)
         self.ffn_norm = build_norm(model, gradients, dtype)
+
+    def attended(self, x_TD: Tensor, rotation: Rotation) -> Tensor:
+        """`x + attention(norm(x))`."""
+        attend = partial(self.attention, rotation=rotation)
+        return x_TD + rebuilding(self.drops_norm, self.attention_norm, attend, x_TD)
+
+
+class DenseLayer(Layer):
+    """Attention and a dense MLP: one piece, with no collective inside."""
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        layer: int,
+        seq_len: int,
+        gradients: WeightGradients,
+        dtype: torch.dtype,
+        drops: Collection[RecomputeModule],
+    ):
+        super().__init__(model, layer, seq_len, gradients, dtype, drops)
         self.mlp = FeedForward(
             model.hidden_size,
             model.dense_width,
@@ -72,11 +92,11 @@ class DenseLayer(nn.Module):
         )
 
     def forward(self, x_TD: Tensor, rotation: Rotation) -> Tensor:
-        h_TD = _attended(self, x_TD, rotation)
+        h_TD = self.attended(x_TD, rotation)
         return h_TD + rebuilding(self.drops_norm, self.ffn_norm, self.mlp, h_TD)
 
 
-class MoELayer(nn.Module):
+class MoELayer(Layer):
     """Attention and a mixture of experts, cut at its all-to-alls into differentiable pieces.
 
     `attend` -> (dispatch) -> `experts` -> (combine) -> weighted sum; `shared` runs while tokens travel.
@@ -92,17 +112,13 @@ class MoELayer(nn.Module):
         dtype: torch.dtype,
         drops: Collection[RecomputeModule],
     ):
-        super().__init__()
-        self.drops_norm = "norm" in drops
-        moe, hidden = model.moe, model.hidden_size
-        self.attention_norm = build_norm(model, gradients, dtype)
-        self.attention = build_attention(model, layer, seq_len, gradients, dtype, drop="attention" in drops)
-        self.ffn_norm = build_norm(model, gradients, dtype)
+        super().__init__(model, layer, seq_len, gradients, dtype, drops)
+        moe = model.moe
         self.router = Router(model, gradients, dtype)
         self.experts = Experts(model, slots, gradients, dtype, drops)
         self.shared = (
             FeedForward(
-                hidden,
+                model.hidden_size,
                 moe.shared_width,
                 gradients,
                 dtype,
@@ -119,7 +135,7 @@ class MoELayer(nn.Module):
         self, x_TD: Tensor, rotation: Rotation, planned_TK: Tensor | None, sequences: int = 1, z_loss: bool = False
     ) -> tuple[Tensor, ...]:
         """Residual stream h (T, D), experts' input (T, D), and what `Router.choose` gives for it."""
-        h_TD = _attended(self, x_TD, rotation)
+        h_TD = self.attended(x_TD, rotation)
 
         def choose(normed_TD: Tensor) -> tuple[Tensor, ...]:
             return normed_TD, *self.router.choose(normed_TD, planned_TK, sequences=sequences, z_loss=z_loss)
@@ -153,12 +169,6 @@ class PredictionLayer(MoELayer):
     def join(self, state_TD: Tensor, token_TD: Tensor) -> Tensor:
         """The layer's input (T, D) from the state and the vector of the token that comes later."""
         return self.projection(torch.cat((self.token_norm(token_TD), self.state_norm(state_TD)), dim=1))
-
-
-def _attended(layer: DenseLayer | MoELayer, x_TD: Tensor, rotation: Rotation) -> Tensor:
-    """`x + attention(norm(x))`."""
-    attend = partial(layer.attention, rotation=rotation)
-    return x_TD + rebuilding(layer.drops_norm, layer.attention_norm, attend, x_TD)
 
 
 class StageModel(nn.Module):
