@@ -15,13 +15,14 @@ from pipermoe.specs.strategy import RECOMPUTE_MODULES
 from pipermoe.specs.strategy_table import (
     DISPATCHER_NAMES,
     EXCHANGE_NAMES,
+    RANK_ORDERS,
     RECOMPUTE_NAMES,
     SCHEDULE_NAMES,
     StrategyTable,
 )
 from pipermoe.specs.train import TrainConfig
 
-PIPELINE_COLUMNS = ("schedule", "virtual_stages", "layer_split")
+PIPELINE_COLUMNS = ("schedule", "virtual_stages", "layer_split", "rank_order")
 WAY_COLUMNS = ("dispatcher", "ranks_per_copy", "exchange")  # how tokens travel
 LEVEL_COLUMNS = ("zero_dense", "zero_expert")
 TAIL_COLUMNS = (*WAY_COLUMNS, "recompute", "recompute_modules", *LEVEL_COLUMNS)
@@ -62,7 +63,7 @@ def all_bodies(train: TrainConfig, world_size: int) -> StrategyTable:
 
 
 def all_pipelines(platform: Platform, world_size: int) -> StrategyTable:
-    """Every schedule with its chunks per rank, the layers cut evenly (`layer_split` 0) or balanced (1).
+    """Every schedule with its chunks per rank, the layers cut evenly (`layer_split` 0) or balanced (1), in both orders.
 
     Where ranks share cores there is no computing beside which an exchange could hide, so none is overlapped.
     """
@@ -73,8 +74,9 @@ def all_pipelines(platform: Platform, world_size: int) -> StrategyTable:
         if crowded and schedule_traits(name, 2, least).overlaps:
             continue
         rows += [(code, chunks, cut) for chunks in ((least,) if most else CHUNKS) for cut in (0, 1)]
-    schedule, chunks, cut = np.array(rows).T
-    return StrategyTable.product(schedule=schedule).with_columns(virtual_stages=chunks, layer_split=cut)
+    table = StrategyTable.product(rank_order=range(len(RANK_ORDERS)), schedule=range(len(rows)))
+    schedule, chunks, cut = np.array(rows)[table.schedule].T
+    return table.with_columns(schedule=schedule, virtual_stages=chunks, layer_split=cut)
 
 
 def all_tails(model: ModelSpec, platform: Platform) -> StrategyTable:
@@ -116,13 +118,21 @@ def _module_subsets(model: ModelSpec) -> list[int]:
     return sorted(sum(chosen) for size in range(1, len(bits) + 1) for chosen in combinations(bits, size))
 
 
-def redundant_pipelines(bodies: StrategyTable, pipelines: StrategyTable) -> np.ndarray:
-    """(bodies, pipelines) that take as long as another and hold no less: without a pipeline 1F1B is as good as any."""
+def redundant_pipelines(bodies: StrategyTable, pipelines: StrategyTable, platform: Platform) -> np.ndarray:
+    """(bodies, pipelines) that take as long as another and hold no less.
+
+    Without a pipeline 1F1B is as good as any. The order of ranks matters where a stage is several runs, which do not
+    fill blocks of all levels that part the ranks: of those that do, stages and runs meet on the one level that is left.
+    """
     plain = np.array(
         [not schedule_traits(name, 2, RECIPES[name].virtual_stages[0]).overlaps for name in SCHEDULE_NAMES]
     )
     other = plain[pipelines.schedule] & (pipelines.schedule != SCHEDULE_NAMES.index("1f1b"))
-    return (bodies.pipeline_parallel == 1)[:, None] & other
+    alone = bodies.pipeline_parallel == 1
+    inside = bodies.with_columns(rank_order=np.full(len(bodies), RANK_ORDERS.index("pp-dp")))
+    parting = [level.ranks for level in platform.levels[:-1] if level.ranks % int(bodies.world_size.max(initial=1))]
+    alike = alone | (inside.runs_per_stage == 1) | (inside.stage_stride % max(parting, default=1) == 0)
+    return alone[:, None] & other | alike[:, None] & (pipelines.rank_order == RANK_ORDERS.index("pp-dp"))
 
 
 def redundant_tails(bodies: StrategyTable, tails: StrategyTable) -> np.ndarray:

@@ -23,7 +23,7 @@ from pipermoe.schedule.legality import SCHEDULE_EXISTS
 from pipermoe.specs.legality import LEGAL, legal_mask
 from pipermoe.specs.report import MEMORY_CATEGORIES, TERMS
 from pipermoe.specs.strategy import RECOMPUTE_MODULES, Strategy
-from pipermoe.specs.strategy_table import DISPATCHER_NAMES, StrategyTable
+from pipermoe.specs.strategy_table import DISPATCHER_NAMES, RANK_ORDERS, StrategyTable
 from pipermoe.specs.strategy_text import DEGREES, word
 
 FOLLOWING = ("data_parallel", "expert_data_parallel")  # what the other degrees leave over
@@ -82,6 +82,8 @@ def _neighbours(strategy: Strategy, ranks_per_node: int) -> Iterator[Neighbour]:
         least, most = recipe.virtual_stages
         chunks = min(max(strategy.virtual_stages, least), most or strategy.virtual_stages)
         yield from _changed(strategy, "schedule", {"schedule": name, "virtual_stages": max(chunks, least)})
+    for order in RANK_ORDERS:
+        yield from _changed(strategy, "rank_order", {"rank_order": order})
     for level in range(4):
         yield from _changed(strategy, "zero_dense", {"zero_dense": level, "zero_expert": level})
     for dispatcher in DISPATCHER_NAMES:

@@ -121,7 +121,7 @@ def job_space(job: Job, splits: tuple[tuple[int, ...], ...] = ((),)) -> Space:
     tails = all_tails(job.model, job.platform)
     bodies = everything.take(_legal_bodies(everything, job.model, job.train, job.world_size, job.runtimes))
     legal = _legal_pipelines(replace(bodies, splits=splits), pipelines, job)
-    body, pipeline = np.nonzero(legal & ~redundant_pipelines(bodies, pipelines))
+    body, pipeline = np.nonzero(legal & ~redundant_pipelines(bodies, pipelines, job.platform))
     heads = _heads(replace(bodies.take(body), splits=splits), pipelines.take(pipeline))
     runs = _executable(heads, tails, job)
     considered = len(everything) * len(pipelines) * len(tails)

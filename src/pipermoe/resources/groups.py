@@ -53,19 +53,29 @@ class Groups:
         self.pipe = distinct([getattr(self.combos, name) for name in PIPELINE])
 
     def chains(self, platform: Platform) -> tuple[Kinds, list[Chains]]:
-        """The chains of every pipeline, which depend on how far apart its ranks lie and on few micro-batches."""
+        """The chains of every pipeline, which depend on how near its ranks lie and on few micro-batches."""
         few = np.minimum(self.microbatches, 2 * self.combos.pipeline_parallel)  # what ramps up
-        stride, runs = self.combos.stage_stride, self.combos.runs_per_stage
-        pipe = distinct([self.pipe.of, stride, runs, few])
-        pipelines = self.combos.take(pipe.rows)
         levels = tuple(level.ranks for level in platform.levels)
+        number, hops = self._hops(levels)
+        pipe = distinct([self.pipe.of, number, few])
+        pipelines = self.combos.take(pipe.rows)
         found = []
         for row, combo in enumerate(pipe.rows.tolist()):
-            name, ranks, chunks = pipeline_numbers(pipelines, row)
-            hops = _hops(name, ranks, chunks, int(stride[combo]), int(runs[combo]), levels)
-            parts = self.parts[int(self.pipe.of[combo])]
-            found.append(chains(name, ranks, chunks, parts, hops, len(levels), int(few[combo])))
+            parts, between = self.parts[int(self.pipe.of[combo])], hops[number[combo]]
+            found.append(chains(*pipeline_numbers(pipelines, row), parts, between, len(levels), int(few[combo])))
         return pipe, found
+
+    def _hops(self, levels: tuple[int, ...]) -> tuple[NDArray[np.int64], list[tuple[int, ...]]]:
+        """What `_nearest_hops` says of each combo: a number, and the hops of every number."""
+        columns = (self.combos.stage_stride, self.combos.runs_per_stage)
+        kinds = distinct([self.pipe.of, *columns])
+        pipelines, (stride, runs) = self.combos.take(kinds.rows), (column[kinds.rows].tolist() for column in columns)
+        known: dict[tuple[int, ...], int] = {}
+        number = [
+            known.setdefault(_nearest_hops(*pipeline_numbers(pipelines, row), *lying, levels), len(known))
+            for row, lying in enumerate(zip(stride, runs, strict=True))
+        ]
+        return np.array(number)[kinds.of], list(known)
 
     @cached_property
     def parts(self) -> list[Parts]:
@@ -118,10 +128,16 @@ class Groups:
 
 
 @lru_cache(maxsize=8192)
-def _hops(name: str, ranks: int, chunks: int, stride: int, runs: int, levels: tuple[int, ...]) -> tuple[int, ...]:
-    """The levels of the network between each stage and the next, `levels[i]` ranks being on one of level i."""
-    found = hop_levels(levels, np.array([stride]), np.array([runs]), stages_of_ranks(name, ranks, chunks))
-    return tuple(found[0].tolist())
+def _nearest_hops(
+    name: str, ranks: int, chunks: int, stride: int, runs: int, levels: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The level of the network between each stage and the next, -1 on one rank; all as near as the nearest.
+
+    Where some are farther the bound is lower by so much; pipelines that lie in many ways have few chains for that.
+    """
+    [found] = hop_levels(levels, np.array([stride]), np.array([runs]), stages_of_ranks(name, ranks, chunks))
+    nearest = min((hop for hop in found.tolist() if hop >= 0), default=-1)
+    return tuple(np.minimum(found, nearest).tolist())
 
 
 def _layout(model: ModelSpec, pipelines: StrategyTable, row: int) -> tuple:
