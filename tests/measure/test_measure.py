@@ -130,6 +130,7 @@ def synthetic_rank(ranks_per_host: int = 4) -> dict[str, list[Point]]:
     points |= {"kernel_seconds": [Point(1, 128, 128e-6)], "noise": [Point(1, 1, 1e-2)] * 10}
     points |= {"layer.forward": [Point(1, 1, 2e-3)], "layer.backward": [Point(1, 1, 3e-3)]}
     points |= {"alone": [Point(2, 1, 1e-2)], "crowd": [Point(4, 50, 1.0)]}
+    points |= {"meeting.2": [Point(2, 1, 1.1e-3)], "meeting.4": [Point(4, 1, 5e-5)]}
     messages = [Point(n, n, 1e-4 + n / 1e9) for n in (1e3, 1e5, 1e7)]
     collectives: list[Collective] = [name for name in COLLECTIVES if name != "send"]
     for group in groupings(4, ranks_per_host):
@@ -142,6 +143,7 @@ def synthetic_rank(ranks_per_host: int = 4) -> dict[str, list[Point]]:
 def test_known_points_assemble_to_the_machine_that_they_came_from():
     platform = assemble([synthetic_rank()] * 4)
     assert platform.host.compute_slots == 2.0  # 4 ranks x 50 calls/s x 10 ms
+    assert platform.host.meeting_seconds == {2: pytest.approx(1e-3), 4: 0.0}  # less a latency of 0.1 ms, none left
     assert platform.host.noise == 0.0
     assert platform.device.gemm["fp32"].rate == (1e11,)
     assert platform.device.kernel_seconds == pytest.approx(1e-6)

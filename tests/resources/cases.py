@@ -27,7 +27,12 @@ def link(latency: float, bandwidth: float) -> dict:
     return {name: LinkCost(latency_seconds=latency, bandwidth_bytes_per_s=bandwidth) for name in COLLECTIVES}
 
 
-def machine(ranks: int = 4, compute_slots: float | None = None, memory_bytes: int = 2**30) -> Platform:
+def machine(
+    ranks: int = 4,
+    compute_slots: float | None = None,
+    memory_bytes: int = 2**30,
+    meeting_seconds: dict[int, float] | None = None,
+) -> Platform:
     """GEMM 10 GFLOP/s below and 40 above 1 MFLOP, links of 1 ms and 1 GB/s inside 2 ranks, 2 ms and 0.5 GB/s above."""
     curve = RateCurve(size=(1e5, 1e6), rate=(10e9, 40e9))
     device = Device(
@@ -47,6 +52,6 @@ def machine(ranks: int = 4, compute_slots: float | None = None, memory_bytes: in
     return Platform(
         name="machine",
         device=device,
-        host=Host(ranks=ranks, compute_slots=compute_slots or ranks),
+        host=Host(ranks=ranks, compute_slots=compute_slots or ranks, meeting_seconds=meeting_seconds or {}),
         levels=tuple(level for size, level in sorted(levels.items()) if size <= ranks),
     )

@@ -130,9 +130,9 @@ def test_a_planned_exchange_is_priced_by_its_own_formulas():
     table = StrategyTable.of([strategy, strategy.model_copy(update={"exchange": "planned"})])
     platform = machine(ranks=4)
     found = exchanges(sizes_of(MODEL, TRAIN, table), placement_of(MODEL, table).stages)
-    forward, backward = exchange_seconds(platform, found, table)
+    seconds = exchange_seconds(platform, found, table)
     calls = [call for call in found.forward if call.axis == "ep"]
     by_hand = [planned_seconds(platform, 4, 4, call.bytes[1, 0], call.calls[1, 0]) for call in calls]
-    assert backward[1, 0] == pytest.approx(by_hand[0])
-    assert forward[1, 0] == pytest.approx(sum(by_hand))
-    assert backward[1, 0] < backward[0, 0]  # what stays in a pair of ranks takes its faster link
+    assert seconds.backward[1, 0] == pytest.approx(by_hand[0])
+    assert seconds.forward[1, 0] == pytest.approx(sum(by_hand))
+    assert seconds.backward[1, 0] < seconds.backward[0, 0]  # what stays in a pair of ranks takes its faster link

@@ -44,7 +44,7 @@ def model_of(name):
 @cache
 def platform_of(name: str) -> Platform:
     if name in ("crowded", "machine"):
-        return machine(ranks=RANKS, compute_slots=1.7 if name == "crowded" else RANKS)
+        return machine(RANKS, 1.7 if name == "crowded" else RANKS, meeting_seconds={2: 1e-3, 4: 3e-3})
     return load_platform(name)
 
 

@@ -10,7 +10,8 @@ def costs(reduce: float, gather: float) -> StepCosts:
     stages, ranks = np.ones((1, 4)), np.ones((1, 2))
     return StepCosts(
         forward=stages, input_grad=stages, weight_grad=stages, forward_exchange=stages, backward_exchange=stages,
-        send=stages[:, :3], reduce=reduce * ranks, norm=ranks, flags=ranks[:, :1], update=ranks, gather=gather * ranks,
+        forward_carried=stages, backward_carried=stages, send=stages[:, :3], arrival=stages[:, :3],
+        reduce=reduce * ranks, norm=ranks, flags=ranks[:, :1], update=ranks, gather=gather * ranks,
     )  # fmt: skip
 
 

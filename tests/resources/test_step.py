@@ -41,7 +41,10 @@ def strategies(draw):
 @given(strategies(), st.sampled_from([1.5, 384]))
 def test_on_every_rank_the_terms_add_up_to_the_step(strategy, slots):
     report = predict(
-        MODEL, machine(ranks=384, compute_slots=slots), TrainConfig(seq_len=32, global_batch_size=192), strategy
+        MODEL,
+        machine(ranks=384, compute_slots=slots, meeting_seconds={4: 1e-3}),
+        TrainConfig(seq_len=32, global_batch_size=192),
+        strategy,
     )
     for rank in report.ranks:
         assert sum(rank.seconds[term] for term in TERMS) == pytest.approx(report.step_seconds)

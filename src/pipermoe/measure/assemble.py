@@ -39,7 +39,7 @@ class Assembly:
             name=f"{settings.device}, {settings.ranks} ranks",
             source=f"measured with {settings.ranks} ranks on {self.date}",
             device=device,
-            host=self._host(),
+            host=self._host(levels[0]),
             levels=levels,
             reserved_bytes=self.reserved_bytes,
             software=dict(settings.software),
@@ -101,21 +101,36 @@ class Assembly:
         known = self.evidence["device.grouped_gemm"]
         self.evidence["device.grouped_gemm"] = known.model_copy(update={"source": f"{known.source}; {note}"})
 
-    def _host(self) -> Host:
-        """Slots = calls per second that a host's ranks make together x seconds of a call on a core of its own."""
+    def _host(self, inside: Level) -> Host:
+        """Slots = calls per second that a host's ranks make together x seconds of a call on a core of its own.
+
+        Ranks with devices of their own share none. What a meeting takes contains the latency of the call itself.
+        """
         ranks, hosts = self.settings.ranks_per_host, self.settings.ranks // self.settings.ranks_per_host
         crowd = [points["crowd"][0] for points in self.per_rank]
         alone = self.points["alone"][0]
         slots = min(float(ranks), sum(point.rate for point in crowd) / hosts * alone.seconds)
         walls = [point.seconds for points in self.per_rank for point in points.get("noise", ())]
         low, median, high = np.percentile(walls, [10, 50, 90])
-        self._record(
-            "host.compute_slots",
-            "measured",
-            f"a fixed kernel on {int(alone.size)} and on all {ranks} ranks of a host, which meet every 5 ms",
-        )
+        self._record("host.compute_slots", "measured", f"a fixed kernel on {int(alone.size)} and on all {ranks} ranks")
         self._record("host.noise", "measured", f"{len(walls)} runs of a fixed kernel between the measurements")
-        return Host(ranks=ranks, compute_slots=round(slots, 3), noise=round(float((high - low) / median), 3))
+        return Host(
+            ranks=ranks,
+            compute_slots=float(ranks) if self.settings.device_bytes else round(slots, 3),
+            meeting_seconds=self._meetings(inside),
+            noise=round(float((high - low) / median), 3),
+        )
+
+    def _meetings(self, inside: Level) -> dict[int, float]:
+        """By ranks in the group: what an all-to-all takes after computing, less its latency without."""
+        found: dict[int, float] = {}
+        for grouping in groupings(self.settings.ranks, self.settings.ranks_per_host):
+            for point in self.points.get(f"meeting.{grouping.size}", ()):
+                cost = inside.group_cost.get(grouping.size, inside.cost)["all_to_all"]
+                found[grouping.size] = _round(max(0.0, point.seconds - cost.latency_seconds))
+                source = f"a small all-to-all after every 5 ms of computing, less its latency; {_quality([point])}"
+                self._record(f"host.meeting_seconds.{grouping.size}", "measured", source)
+        return found
 
     def _levels(self) -> tuple[Level, ...]:
         found = groupings(self.settings.ranks, self.settings.ranks_per_host)

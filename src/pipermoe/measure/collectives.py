@@ -74,10 +74,14 @@ class Network:
         assert isinstance(group, dist.ProcessGroup)
         return group
 
-    def meet(self) -> None:
-        """The smallest all-to-all, with the nearest neighbours."""
-        group = self.groups[self.groupings[0]] if self.groupings else None
-        x = self._tensor(group.size() if group else 1)
+    def on_host(self) -> list[Grouping]:
+        """The groupings on the innermost level."""
+        return [grouping for grouping in self.groupings if grouping.level == self.groupings[0].level]
+
+    def meet(self, grouping: Grouping) -> None:
+        """The smallest all-to-all."""
+        group = self.groups[grouping]
+        x = self._tensor(group.size())
         dist.all_to_all_single(torch.empty_like(x), x, group=group)
 
     def measure(self, grouping: Grouping) -> dict[str, list[Point]]:

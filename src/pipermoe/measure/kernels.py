@@ -133,14 +133,23 @@ class Kernels:
         return run
 
     def reference(self, widths: Widths) -> Call:
-        """A fixed mixture of products and element-wise work, a few milliseconds: the yardstick of host noise."""
-        x_TD, w_ND = self.random(512, widths.hidden), self.random(2 * widths.expert_width, widths.hidden)
+        """A fixed mixture of products and element-wise work, a few milliseconds: the yardstick of cores and of noise.
 
-        def run() -> Tensor:
-            gate, up = (x_TD @ w_ND.t()).chunk(2, dim=-1)
-            return (F.silu(gate) * up).sum()
+        Its operands lie in no near cache, as in a step: a core that ranks take turns on has none of them in it.
+        """
+        hidden, width, tokens = widths.hidden, widths.expert_width, 512
 
-        return run
+        def build() -> tuple[Call]:
+            x_TD, w_ND = self.random(tokens, hidden), self.random(2 * width, hidden)
+
+            def run() -> Tensor:
+                gate, up = (x_TD @ w_ND.t()).chunk(2, dim=-1)
+                return F.silu(gate).mul_(up)
+
+            return (run,)
+
+        [call] = cold(build, self.element_bytes * (tokens * (hidden + 4 * width) + 2 * width * hidden))
+        return call
 
 
 def differentiable(forward: Call, leaves: tuple[Tensor, ...]) -> Directions:

@@ -31,7 +31,7 @@ from pipermoe.measure.compute import Bench, Points
 from pipermoe.measure.kernels import Kernels
 from pipermoe.measure.machine import cpu_name
 from pipermoe.measure.record import Record, Settings, keep_section, open_record, to_plain
-from pipermoe.measure.samples import Point
+from pipermoe.measure.samples import Point, summarize
 from pipermoe.measure.sizes import Effort, Widths
 from pipermoe.processes.world import World
 from pipermoe.specs.errors import MachineError, UserError
@@ -41,6 +41,7 @@ NOISE_SAMPLES = 8  # of the reference kernel between any two measurements
 NETWORK_TIMEOUT = timedelta(seconds=120)
 WARM_UP_CALLS = 10
 PIECE_SECONDS = 5e-3  # of computing between two collectives: a layer of a small model
+BURST = 10  # pieces; bursts with and without meetings in turn, so that what slows the machine for longer slows both
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -152,7 +153,7 @@ class _Bed:
 
     def __init__(self, world: World, job: Job, device: torch.device, ranks_per_host: int) -> None:
         self.job, self.ranks = job, world.size
-        self.alone = min(job.cores, ranks_per_host)
+        self.ranks_per_host, self.alone = ranks_per_host, min(job.cores, ranks_per_host)
         self.quiet = world.local_rank < self.alone
         self.kernels = Kernels(device, DTYPES[job.precision])
         self.yardstick = self.kernels.reference(job.widths)
@@ -184,11 +185,11 @@ class _Bed:
         return bench.points
 
     def _crowd(self) -> Points:
-        """`alone`: seconds of the yardstick on a core of its own. `crowd`: the calls that one of all ranks made.
+        """`alone`: seconds of the yardstick on a core of its own. `crowd`: the calls that one of all ranks makes.
 
-        Neighbours meet in a small all-to-all every few milliseconds, as in a training step: where ranks share cores,
-        the wait for a neighbour whose turn has not come is part of the price. `alone` is computing time, so that load
-        from outside shows in the crowd's rate and not in what it is compared with.
+        `alone` is computing time, so that load from outside shows in the crowd's rate and not in what it is compared
+        with. Where ranks share cores `meeting.SIZE` is what a small all-to-all takes after every few milliseconds of
+        computing, in groups of each size on a host: wall seconds beyond those of computing alone.
         """
         points: Points = {}
         calls_per_piece = torch.ones(1, dtype=torch.int64, device=self.kernels.device)
@@ -199,18 +200,34 @@ class _Bed:
             points["alone"] = [alone]
             calls_per_piece.fill_(max(1, round(PIECE_SECONDS / alone.seconds)))
         dist.broadcast(calls_per_piece, 0)
-        calls, pieces = int(calls_per_piece.item()), max(1, round(self.job.effort.crowd_seconds / PIECE_SECONDS))
-        points["crowd"] = [Point(self.ranks, calls * pieces, self._pieces_seconds(pieces, calls))]
-        dist.barrier()
-        return points
+        return points | self._bursts(int(calls_per_piece.item()))
 
-    def _pieces_seconds(self, pieces: int, calls: int) -> float:
+    def _bursts(self, calls: int) -> Points:
+        """All ranks compute pieces of so many calls: apart, and meeting after each in groups of every size."""
+        meetings = self.network.on_host() if self.alone < self.ranks_per_host else []
+        apart: list[float] = []
+        beyond: dict[int, list[float]] = {grouping.size: [] for grouping in meetings}
+        for _ in range(max(1, round(self.job.effort.crowd_seconds / PIECE_SECONDS / BURST))):
+            apart.append(self._burst_seconds(calls, lambda: None))
+            for grouping in meetings:
+                together = self._burst_seconds(calls, partial(self.network.meet, grouping))
+                beyond[grouping.size].append((together - apart[-1]) / BURST)
+        dist.barrier()
+        found = {f"meeting.{size}": [_typical(size, 1, seconds)] for size, seconds in beyond.items()}
+        return found | {"crowd": [_typical(self.ranks, calls * BURST, apart)]}
+
+    def _burst_seconds(self, calls: int, meet: Callable[[], None]) -> float:
         dist.barrier()
         start = time.perf_counter()
-        for _ in range(pieces):
+        for _ in range(BURST):
             for _ in range(calls):
                 self.yardstick()
-            self.network.meet()
+            meet()
         if self.job.use_gpu:
             torch.cuda.synchronize()
         return time.perf_counter() - start
+
+
+def _typical(size: float, work: float, timings: list[float]) -> Point:
+    samples = summarize(timings)
+    return Point(size, work, samples.seconds, round(samples.spread, 4), samples.kept, samples.dropped)

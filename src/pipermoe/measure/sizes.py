@@ -86,7 +86,7 @@ FULL = Effort(
     message_bytes=(KIB, 16 * KIB, 64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB),
     compute_seconds=0.06,
     message_seconds=0.2,
-    crowd_seconds=2.0,
+    crowd_seconds=1.0,
     longest_call_seconds=0.5,
 )
 
@@ -100,7 +100,7 @@ QUICK = Effort(
     message_bytes=(4 * KIB, 128 * KIB, MIB, 4 * MIB),
     compute_seconds=0.025,
     message_seconds=0.08,
-    crowd_seconds=0.8,
+    crowd_seconds=0.4,
     longest_call_seconds=0.15,
 )
 

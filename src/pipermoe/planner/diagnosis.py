@@ -68,7 +68,8 @@ def _overlap(job: Job, chosen: Candidate) -> Iterator[Finding]:
     strategy = chosen.strategy
     table = StrategyTable.of([strategy])
     costs = step_costs(job.model, job.platform, job.train, table, job.imbalance)
-    everything = chosen.microbatches * float(np.sum(costs.forward_exchange + costs.backward_exchange))
+    waited, carried = costs.forward_exchange + costs.backward_exchange, costs.forward_carried + costs.backward_carried
+    everything = chosen.microbatches * float(np.sum(waited + carried / job.platform.host.rank_share))
     everything /= strategy.pipeline_parallel
     if not everything:
         return

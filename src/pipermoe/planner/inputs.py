@@ -66,6 +66,8 @@ def _memory_profile(profile: MemoryProfile) -> Iterator[tuple[str, PlanInput]]:
 def _platform_numbers(platform: Platform, train: TrainConfig) -> Iterator[tuple[str, float | str]]:
     device, precision = platform.device, train.precision
     yield "host.compute_slots", platform.host.compute_slots
+    for ranks, seconds in platform.host.meeting_seconds.items():
+        yield f"host.meeting_seconds.{ranks}", seconds
     for name in ("kernel_seconds", "issue_seconds", "layer_forward_seconds", "layer_backward_seconds"):
         yield f"device.{name}", getattr(device, name)
     for name in ("gemm", "attention", "attention_backward"):

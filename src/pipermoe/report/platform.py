@@ -51,7 +51,8 @@ def render_drifts(found: Drifts, console: Console) -> None:
 def _sharing(platform: Platform) -> str:
     host = platform.host
     noise = "" if host.noise is None else f"; host noise {host.noise:.0%}"
-    return f"{host.ranks} ranks a host compute like {host.compute_slots:.3g} undisturbed ones{noise}"
+    meetings = "".join(f"; a meeting of {n} {format_seconds(each)}" for n, each in host.meeting_seconds.items())
+    return f"{host.ranks} ranks a host compute like {host.compute_slots:.3g} undisturbed ones{meetings}{noise}"
 
 
 def _device_table(platform: Platform) -> Table:

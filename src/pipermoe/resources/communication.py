@@ -17,6 +17,7 @@ from pipermoe.exchange.regular import planned_seconds
 from pipermoe.resources.activations.sizes import Sizes
 from pipermoe.resources.dispatch import Hops, balanced_hops, expected_hops
 from pipermoe.resources.rates import collective_seconds, level_send_seconds
+from pipermoe.resources.shared_cores import carried_share, meeting_work
 from pipermoe.resources.stages import StageShapes
 from pipermoe.resources.states import StateElements
 from pipermoe.specs.model import ModelSpec
@@ -41,6 +42,7 @@ class Call:
     calls: Any
     bytes: Any
     counts: bool = False  # the exchange of routing counts, reported apart
+    joined: Any = 0  # of the calls, those that come right after another of the same ranks, without computing between
 
     @property
     def key(self) -> str:
@@ -90,10 +92,11 @@ def _all_to_all(sizes: Sizes, shapes: StageShapes, ep_rank: int | None) -> tuple
     crossing = (hops.copies_out + hops.copies_in) * width
     rows = np.where(deduplicated, crossing, 2 * chosen * width)
     told = np.where(by_node, block * local_experts + block + 1, local_experts + deduplicated)
-    counts = Call("all_to_all", "ep", layers, layers * (ep - 1) * told * COUNT_BYTES, counts=True)
+    counts = Call("all_to_all", "ep", layers, layers * (ep - 1) * told * COUNT_BYTES, counts=True, joined=layers)
     calls, direct = 2 + deduplicated, layers * ~by_node
-    forward = [Call("all_to_all", "ep", direct * calls, direct * (rows + deduplicated * chosen * SLOT_BYTES)), counts]
-    backward = [Call("all_to_all", "ep", direct * calls, direct * (rows + deduplicated * chosen * element))]
+    sent, returned = rows + deduplicated * chosen * SLOT_BYTES, rows + deduplicated * chosen * element
+    forward = [Call("all_to_all", "ep", direct * calls, direct * sent, joined=direct * deduplicated), counts]
+    backward = [Call("all_to_all", "ep", direct * calls, direct * returned, joined=direct * deduplicated)]
     if by_node.any():
         hopping, choices = layers * by_node, model.moe.top_k
         passing = (hops.inside_out + hops.inside_in) * width
@@ -170,7 +173,20 @@ def _expert_tensor_parallel(sizes: Sizes, shapes: StageShapes) -> tuple[list[Cal
     return both, both
 
 
-def exchange_seconds(platform: Platform, found: Exchanges, table: StrategyTable) -> tuple[Any, Any]:
+@dataclass(frozen=True, slots=True)
+class ExchangeSeconds:
+    """Seconds of one micro-batch's collectives, forward and backward: arrays (rows, stages).
+
+    Those of links pass while the rank waits; the `carried` ones are work of the cores that its host's ranks share.
+    """
+
+    forward: Any
+    backward: Any
+    forward_carried: Any
+    backward_carried: Any
+
+
+def exchange_seconds(platform: Platform, found: Exchanges, table: StrategyTable) -> ExchangeSeconds:
     """Seconds of one micro-batch's collectives in the forward and in the backward direction, per stage.
 
     All-to-alls go by the library's collective or by the cheapest exchange plan, as the strategy says.
@@ -178,18 +194,24 @@ def exchange_seconds(platform: Platform, found: Exchanges, table: StrategyTable)
     planned = (table.exchange == EXCHANGE_NAMES.index("planned"))[:, None]
     columns = _as_columns(table)
 
-    def seconds(call: Call) -> Any:
+    def seconds(call: Call) -> tuple[Any, Any]:
         group = spread(columns, call.axis)
-        library = collective_seconds(platform, call.collective, group, call.bytes, call.calls)
-        if call.collective != "all_to_all" or not planned.any():
-            return library
-        plan = planned_seconds(platform, group.ranks, group.span, call.bytes, call.calls)
-        return np.where(planned, plan, library)
+        lasted = collective_seconds(platform, call.collective, group, call.bytes, call.calls)
+        if call.collective == "all_to_all" and planned.any():
+            plan = planned_seconds(platform, group.ranks, group.span, call.bytes, call.calls)
+            lasted = np.where(planned, plan, lasted)
+        if platform.host.rank_share == 1:
+            return lasted, 0.0 * lasted
+        carried = carried_share(platform, group)
+        met = (call.calls - call.joined) * meeting_work(platform, group.ranks)
+        return np.where(carried > 0, 0.0, lasted), carried * lasted + met
 
-    def total(calls: tuple[Call, ...]) -> Any:
-        return sum(map(seconds, calls))
+    def total(calls: tuple[Call, ...]) -> tuple[Any, Any]:
+        linked, carried = zip(*map(seconds, calls), strict=True)
+        return sum(linked), sum(carried)
 
-    return total(found.forward), total(found.backward)
+    (forward, forward_carried), (backward, backward_carried) = total(found.forward), total(found.backward)
+    return ExchangeSeconds(forward, backward, forward_carried, backward_carried)
 
 
 def message_bytes(sizes: Sizes) -> Any:
@@ -208,6 +230,16 @@ def send_seconds(platform: Platform, table: StrategyTable, sent_bytes: Any, stag
     for index in range(len(platform.levels)):
         seconds += np.where(hops == index, level_send_seconds(platform, index, np.asarray(sent_bytes)[:, None]), 0.0)
     return seconds
+
+
+def arrival_work(platform: Platform, table: StrategyTable, stages_of: StagesOf) -> Any:
+    """Seconds of a core that a rank spends on each message from a neighbouring stage: (rows, stages - 1), as sends.
+
+    A message is a meeting of two, paid by the one who waits for it.
+    """
+    home = {stage: rank for rank, stages in enumerate(stages_of) for stage in stages}
+    leaves = np.array([home[stage] != home[stage + 1] for stage in range(len(home) - 1)] or [False])
+    return np.where(leaves, meeting_work(platform, 2), np.zeros((len(table), 1)))
 
 
 def hop_levels(levels: Sequence[int], stride: Any, runs: Any, stages_of: StagesOf) -> NDArray[np.int64]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pipermoe.resources.activations.sizes import Recompute, sizes_of
 from pipermoe.resources.communication import (
     Call,
+    arrival_work,
     exchange_seconds,
     exchanges,
     message_bytes,
@@ -31,7 +32,7 @@ from pipermoe.resources.stages import StageShapes, stage_shapes
 from pipermoe.resources.states import state_elements
 from pipermoe.schedule.action import Kind
 from pipermoe.schedule.builders import schedule_of
-from pipermoe.schedule.durations import Durations, WorkTable
+from pipermoe.schedule.durations import Durations
 from pipermoe.schedule.shared_host import simulate_shared_host
 from pipermoe.schedule.timeline import Timeline, simulate
 from pipermoe.schedule.traits import stages_of_ranks
@@ -66,8 +67,9 @@ class ClosingCosts:
 class StepCosts(ClosingCosts):
     """What one micro-batch costs on every stage, and the end of the step on every pipeline rank (rows, ranks).
 
-    (rows, stages): `forward`, `input_grad`, `weight_grad` (compute alone on the device) and `forward_exchange`,
-    `backward_exchange` (collectives inside a stage); `send` is one message to the next stage (rows, stages - 1).
+    (rows, stages): `forward`, `input_grad`, `weight_grad` (compute alone on the device), `forward_exchange`,
+    `backward_exchange` (collectives inside a stage), `forward_carried`, `backward_carried` (the same, as work of cores
+    that ranks share). (rows, stages - 1): `send` is one message to the next stage, `arrival` its receiver's work.
     """
 
     forward: NDArray
@@ -75,7 +77,10 @@ class StepCosts(ClosingCosts):
     weight_grad: NDArray
     forward_exchange: NDArray
     backward_exchange: NDArray
+    forward_carried: NDArray
+    backward_carried: NDArray
     send: NDArray
+    arrival: NDArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,15 +108,18 @@ def step_costs(
     place, device, precision = placement_of(model, table), platform.device, train.precision
     sizes = sizes_of(model, train, table, imbalance=imbalance)
     compute = stage_seconds(layer_seconds(device, precision, sizes, Recompute.of(table)), place.stages)
-    forward_exchange, backward_exchange = exchange_seconds(platform, exchanges(sizes, place.stages), table)
+    exchange = exchange_seconds(platform, exchanges(sizes, place.stages), table)
     closing = closing_costs(model, platform, train, place.ranks, table)
     return StepCosts(
         forward=compute.forward,
         input_grad=compute.input_grad,
         weight_grad=compute.weight_grad,
-        forward_exchange=forward_exchange,
-        backward_exchange=backward_exchange,
+        forward_exchange=exchange.forward,
+        backward_exchange=exchange.backward,
+        forward_carried=exchange.forward_carried,
+        backward_carried=exchange.backward_carried,
         send=send_seconds(platform, table, message_bytes(sizes), place.stages_of),
+        arrival=arrival_work(platform, table, place.stages_of),
         **{field.name: getattr(closing, field.name) for field in fields(ClosingCosts)},
     )
 
@@ -175,8 +183,7 @@ def step_seconds_by_term(
         timeline = simulate(schedule, durations)
     else:
         timeline = simulate_shared_host(schedule, durations, slots, strategy.ranks_per_stage)
-    work = durations.per_stage(strategy.num_stages)
-    return _after_pipeline(timeline, work, cost, slots, strategy.ranks_per_stage)
+    return _after_pipeline(timeline, durations, cost, slots, strategy.ranks_per_stage)
 
 
 def cost_rows(costs: StepCosts) -> list[CostRow]:
@@ -186,10 +193,13 @@ def cost_rows(costs: StepCosts) -> list[CostRow]:
 
 
 def durations_of(cost: CostRow, stages: int) -> Durations:
-    """What a simulation reads of the costs of one row."""
+    """What a simulation reads of the costs of one row. What shared cores carry is computing to it."""
+    arrival = cost["arrival"][: stages - 1]
+    ahead = zip(cost["forward"], cost["forward_carried"], [0.0, *arrival], strict=True)
+    back = zip(cost["input_grad"], cost["backward_carried"], [*arrival, 0.0], strict=True)
     return Durations(
-        forward=tuple(cost["forward"]),
-        input_grad=tuple(cost["input_grad"]),
+        forward=tuple(map(sum, ahead)),
+        input_grad=tuple(map(sum, back)),
         weight_grad=tuple(cost["weight_grad"]),
         forward_exchange=tuple(cost["forward_exchange"]),
         backward_exchange=tuple(cost["backward_exchange"]),
@@ -204,7 +214,7 @@ def _per_sending_stage(boundaries: list[float], stages: int) -> list[float]:
 
 
 def _after_pipeline(
-    timeline: Timeline, work: WorkTable, cost: CostRow, slots: float, ranks_per_stage: int
+    timeline: Timeline, durations: Durations, cost: CostRow, slots: float, ranks_per_stage: int
 ) -> tuple[float, list[dict[Term, float]]]:
     """The end of the step, and everything by term, per stage."""
     stages = range(timeline.schedule.num_ranks)
@@ -213,7 +223,7 @@ def _after_pipeline(
     step = max(done)
     terms = []
     for s in stages:
-        forward, backward, exchange = _computed(timeline, s, work)
+        forward, backward, exchange = _spent(timeline, s, durations, cost)
         terms.append(
             {
                 "forward": forward,
@@ -244,20 +254,33 @@ def close_step(
     return agreed, updates, [agreed + updates[r] + cost["gather"][r] for r in ranks]
 
 
-def _computed(timeline: Timeline, rank: int, work: WorkTable) -> tuple[float, float, float]:
+def _spent(timeline: Timeline, rank: int, durations: Durations, cost: CostRow) -> tuple[float, float, float]:
     """Seconds of forward and backward work of a pipeline rank, and of the collectives that nothing hides.
 
-    The computing of a pair is divided as its parts would take alone.
+    What an action's parts took on the cores is divided as they would take alone: computing, the collectives that the
+    cores carry, and the arrival of messages, which is of none of the three.
     """
+    work = durations.per_stage(timeline.schedule.num_stages)
+    nothing = [0.0] * timeline.schedule.num_stages
+    carried = {Kind.FORWARD: cost["forward_carried"], Kind.WEIGHT_GRAD: nothing}
+    computed = {
+        Kind.FORWARD: cost["forward"],
+        Kind.BACKWARD: [i + w for i, w in zip(cost["input_grad"], cost["weight_grad"], strict=True)],
+        Kind.INPUT_GRAD: cost["input_grad"],
+        Kind.WEIGHT_GRAD: cost["weight_grad"],
+    }
     forward = backward = exchanged = 0.0
     for action, start, end in zip(timeline.schedule.ranks[rank], timeline.start[rank], timeline.end[rank], strict=True):
-        exposed = work.work(action)[1]
-        alone = [work.compute[part.kind][part.stage] for part in action.parts]
-        ahead = sum(a for part, a in zip(action.parts, alone, strict=True) if part.kind is Kind.FORWARD)
-        share = ahead / sum(alone) if sum(alone) else float(action.kind is Kind.FORWARD)
-        computed = end - start - exposed
-        forward, backward = forward + share * computed, backward + (1 - share) * computed
+        alone, exposed = work.work(action)
+        stretch = (end - start - exposed) / alone if alone else 1.0
         exchanged += exposed
+        for part in action.parts:
+            took = stretch * computed[part.kind][part.stage]
+            if part.kind is Kind.FORWARD:
+                forward += took
+            else:
+                backward += took
+            exchanged += stretch * carried.get(part.kind, cost["backward_carried"])[part.stage]
     return forward, backward, exchanged
 
 

@@ -16,6 +16,7 @@ from pipermoe.resources.communication import exchange_seconds, exchanges, messag
 from pipermoe.resources.compute import layer_seconds, stage_seconds
 from pipermoe.resources.kinds import distinct
 from pipermoe.resources.rates import level_send_seconds
+from pipermoe.resources.shared_cores import meeting_work
 from pipermoe.resources.stages import ONE_OF_EACH
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.platform import Platform
@@ -24,7 +25,10 @@ from pipermoe.specs.train import TrainConfig
 
 
 class Work(IntEnum):
-    """What a micro-batch does in a part: computing, and the collectives that it has to wait for."""
+    """What a micro-batch does in a part: computing, and the collectives that it has to wait for.
+
+    Collectives that shared cores carry are part of computing: of the forward and of the input gradient.
+    """
 
     FORWARD = 0
     FORWARD_EXCHANGE = 1
@@ -55,12 +59,16 @@ def unit_seconds(
     They depend on the micro-batch, the degrees inside a stage, recomputation and dispatch only.
     """
     sizes = sizes_of(model, train, table, imbalance=imbalance)
-    by_work = {}
+    by_work: dict[Work, NDArray[np.float64]] = {}
     for names, units in ((COMPUTED, compute_units), (EXCHANGED, exchange_units)):
         kinds = distinct([getattr(table, name) for name in names])
         found = units(model, platform, train, table.take(kinds.rows), imbalance)
-        by_work |= {work: seconds[kinds.of] for work, seconds in found.items()}
-    sends = [level_send_seconds(platform, level, message_bytes(sizes)) for level in range(len(platform.levels))]
+        for work, seconds in found.items():
+            each = seconds[kinds.of]
+            by_work[work] = by_work[work] + each if work in by_work else each
+    arrives = meeting_work(platform, 2)
+    levels = range(len(platform.levels))
+    sends = [level_send_seconds(platform, level, message_bytes(sizes)) + arrives for level in levels]
     return np.concatenate([*(by_work[work] for work in Work), np.stack(sends, axis=1)], axis=1)
 
 
@@ -78,8 +86,10 @@ def compute_units(
 def exchange_units(
     model: ModelSpec, platform: Platform, train: TrainConfig, table: StrategyTable, imbalance: float = 1.0
 ) -> dict[Work, NDArray[np.float64]]:
-    """The collectives among them: seconds (rows, PARTS) of either direction."""
+    """What collectives have a part in: seconds (rows, PARTS) of either direction, on shared cores of computing, too."""
     sizes = sizes_of(model, train, table, imbalance=imbalance)
-    forward, backward = exchange_seconds(platform, exchanges(sizes, ONE_OF_EACH), table)
-    each = {Work.FORWARD_EXCHANGE: forward, Work.BACKWARD_EXCHANGE: backward}
+    found = exchange_seconds(platform, exchanges(sizes, ONE_OF_EACH), table)
+    each = {Work.FORWARD_EXCHANGE: found.forward, Work.BACKWARD_EXCHANGE: found.backward}
+    if platform.host.rank_share < 1:
+        each |= {Work.FORWARD: found.forward_carried, Work.INPUT_GRAD: found.backward_carried}
     return {work: np.broadcast_to(seconds, (len(table), PARTS)) for work, seconds in each.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -11,7 +11,7 @@ from pipermoe.specs.base import Frozen
 from pipermoe.specs.device import Device
 from pipermoe.specs.network import Level, links_per_rank
 from pipermoe.specs.precision import Precision
-from pipermoe.specs.units import Bytes
+from pipermoe.specs.units import Bytes, Seconds
 
 
 class Evidence(Frozen):
@@ -29,13 +29,22 @@ class Host(Frozen):
 
     On a machine with a device per rank `compute_slots` equals `ranks`; on 2 cores with 4 ranks it is about 2. While n
     of a host's ranks compute, each advances at min(1, compute_slots / n) of the device's rates (processor sharing).
-    `noise` is how unsteady the machine was while it was measured: the 90th less the 10th percentile of a fixed kernel's
-    time over the run, relative to its median. Above 0.2 do not expect predictions to hold within 10 %.
+    Where ranks share cores, these also carry the messages between them. `meeting_seconds[n]` is what a collective among
+    n ranks then takes beyond its `LinkCost` when every rank comes from computing: threads wait for a core that others
+    use, and come back to cold caches. A size that is not listed takes what the next larger listed one does, or the
+    largest. `noise` is how unsteady the machine was while it was measured: the 90th less the 10th percentile of a fixed
+    kernel's time over the run, relative to its median. Above 0.2 do not expect predictions to hold within 10 %.
     """
 
     ranks: PositiveInt
     compute_slots: PositiveFloat
+    meeting_seconds: dict[PositiveInt, Annotated[Seconds, Field(ge=0)]] = {}
     noise: float | None = Field(default=None, ge=0)
+
+    @property
+    def rank_share(self) -> float:
+        """The part of a core that each rank has while all of a host compute."""
+        return min(1.0, self.compute_slots / self.ranks)
 
 
 class Platform(Frozen):
