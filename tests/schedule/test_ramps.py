@@ -4,6 +4,7 @@ import pytest
 
 from pipermoe.schedule.action import Action, Kind
 from pipermoe.schedule.builders import RECIPES, build, illegal
+from pipermoe.schedule.occupancy import occupancies
 from pipermoe.schedule.ramps import ramps
 
 CASES = [
@@ -57,6 +58,23 @@ def test_passes_that_are_said_to_be_alone_are_in_no_pair(name):
                 assert all(a >= b for a, b in zip(alone, least, strict=True)), (p, chunks, m, rank)
             never = zip(forward, everything, ramp.never_paired or [0] * len(stages), strict=True)
             assert all(alone == n for alone, n, at_all in never if at_all), (p, chunks, m, rank)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_so_many_weight_gradients_wait_while_a_backward_runs(name):
+    for _, p, chunks, m in (case for case in CASES if case[0] == name):
+        ranks = ramps(name, p, chunks, m)
+        if not any(ramp.waiting for ramp in ranks):
+            continue
+        found = occupancies(build(name, p, m, chunks))
+        for rank, ramp in enumerate(ranks):
+            for kept, waiting in ramp.waiting:
+                least = [*kept, *waiting]
+                assert any(
+                    (counts[: len(least)] >= least).all()
+                    for (where, kind, _, _), counts in zip(found.work, found.counts, strict=True)
+                    if where == rank and kind is not Kind.FORWARD
+                ), (p, chunks, m, rank, least)
 
 
 @pytest.mark.parametrize("name", ["v-half", "v-half-overlap", "v-min"])

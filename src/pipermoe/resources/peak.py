@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from pipermoe.resources.activations.sizes import RUNTIME, MemoryProfile
 from pipermoe.resources.groups import Groups, Parts, Ways, alike_pipelines, per_group, pipeline_numbers
-from pipermoe.resources.instants import Feature, instants
+from pipermoe.resources.instants import DEFERRED, DEFERRING, FULL, KEPT, Feature, instants
 from pipermoe.resources.kinds import distinct
 from pipermoe.resources.memory import peak_activations, pipeline_of, prices
 from pipermoe.resources.price_list import Price, in_each
@@ -18,19 +19,16 @@ from pipermoe.resources.sharded_units import whole_unit_bytes
 from pipermoe.resources.spare_slots import balancing_bytes
 from pipermoe.resources.stages import StageShapes
 from pipermoe.resources.states import state_bytes, state_elements
+from pipermoe.resources.turns import Part
 from pipermoe.schedule.ramps import ramps
 from pipermoe.schedule.traits import stages_of_ranks
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.strategy_table import StrategyTable
 from pipermoe.specs.train import TrainConfig
 
-KEPT = (  # of one micro-batch by each part of a stage, in the order of StageShapes
-    (Feature.KEPT_MOE,),
-    (Feature.KEPT_DENSE,),
-    (Feature.KEPT_EMBEDDING,),
-    (Feature.KEPT_HEAD,),
-    (Feature.KEPT_MOE, Feature.KEPT_HEAD, Feature.KEPT_JOIN),
-)
+# By each part of a stage, in the order of StageShapes.
+SHAPES = ((Part.MOE,), (Part.DENSE,), (Part.EMBEDDING,), (Part.HEAD,), (Part.MOE, Part.HEAD, Part.JOIN))
+TOPS = (Part.MOE, Part.DENSE, Part.HEAD)  # what a backward can begin with
 
 
 def peak_bytes(
@@ -94,13 +92,13 @@ def memory_floor(
     ]
     width = max(len(each.holds) for each in found)
     insides = combos.take(groups.inside.rows)
-    total = price_of(in_each(ways, insides)).reshape(len(ways), len(insides), -1).min(axis=0)
-    price = np.stack([total[:, list(kept)].sum(axis=1) for kept in KEPT], axis=1)[groups.inside.of]
+    each = _floor_prices(price_of(in_each(ways, insides)))
+    price = each.reshape(len(ways), len(insides), -1).min(axis=0)[groups.inside.of]
     activations = per_group(
         pipe.of,
         len(found),
         width,
-        lambda rows, g: np.maximum.reduceat(price[rows] @ found[g].kept.T, found[g].starts, axis=1),
+        lambda rows, g: np.maximum.reduceat(price[rows] @ found[g].held.T, found[g].starts, axis=1),
     )
     chosen, alike = groups.table.take(groups.state.rows), alike_pipelines(found)
 
@@ -124,14 +122,32 @@ def _states(
 
 
 class _Floor(NamedTuple):
-    """What the classes of ranks of a pipeline hold, (classes, parts), how many ranks each has, and what they keep at
-    least: (instants, parts) in micro-batches, sorted by class, of which class c begins at `starts[c]`.
+    """What the classes of ranks of a pipeline hold, (classes, parts), how many ranks each has, and what is there at
+    some instants as counts of `_floor_prices`: (instants, prices), sorted by class, of which class c begins at
+    `starts[c]`.
     """
 
     holds: NDArray[np.int64]
     ranks: NDArray[np.int64]
-    kept: NDArray[np.float64]
+    held: NDArray[np.float64]
     starts: NDArray[np.int64]
+
+
+def _floor_prices(price: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Bytes (rows, prices): what a micro-batch keeps in each part of a stage, what it leaves to its weight gradients,
+    and by how much a backward at least exceeds what it finds, if it begins with any of a set of parts.
+    """
+
+    def shapes(features: Sequence[Feature]) -> list[NDArray[np.float64]]:
+        return [price[:, [features[part] for part in shape]].sum(axis=1) for shape in SHAPES]
+
+    works = [[FULL[top], DEFERRING[top], *([Feature.COMPUTE_BACK] if top is Part.MOE else [])] for top in TOPS]
+    more = [price[:, work].min(axis=1) - price[:, KEPT[top]] for top, work in zip(TOPS, works, strict=True)]
+    least = [np.min([more[top] for top in tops], axis=0) for tops in _TOP_SETS]
+    return np.stack([*shapes(KEPT), *shapes(DEFERRED), *least], axis=1)
+
+
+_TOP_SETS = [[top for top in range(len(TOPS)) if each >> top & 1] for each in range(1, 1 << len(TOPS))]
 
 
 @lru_cache(maxsize=8192)
@@ -141,11 +157,21 @@ def _floor(parts: Parts, name: str, ranks: int, chunks: int, microbatches: int) 
     held = [count[list(stages)].sum(axis=0) for stages in stages_of]
     holds, class_of, alike = np.unique(held, axis=0, return_inverse=True, return_counts=True)
     found = [
-        (owner, *(np.array(kept) @ count[list(stages)]))
-        for owner, stages, ramp in zip(
-            class_of.ravel().tolist(), stages_of, ramps(name, ranks, chunks, microbatches), strict=True
+        (owner, *(np.array(kept) @ each), *(np.array(waiting) @ each), *_begins_with(each))
+        for owner, each, ramp in zip(
+            class_of.ravel().tolist(),
+            (count[list(stages)] for stages in stages_of),
+            ramps(name, ranks, chunks, microbatches),
+            strict=True,
         )
-        for kept in ramp.kept
+        for kept, waiting in (*((kept, (0,) * len(each)) for kept in ramp.kept), *ramp.waiting)
     ]
     rows = np.unique(np.array(found), axis=0)
     return _Floor(holds, alike, rows[:, 1:].astype(np.float64), np.searchsorted(rows[:, 0], np.arange(len(holds))))
+
+
+def _begins_with(stages: NDArray[np.int64]) -> list[int]:
+    """Of each set of parts whether backwards of these stages (stages, parts) begin with one of just that set."""
+    moe, dense, _, head, _ = stages.T
+    tops = (moe * (1 - head) > 0).any() + 2 * (dense * (1 - head) > 0).any() + 4 * head.any()
+    return [int(tops == each) for each in range(1, 1 << len(TOPS))]

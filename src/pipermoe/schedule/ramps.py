@@ -7,7 +7,7 @@ of a rank's chunks, in the order of `stages_of_ranks`; p ranks, v chunks, m micr
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 Chunks = tuple[int, ...]
@@ -16,7 +16,8 @@ Chunks = tuple[int, ...]
 @dataclass(frozen=True, slots=True)
 class Ramp:
     """One rank. `kept`: for some instants, the whole activations that it holds at least, while a pair runs none of its
-    forward.
+    forward. `waiting`: for instants at which a backward runs, what else is held then: (kept, micro-batches whose
+    weight gradients are still to come).
 
     Of its lowest stage it never holds more than `most` (0: not known), so the backward of a micro-batch comes before
     the forward of the `most`-th after it. Between the backwards of its highest and its lowest stage are never more than
@@ -32,6 +33,7 @@ class Ramp:
     never_paired: Chunks = ()
     returning: int = 0
     last: int = 0
+    waiting: tuple[tuple[Chunks, Chunks], ...] = ()
 
 
 @lru_cache(maxsize=8192)
@@ -51,6 +53,7 @@ def ramps(name: str, pipeline_parallel: int, virtual_stages: int, microbatches: 
             ramp.never_paired,
             ramp.returning,
             ramp.last,
+            ramp.waiting,
         )
         for ramp in found
     )
@@ -65,14 +68,27 @@ def _one_by_one(p: int, v: int, m: int, rank: int) -> Ramp:
     return Ramp(((p - rank,),), most=p - rank)
 
 
+def _zb_h1(p: int, v: int, m: int, rank: int) -> Ramp:
+    """1F1B whose ranks keep a weight gradient back for every rank before them."""
+    held = (p - rank,)
+    return Ramp((held,), most=p - rank, waiting=((held, (rank,)),) if m >= p else ())
+
+
 def _zb_h2(p: int, v: int, m: int, rank: int) -> Ramp:
-    return Ramp(((2 * (p - rank) - 1,),), most=2 * (p - rank) - 1)
+    held = (2 * (p - rank) - 1,)
+    return Ramp((held,), most=2 * (p - rank) - 1, waiting=((held, (2 * rank,)),) if m >= 2 * p - 1 else ())
 
 
 def _pairs(p: int, v: int, m: int, rank: int) -> Ramp:
     """A forward for every slot of the round trip, then pairs."""
     alone = (2 * (p - rank) - 1,)
     return Ramp((alone,), 2 * (p - rank), alone, alone)
+
+
+def _zb_h2_pairs(p: int, v: int, m: int, rank: int) -> Ramp:
+    """Weight gradients wait from the first pair on, and run once a rank has no forward left."""
+    waiting = min(p + rank, 2 * (p - 1 - rank))
+    return replace(_pairs(p, v, m, rank), waiting=(((1,), (waiting,)),) if m >= 2 * p else ())
 
 
 def _interleaved(p: int, v: int, m: int, rank: int) -> Ramp:
@@ -94,6 +110,21 @@ def _v(p: int, v: int, m: int, rank: int) -> Ramp:
     return Ramp(((2 * p - 1 - rank, rank + 1),), 2 * p - rank, down, up)
 
 
+def _zb_v(p: int, v: int, m: int, rank: int) -> Ramp:
+    """At its end a rank runs a pair of I for every rank before it, then their weight gradients."""
+    return replace(_v(p, v, m, rank), waiting=(((p - rank, 0), (rank, rank)),) if m >= 2 * p - 1 else ())
+
+
+def _zb_v_pairs(p: int, v: int, m: int, rank: int) -> Ramp:
+    waiting = (rank // 2 + 1, (rank + 1) // 2 + 1)
+    return replace(_v(p, v, m, rank), waiting=(((p - rank, 0), waiting),) if rank else ())
+
+
+def _dualpipe_v(p: int, v: int, m: int, rank: int) -> Ramp:
+    """Of the last backwards that come in turns the second half leaves its weight gradients for the end."""
+    return replace(_v(p, v, m, rank), waiting=(((p - rank, 0), (rank // 2, (rank + 1) // 2)),))
+
+
 def _dualpipe(p: int, v: int, m: int, rank: int) -> Ramp:
     near, half = min(rank, p - 1 - rank), p // 2
     ahead = max(p - 1 - near, half + 1)
@@ -107,7 +138,10 @@ def _dualpipe(p: int, v: int, m: int, rank: int) -> Ramp:
 def _v_half(p: int, v: int, m: int, rank: int) -> Ramp:
     odd = p % 2
     down, up = (p - rank // 2, 1 + rank // 2) if odd else (p + 1 - (rank + 1) // 2, 1 + (rank + 1) // 2)
-    return Ramp(((down, up),), most=down, returning=_half_returning(p, rank), last=0 if odd and m >= p else p)
+    half = ((p // 4, p // 4), (p // 4, p // 4))  # on the last rank, whose gaps are closed
+    waiting = () if odd or rank < p - 1 or m < 2 * p else (half,)
+    last = 0 if odd and m >= p else p
+    return Ramp(((down, up),), most=down, returning=_half_returning(p, rank), last=last, waiting=waiting)
 
 
 def _v_half_pairs(p: int, v: int, m: int, rank: int) -> Ramp:
@@ -137,15 +171,15 @@ _RAMPS: dict[str, Callable[[int, int, int, int], Ramp]] = {
     "breadth-first": _all_forwards_first,
     "interleaved-1f1b": _interleaved,
     "interleaved-1f1b-overlap": _interleaved,
-    "zb-h1": _one_by_one,
+    "zb-h1": _zb_h1,
     "zb-h2": _zb_h2,
     "zb-h1-overlap": _pairs,
-    "zb-h2-overlap": _pairs,
-    "zb-v": _v,
-    "zb-v-overlap": _v,
+    "zb-h2-overlap": _zb_h2_pairs,
+    "zb-v": _zb_v,
+    "zb-v-overlap": _zb_v_pairs,
     "v-half": _v_half,
     "v-half-overlap": _v_half_pairs,
     "v-min": _v_min,
     "dualpipe": _dualpipe,
-    "dualpipe-v": _v,
+    "dualpipe-v": _dualpipe_v,
 }
