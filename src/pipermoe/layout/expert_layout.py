@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,9 +45,7 @@ class ExpertLayout:
         slots = fewest if slots is None else slots
         if slots < fewest:
             raise ValueError(f"{ranks} ranks of {slots} slots have no room for {experts} experts; slots = {fewest} do")
-        table_NS = np.full((ranks, slots), EMPTY, dtype=np.int64)
-        for rank, held in enumerate(np.array_split(np.arange(experts), ranks)):
-            table_NS[rank, : len(held)] = held
+        table_NS = slots_of(np.array_split(np.arange(experts), ranks), slots)
         return cls(np.tile(table_NS, (layers, 1, 1)), experts)
 
     @property
@@ -85,6 +84,14 @@ class ExpertLayout:
     def same_as(self, other: ExpertLayout) -> bool:
         """Whether both give every rank the same copies; versions may differ."""
         return self.shape == other.shape and np.array_equal(self.copies_LNE, other.copies_LNE)
+
+
+def slots_of(held: Sequence[NDArray[np.int64]], slots: int) -> NDArray[np.int64]:
+    """The slots of one layer, (N, S), from the experts that each rank holds."""
+    table_NS = np.full((len(held), slots), EMPTY, dtype=np.int64)
+    for rank, experts in enumerate(held):
+        table_NS[rank, : len(experts)] = experts
+    return table_NS
 
 
 def count_copies(slots_LNS: NDArray[np.int64], num_experts: int) -> NDArray[np.int64]:

@@ -23,8 +23,6 @@ def homes_alone(layout: ExpertLayout) -> ExpertLayout:
     """The layout without the copies that are no home."""
     layers, ranks, _ = layout.shape
     slots_LNS = layout.slots_LNS
-    home_LNS = layout.home_LE[
-        np.arange(layers)[:, None, None], slots_LNS
-    ]  # of an empty slot some expert's, which is not used
+    home_LNS = layout.home_LE[np.arange(layers)[:, None, None], slots_LNS]  # of empty slots any: it is not used
     at_home = (slots_LNS != EMPTY) & (home_LNS == np.arange(ranks)[:, None])
     return ExpertLayout(np.where(at_home, slots_LNS, EMPTY), layout.num_experts, layout.version)

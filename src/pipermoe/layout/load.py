@@ -1,6 +1,6 @@
 """How the tokens of a step fall on experts and ranks: statistics of the load, and how even a layout makes it."""
 
-# P source ranks, L MoE layers, E logical experts, N ranks, W windows, G nodes, T tokens, K choices of a token
+# P source ranks, L MoE layers, E logical experts, N ranks, S slots of a rank, G nodes, T tokens, K choices of a token
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipermoe.layout.expert_layout import ExpertLayout
+from pipermoe.layout.expert_layout import EMPTY, ExpertLayout
 from pipermoe.layout.policy import Nodes
 from pipermoe.layout.replicas import greedy_copies
 
@@ -44,6 +44,11 @@ def rank_load(layout: ExpertLayout, load_LE: NDArray) -> NDArray[np.float64]:
     return np.einsum("lne,le->ln", copies_LNE, load_LE / copies_LNE.sum(1))
 
 
+def slot_load(slots_NS: NDArray[np.int64], size_E: NDArray) -> NDArray[np.float64]:
+    """Rows of every slot of one layer, (N, S), where each copy of an expert computes `size_E`; none in empty slots."""
+    return np.where(slots_NS == EMPTY, 0.0, size_E[slots_NS])
+
+
 def imbalance(load_LN: NDArray) -> NDArray[np.float64]:
     """Load of the busiest rank over the mean, per layer, (L,): 1 is perfect; 1 also where there is no load."""
     mean = load_LN.mean(1)
@@ -66,8 +71,7 @@ def cross_node_share(layout: ExpertLayout, load_LE: NDArray, nodes: Nodes) -> ND
     An expert's rows are divided evenly over its copies, and a node's own rows go to its own copies as far as those
     take them.
     """
-    layers, _, experts = layout.copies_LNE.shape
-    held_LGE = layout.copies_LNE.reshape(layers, nodes.count, -1, experts).sum(2)
+    held_LGE = _copies_on_nodes(layout, nodes)
     stays_LE = np.minimum(held_LGE / layout.copies_LE[:, None], 1 / nodes.count).sum(1)
     return 1 - (stays_LE * load_LE).sum(1) / np.maximum(load_LE.sum(1), 1)
 
@@ -77,12 +81,17 @@ def nodes_per_token(layout: ExpertLayout, routes_TLK: NDArray[np.int64], nodes: 
 
     A choice goes to a node that the token visits already where there is one, else to the first node with a copy.
     """
-    layers, _, experts = layout.copies_LNE.shape
-    held_LGE = layout.copies_LNE.reshape(layers, nodes.count, -1, experts).sum(2) > 0
-    visited_LTG = np.zeros((layers, len(routes_TLK), nodes.count), dtype=bool)
-    every = np.arange(layers)[:, None]
+    offers_LEG = _copies_on_nodes(layout, nodes).transpose(0, 2, 1) > 0
+    visited_LTG = np.zeros((len(offers_LEG), len(routes_TLK), nodes.count), dtype=bool)
+    every = np.arange(len(offers_LEG))[:, None]
     for choice_LT in routes_TLK.transpose(2, 1, 0):
-        offered_LTG = held_LGE.transpose(0, 2, 1)[every, choice_LT]
+        offered_LTG = offers_LEG[every, choice_LT]
         new_LT = ~(offered_LTG & visited_LTG).any(2)
         visited_LTG[every, np.arange(len(routes_TLK)), offered_LTG.argmax(2)] |= new_LT
     return visited_LTG.sum(2).mean(1)
+
+
+def _copies_on_nodes(layout: ExpertLayout, nodes: Nodes) -> NDArray[np.int64]:
+    """How many copies of each expert each node holds, (L, G, E)."""
+    copies_LNE = layout.copies_LNE
+    return copies_LNE.reshape(len(copies_LNE), nodes.count, -1, layout.num_experts).sum(2)

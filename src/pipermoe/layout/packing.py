@@ -26,6 +26,12 @@ def items_of(copies_LE: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.repeat(np.tile(np.arange(experts), layers), copies_LE.ravel()).reshape(layers, -1)
 
 
+def heaviest_first(copies_LI: NDArray[np.int64], size_LE: NDArray) -> NDArray[np.int64]:
+    """The experts of all copies, (L, I), in the order of their size; ties go to the one that came first."""
+    order_LI = np.argsort(-np.take_along_axis(size_LE, copies_LI, axis=1), axis=1, kind="stable")
+    return np.take_along_axis(copies_LI, order_LI, axis=1)
+
+
 def longest_first(experts_LI: NDArray[np.int64], size_LE: NDArray, ranks: int, slots: int) -> NDArray[np.int64]:
     """Slots (L, N, S): the heaviest copy first, each to the least loaded rank with room (Graham 1969, LPT).
 
@@ -35,19 +41,15 @@ def longest_first(experts_LI: NDArray[np.int64], size_LE: NDArray, ranks: int, s
     if items > ranks * slots:
         raise ValueError(f"{items} copies need more than {ranks} ranks of {slots} slots")
     rows = np.arange(layers)
-    weight_LI = np.take_along_axis(size_LE, experts_LI, axis=1).astype(float)
-    order = np.argsort(-weight_LI, axis=1, kind="stable")
     table = np.full((layers, ranks, slots), EMPTY, dtype=np.int64)
     held = np.zeros((layers, size_LE.shape[1], ranks))  # FORBIDDEN where the rank has a copy of the expert
     load, used = np.zeros((layers, ranks)), np.zeros((layers, ranks), dtype=np.int64)
-    for expert, weight in zip(
-        np.take_along_axis(experts_LI, order, axis=1).T, np.take_along_axis(weight_LI, order, axis=1).T, strict=True
-    ):
+    for expert in heaviest_first(experts_LI, size_LE).T:
         rank = (load + held[rows, expert]).argmin(1)
         place = used[rows, rank]
         table[rows, rank, place] = expert
         held[rows, expert, rank] = FORBIDDEN
-        load[rows, rank] += np.where(place + 1 == slots, np.inf, weight)
+        load[rows, rank] += np.where(place + 1 == slots, np.inf, size_LE[rows, expert])
         used[rows, rank] += 1
     return table
 
@@ -92,9 +94,8 @@ def swap_down(
     empty = size_LE.shape[1]  # an empty slot is the expert after the last: it weighs nothing and may be anywhere twice
     slots = np.where(slots_LNS == EMPTY, empty, slots_LNS)
     weight = np.take_along_axis(np.concatenate([size_LE, np.zeros((layers, 1))], axis=1)[:, None], slots, axis=2)
-    copies = np.pad(
-        count_copies(slots_LNS, empty).astype(np.int8), ((0, 0), (0, 0), (0, 1))
-    )  # small: it is read at random
+    small = count_copies(slots_LNS, empty).astype(np.int8)  # as it is read at random
+    copies = np.pad(small, ((0, 0), (0, 0), (0, 1)))
     active = np.arange(layers)
     for _ in range(search.rounds):
         load = weight[active].sum(2)

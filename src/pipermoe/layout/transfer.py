@@ -40,12 +40,11 @@ class Transfer:
         From a rank of the same node if there is one; of several the one that has sent least so far, so that no rank
         sends everything.
         """
-        had, gets = before.copies_LNE > 0, after.copies_LNE > 0
-        node = nodes.node_N
+        had_LNE, node = before.copies_LNE > 0, nodes.node_N
         sent = np.zeros(nodes.ranks, dtype=np.int64)
         moves = []
-        for layer, expert, destination in np.argwhere((gets & ~had).transpose(0, 2, 1)).tolist():
-            holders = np.flatnonzero(had[layer, :, expert])
+        for layer, expert, destination in np.argwhere(_arrives_LNE(before, after).transpose(0, 2, 1)).tolist():
+            holders = np.flatnonzero(had_LNE[layer, :, expert])
             near = holders[node[holders] == node[destination]]
             candidates = near if len(near) else holders
             source = int(candidates[sent[candidates].argmin()])
@@ -68,13 +67,18 @@ class Transfer:
 
 def moved_copies(before: ExpertLayout, after: ExpertLayout) -> NDArray[np.int64]:
     """How many copies travel in each layer, (L,): those that a rank has after and not before."""
-    return ((after.copies_LNE > 0) & (before.copies_LNE == 0)).sum((1, 2))
+    return _arrives_LNE(before, after).sum((1, 2))
 
 
 def busiest_arrivals(before: ExpertLayout, after: ExpertLayout) -> float:
     """Copies that the rank with the most of all layers receives, per layer."""
-    arrives_LNE = (after.copies_LNE > 0) & (before.copies_LNE == 0)
+    arrives_LNE = _arrives_LNE(before, after)
     return float(arrives_LNE.sum((0, 2)).max() / len(arrives_LNE))
+
+
+def _arrives_LNE(before: ExpertLayout, after: ExpertLayout) -> NDArray[np.bool_]:
+    """Which experts a rank has after and not before."""
+    return (after.copies_LNE > 0) & (before.copies_LNE == 0)
 
 
 def expert_bytes(expert_parameters: int, *, bytes_per_parameter: float = 16.0) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipermoe.layout.expert_layout import EMPTY, ExpertLayout
-from pipermoe.layout.load import imbalance, rank_load
+from pipermoe.layout.load import imbalance, rank_load, slot_load
 from pipermoe.layout.policy import Nodes
 
 
@@ -46,7 +46,7 @@ def _adjust(slots_NS: NDArray[np.int64], load_E: NDArray) -> bool:
         return False
     peaks = [_peak(slots_NS, load_E, copies_E, tuple(place), hottest) for place in places]
     best = int(np.argmin(peaks))
-    if peaks[best] >= _rank_loads(slots_NS, load_E / copies_E).max() * (1 - 1e-9):
+    if peaks[best] >= slot_load(slots_NS, load_E / copies_E).sum(1).max() * (1 - 1e-9):
         return False
     slots_NS[tuple(places[best])] = hottest
     return True
@@ -59,8 +59,4 @@ def _peak(slots_NS: NDArray, load_E: NDArray, copies_E: NDArray, place: tuple[in
         after_E[slots_NS[place]] -= 1
     after_E[expert] += 1
     after_NS[place] = expert
-    return float(_rank_loads(after_NS, load_E / after_E).max())
-
-
-def _rank_loads(slots_NS: NDArray, size_E: NDArray) -> NDArray[np.float64]:
-    return np.where(slots_NS == EMPTY, 0.0, size_E[slots_NS]).sum(1)
+    return float(slot_load(after_NS, load_E / after_E).sum(1).max())

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from pipermoe.layout.expert_layout import EMPTY, ExpertLayout
 from pipermoe.layout.load import cross_node_share, rank_load
+from pipermoe.layout.packing import heaviest_first, items_of
 from pipermoe.layout.policy import Nodes
 from pipermoe.layout.replicas import greedy_copies
 
@@ -46,13 +47,10 @@ def _spread(copies_LE: NDArray[np.int64], load_LE: NDArray, nodes: Nodes, slots:
     layers, experts = copies_LE.shape
     rows, node_N = np.arange(layers), nodes.node_N
     size_LE = load_LE / copies_LE
-    expert_LI = np.repeat(np.tile(np.arange(experts), layers), copies_LE.ravel()).reshape(layers, -1)
-    order = np.argsort(-np.take_along_axis(size_LE, expert_LI, axis=1), axis=1, kind="stable")
-    expert_LI = np.take_along_axis(expert_LI, order, axis=1)
     table = np.full((layers, nodes.ranks, slots), EMPTY, dtype=np.int64)
     load, used = np.zeros((layers, nodes.ranks)), np.zeros((layers, nodes.ranks), dtype=np.int64)
     on_node = np.zeros((layers, nodes.count, experts), dtype=np.int64)
-    for expert in expert_LI.T:
+    for expert in heaviest_first(items_of(copies_LE), size_LE).T:
         room = used < slots
         crowded = np.where(room, on_node[rows[:, None], node_N, expert[:, None]], np.iinfo(np.int64).max)
         allowed = room & (crowded == crowded.min(1, keepdims=True))

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipermoe.layout.expert_layout import EMPTY, ExpertLayout
-from pipermoe.layout.load import imbalance, rank_load
+from pipermoe.layout.load import imbalance, rank_load, slot_load
 from pipermoe.layout.policies.balanced import Balanced
 from pipermoe.layout.policy import Nodes
 
@@ -51,7 +51,7 @@ def _repair(slots_NS: NDArray[np.int64], load_E: NDArray, target: float, budget:
     copies_E = np.bincount(slots_NS[slots_NS != EMPTY], minlength=len(load_E))
     moved = 0
     while moved < budget:
-        weight_NS = np.where(slots_NS == EMPTY, 0.0, (load_E / copies_E)[slots_NS])
+        weight_NS = slot_load(slots_NS, load_E / copies_E)
         load_N = weight_NS.sum(1)
         if load_N.max() <= target * load_N.mean():
             return
@@ -103,7 +103,7 @@ def _best_copy(slots_NS: NDArray, load_E: NDArray, copies_E: NDArray, load_N: ND
     best = _Action(0.0, 1, ())
     held_NE = (slots_NS[..., None] == experts).any(1)  # (N, candidates)
     spare = np.where(slots_NS == EMPTY, True, copies_E[slots_NS] > 1)
-    freed_NS = np.where(slots_NS == EMPTY, 0.0, (load_E / copies_E)[slots_NS])
+    freed_NS = slot_load(slots_NS, load_E / copies_E)
     for index, expert in enumerate(experts):
         size = load_E[expert] / (copies_E[expert] + 1)
         relief = load_E[expert] / copies_E[expert] - size

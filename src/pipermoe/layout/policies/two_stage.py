@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipermoe.layout.exact import LIMITS, Limits, assign_clusters, assign_experts
-from pipermoe.layout.expert_layout import EMPTY, ExpertLayout
+from pipermoe.layout.expert_layout import ExpertLayout, slots_of
 from pipermoe.layout.packing import longest_first
 from pipermoe.layout.policy import Nodes
 
@@ -34,8 +34,8 @@ class TwoStage:
         rank_LE = [cluster_LE[0]]
         for layer, cluster_E in enumerate(cluster_LE[1:], start=1):
             rank_LE.append(self._ranks_of(cluster_E, rank_LE[-1], layer, nodes)[cluster_E])
-        table = [_slots(rank_E, ranks, slots) for rank_E in rank_LE]
-        return layout.successor(np.stack(table))
+        held = [[np.flatnonzero(rank_E == rank) for rank in range(ranks)] for rank_E in rank_LE]
+        return layout.successor(np.stack([slots_of(held_N, slots) for held_N in held]))
 
     def _clusters(self, load_E: NDArray, ranks: int, slots: int) -> NDArray[np.int64]:
         found = assign_experts(load_E, ranks, slots, objective="deviation", limits=self.limits).rank_E
@@ -56,11 +56,3 @@ class TwoStage:
         other_node = nodes.node_N[:, None] != nodes.node_N
         cost_NN = np.where(other_node, self.far, 1.0) * (1 - np.eye(nodes.ranks))
         return assign_clusters(flow_NC / len(self.routes_TLK), cost_NN, limits=self.limits)
-
-
-def _slots(rank_E: NDArray[np.int64], ranks: int, slots: int) -> NDArray[np.int64]:
-    table_NS = np.full((ranks, slots), EMPTY, dtype=np.int64)
-    for rank in range(ranks):
-        held = np.flatnonzero(rank_E == rank)
-        table_NS[rank, : len(held)] = held
-    return table_NS
