@@ -5,12 +5,11 @@ The arguments themselves are `specs.megatron`, what Megatron cannot run `specs.r
 
 from __future__ import annotations
 
-from pipermoe.export.shell import Cluster, header, launch_script
+from pipermoe.export.shell import Cluster, header, launch_script, title
 from pipermoe.specs.configuration import Configuration
 from pipermoe.specs.megatron import Arguments, write_arguments
 from pipermoe.specs.megatron.options import Value
 from pipermoe.specs.runtimes.megatron import TARGET
-from pipermoe.specs.strategy_text import strategy_text
 
 # Fused kernels and a regular garbage collector: faster, and nothing else.
 FASTER: dict[str, Value] = {"moe_permute_fusion": True, "cross_entropy_loss_fusion": True, "manual_gc": True}
@@ -25,7 +24,7 @@ ENVIRONMENT = {
 
 def files(plan: Configuration, cluster: Cluster) -> dict[str, str]:
     """The files of the job by name."""
-    what = f"{plan.model.name} on {plan.strategy.world_size} ranks: {strategy_text(plan.strategy)}"
+    what = title(plan)
     given = write_arguments(plan.model, plan.train, plan.strategy).given
     arguments = "".join(" ".join(words) + "\n" for words in Arguments({**given, **FASTER}).words())
     read_arguments = (

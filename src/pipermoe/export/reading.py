@@ -9,10 +9,9 @@ from pathlib import Path
 from pipermoe.export.deepspeed import reading as deepspeed
 from pipermoe.export.torchtitan import reading as torchtitan
 from pipermoe.specs.configuration import Configuration
+from pipermoe.specs.documents import read_text
 from pipermoe.specs.errors import UserError
 from pipermoe.specs.megatron import Arguments, read_configuration
-
-MOST_BYTES = 2**20
 
 
 def read_job(
@@ -61,15 +60,3 @@ def _given(world_size: int | None) -> int:
 def _file_name(words: Sequence[str]) -> str:
     """The name of the file without its ending, if `words` are one."""
     return Path(words[0]).stem if len(words) == 1 and not words[0].startswith("--") else ""
-
-
-def read_text(path: Path) -> str:
-    """The text of a file of at most a MiB. UserError where there is none."""
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            raise UserError(f"{path}: is larger than any job: at most {MOST_BYTES:,} bytes are read")
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: is not text") from None

@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipermoe import __version__
+from pipermoe.specs.configuration import Configuration
+from pipermoe.specs.plan import Plan
+from pipermoe.specs.strategy_text import strategy_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +21,11 @@ class Cluster:
     @property
     def nodes(self) -> int:
         return self.world_size // self.ranks_per_node
+
+
+def title(plan: Configuration | Plan) -> str:
+    """What the job is, in a line."""
+    return f"{plan.model.name} on {plan.strategy.world_size} ranks: {strategy_text(plan.strategy)}"
 
 
 def header(what: str, tested_with: str) -> str:

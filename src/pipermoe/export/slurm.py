@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipermoe.export.shell import Cluster, header, launch_script
+from pipermoe.export.shell import Cluster, header, launch_script, title
 from pipermoe.specs.documents import to_toml
 from pipermoe.specs.plan import Plan
 
@@ -11,7 +11,7 @@ TESTED_WITH = "Slurm 22.05"
 
 def own_files(plan: Plan, cluster: Cluster) -> dict[str, str]:
     """The files that train `plan` with this project's runtime."""
-    what = f"{plan.model.name} on {plan.strategy.world_size} ranks: {plan.strategy.compact()}"
+    what = title(plan)
     return {
         "plan.toml": to_toml(plan),
         "launch.sh": launch_script(

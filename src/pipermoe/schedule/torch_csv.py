@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipermoe.schedule.action import SHARDING, WHOLE_STAGE, Action, Kind, Schedule, overlap
 from pipermoe.schedule.checker import check
-from pipermoe.specs.documents import write_atomically
+from pipermoe.specs.documents import read_text, write_atomically
 from pipermoe.specs.errors import UserError, describe_value
 
 MOST_BYTES = 64 * 2**20
@@ -39,14 +39,7 @@ def read_csv(path: Path) -> Schedule:
 
     Number of stages and of micro-batches, and which rank holds which stage, follow from the cells.
     """
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            raise UserError(f"{path}: is larger than any schedule: at most {MOST_BYTES:,} bytes are read")
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read as a schedule: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: cannot be read as a schedule: it is not text") from None
+    lines = read_text(path, MOST_BYTES).splitlines()
     ranks = [list(_read_line(path, number, line)) for number, line in enumerate(lines, start=1) if line.strip()]
     if not any(ranks):
         raise UserError(f"{path}: holds no actions; expected one line per rank with cells such as 0F0")

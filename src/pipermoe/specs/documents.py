@@ -48,19 +48,7 @@ def load_mapping(path: str | Path) -> dict[str, Any]:
 def read_mapping(path: str | Path, limit_bytes: int = MAX_DOCUMENT_BYTES) -> dict[str, Any]:
     """The top-level table of a TOML or JSON file, unvalidated. Raises `UserError` for anything that is not one."""
     path = Path(path)
-    try:
-        size = path.stat().st_size
-        if not path.is_file():
-            raise UserError(f"{path}: is not a file")
-        if size > limit_bytes:
-            raise UserError(f"{path}: is {size:,} bytes; a document of at most {limit_bytes:,} bytes is expected")
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    text = read_text(path, limit_bytes)
     try:
         data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (json.JSONDecodeError, tomllib.TOMLDecodeError, RecursionError, ValueError) as error:
@@ -69,6 +57,23 @@ def read_mapping(path: str | Path, limit_bytes: int = MAX_DOCUMENT_BYTES) -> dic
     if not isinstance(data, dict):
         raise UserError(f"{path}: must hold one table of keys and values, not a {type(data).__name__}")
     return data
+
+
+def read_text(path: Path, limit_bytes: int = MAX_DOCUMENT_BYTES) -> str:
+    """The text of a file of at most `limit_bytes` that a user has named. Raises `UserError` where it is none."""
+    try:
+        size = path.stat().st_size
+        if not path.is_file():
+            raise UserError(f"{path}: is not a file")
+        if size > limit_bytes:
+            raise UserError(f"{path}: is {size:,} bytes; a document of at most {limit_bytes:,} bytes is expected")
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def validate(data: dict[str, Any], kind: type[Document], where: str) -> Document:

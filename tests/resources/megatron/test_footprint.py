@@ -44,7 +44,7 @@ def test_the_command_prints_every_term_and_what_is_left_out(capsys):
         (["--", *GIVEN.split()], "--world-size must be given"),
         (["--world-size", "8", "--imbalance", "0.5", "--", *GIVEN.split()], "--imbalance = 0.5: must be at least 1"),
         (["--world-size", "8", "--", "--num-layers", "8"], "Megatron arguments"),
-        (["--world-size", "8", "missing.txt"], "missing.txt: cannot be read"),
+        (["--world-size", "8", "missing.txt"], "missing.txt: no such file"),
     ],
 )
 def test_mistakes_are_one_line(capsys, words, message):

@@ -7,17 +7,16 @@ from typing import Any
 
 from pipermoe import __version__
 from pipermoe.export.deepspeed.names import OURS
-from pipermoe.export.shell import Cluster, launch_script
+from pipermoe.export.shell import Cluster, launch_script, title
 from pipermoe.specs.configuration import Configuration
 from pipermoe.specs.runtimes.deepspeed import PRECISIONS, PRESETS, TARGET
-from pipermoe.specs.strategy_text import strategy_text
 
 BACKENDS = {"all_to_all": "comm", "deduplicated": "deepep"}
 
 
 def files(plan: Configuration, cluster: Cluster) -> dict[str, str]:
     """The files of the job by name."""
-    what = f"{plan.model.name} on {plan.strategy.world_size} ranks: {strategy_text(plan.strategy)}"
+    what = title(plan)
     return {
         "deepspeed.json": json.dumps(configuration(plan), indent=2) + "\n",
         "launch.sh": launch_script(

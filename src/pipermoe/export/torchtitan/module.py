@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pipermoe.export.shell import Cluster, header, launch_script
+from pipermoe.export.shell import Cluster, header, launch_script, title
 from pipermoe.export.torchtitan.names import RESHARD, SCHEDULES
 from pipermoe.schedule.action import Schedule
 from pipermoe.schedule.builders import schedule_of
@@ -12,7 +12,6 @@ from pipermoe.schedule.torch_csv import to_csv
 from pipermoe.specs.configuration import Configuration
 from pipermoe.specs.mesh import split_layers
 from pipermoe.specs.runtimes.torchtitan import MODELS, NUMBERS, TARGET, Registered
-from pipermoe.specs.strategy_text import strategy_text
 
 
 def files(plan: Configuration, cluster: Cluster) -> dict[str, str]:
@@ -20,9 +19,9 @@ def files(plan: Configuration, cluster: Cluster) -> dict[str, str]:
     schedule = _schedule_file(plan)
     return {
         "pipermoe_plan.py": module_text(plan, MODELS[plan.model.name]),
-        **({schedule: _csv(plan)} if schedule else {}),
+        **({schedule: to_csv(_schedule(plan))} if schedule else {}),
         "launch.sh": launch_script(
-            _what(plan),
+            title(plan),
             TARGET,
             cluster,
             "-m torchtitan.train --module pipermoe_plan --config plan",
@@ -56,7 +55,7 @@ def module_text(plan: Configuration, registered: Registered) -> str:
     recompute = "FullAC.Config()" if strategy.recompute == "full" else "None"
     registry = f"torchtitan.models.{registered.family}.config_registry"
     return (
-        header(_what(plan), TARGET)
+        header(title(plan), TARGET)
         + "\n"
         + "from torchtitan.components.optimizer import default_adamw\n"
         + "from torchtitan.config import ParallelismConfig\n"
@@ -122,12 +121,7 @@ def _schedule_file(plan: Configuration) -> str:
 
 
 def _schedule(plan: Configuration) -> Schedule:
-    strategy = plan.strategy
-    return schedule_of(strategy, plan.train.global_batch_size)
-
-
-def _csv(plan: Configuration) -> str:
-    return to_csv(_schedule(plan))
+    return schedule_of(plan.strategy, plan.train.global_batch_size)
 
 
 def _placement(plan: Configuration) -> str:
@@ -137,7 +131,3 @@ def _placement(plan: Configuration) -> str:
     if list(_schedule(plan).stage_rank) != loop:
         return "ZBVZeroBubble"
     return "Interleaved1F1B" if strategy.virtual_stages > 1 else "1F1B"
-
-
-def _what(plan: Configuration) -> str:
-    return f"{plan.model.name} on {plan.strategy.world_size} ranks: {strategy_text(plan.strategy)}"

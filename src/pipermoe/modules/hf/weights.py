@@ -20,6 +20,7 @@ from pipermoe.modules.hf.names import FAMILIES, Rule, Rules
 from pipermoe.modules.model import StageModel
 from pipermoe.modules.names import is_expert
 from pipermoe.modules.weight_gradients import WeightGradients
+from pipermoe.specs.documents import read_mapping
 from pipermoe.specs.errors import UserError, describe_value
 from pipermoe.specs.model import ModelSpec
 
@@ -70,11 +71,7 @@ def _rules_of_same(folder: Path, model: ModelSpec) -> Rules:
 
 def rules_of(folder: Path) -> Rules:
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    config = config if isinstance(config, dict) else {}
+    config = read_mapping(path)
     family = config.get("model_type")
     if family not in FAMILIES:
         rule = f"its weights' names are not known; known: {', '.join(FAMILIES)}"
