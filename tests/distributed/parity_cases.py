@@ -80,14 +80,15 @@ def cases() -> list[Case]:
     rows = [
         (schedule, arrangement)
         for schedule, arrangement in itertools.product(SCHEDULES, ARRANGEMENTS)
-        if not illegal(schedule, arrangement[0], _microbatches(arrangement), _chunks(schedule))
+        if not illegal(schedule, arrangement[0], 2 * arrangement[0], _chunks(schedule))
     ]
     return [_case(schedule, arrangement, options) for (schedule, arrangement), options in covering(rows, values)]
 
 
-def _microbatches(arrangement: tuple[int, int, int]) -> int:
-    """Of one data-parallel rank: the fewest that every schedule accepts."""
-    return 2 * arrangement[0]
+def _microbatches(schedule: str, arrangement: tuple[int, int, int]) -> int:
+    """Of one data-parallel rank: one more than fill the pipeline, or as many more as the schedule asks for."""
+    stages = arrangement[0]
+    return next(m for m in range(stages + 1, 4 * stages) if not illegal(schedule, stages, m, _chunks(schedule)))
 
 
 def _layers(schedule: str, arrangement: tuple[int, int, int]) -> int:
@@ -100,7 +101,11 @@ def _chunks(schedule: str) -> int:
 
 
 def _case(schedule: Any, arrangement: Any, options: dict[str, Any]) -> Case:
-    job = Job(_layers(schedule, arrangement), arrangement[1] * _microbatches(arrangement), options["capacity_factor"])
+    job = Job(
+        _layers(schedule, arrangement),
+        arrangement[1] * _microbatches(schedule, arrangement),
+        options["capacity_factor"],
+    )
     return Case(_strategy(schedule, arrangement, options), job)
 
 
@@ -129,9 +134,21 @@ def _runs(option: str, value: Any) -> bool:
     return not violations(strategy, RICH, TRAIN, strategy.world_size)
 
 
+def place(strategy: Strategy) -> tuple[int, ...]:
+    """What the process groups of a strategy follow from."""
+    degrees = ("pipeline_parallel", "data_parallel", "expert_parallel", "ranks_per_copy")
+    return strategy.world_size, *(getattr(strategy, degree) for degree in degrees)
+
+
 def portions(size: int) -> Iterator[list[Case]]:
-    """The cases in portions of at most `size`, each for one number of ranks."""
-    found = sorted(cases(), key=lambda case: case.strategy.world_size)
-    for _, group in itertools.groupby(found, key=lambda case: case.strategy.world_size):
+    """The cases in portions of at most `size`, each for one number of ranks and few arrangements, but of the first.
+
+    That is a sample: `size` of those for four ranks, of all schedules and arrangements.
+    """
+    of_four = [case for case in cases() if case.strategy.world_size == 4]
+    sample = of_four[:: len(of_four) // size][:size]
+    yield sample
+    rest = sorted((case for case in cases() if case not in sample), key=lambda case: place(case.strategy))
+    for _, group in itertools.groupby(rest, key=lambda case: case.strategy.world_size):
         portion = list(group)
         yield from (portion[start : start + size] for start in range(0, len(portion), size))

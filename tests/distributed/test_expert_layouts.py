@@ -167,6 +167,7 @@ def test_copies_share_an_experts_rows_and_sum_its_gradients():
         check_equal(results, i, bitwise=False, where=mechanism)
 
 
+PATIENCE = 240  # seconds; many steps of up to eight ranks and five trainings take a minute where cores are shared
 SPILL = SpillRule(slack=1.0, most_copies=2)
 
 
@@ -207,7 +208,7 @@ SPILLING_SLOW = {
 
 def check_spilling(strategy: Strategy, mechanisms: Sequence[Mechanism | None]) -> None:
     layouts = [random_layout(seed, 3, strategy.expert_parallel, 8, copies=False) for seed in range(3)]
-    results = run_ranks(run_spilling, 4, strategy, job_of("rich"), mechanisms, layouts)
+    results = run_ranks(run_spilling, 4, strategy, job_of("rich"), mechanisms, layouts, timeout=PATIENCE)
     for i, mechanism in enumerate(mechanisms, 1):
         check_equal(results, i, bitwise=False, where=str(mechanism))
 
@@ -218,6 +219,7 @@ def test_copies_for_one_micro_batch_change_nothing_but_where_rows_are_computed(s
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2 * PATIENCE)
 @pytest.mark.parametrize(("strategy", "mechanisms"), SPILLING_SLOW.values(), ids=list(SPILLING_SLOW))
 def test_copies_for_one_micro_batch_go_with_every_mechanism_and_schedule(strategy, mechanisms):
     check_spilling(strategy, mechanisms)
@@ -246,12 +248,13 @@ EIGHT_RANKS = {
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2 * PATIENCE)
 @pytest.mark.parametrize(("strategy", "mechanisms"), EIGHT_RANKS.values(), ids=list(EIGHT_RANKS))
 def test_any_sequence_of_layouts_trains_as_the_static_one_on_eight_ranks(strategy, mechanisms):
     job = job_of("rich").model_copy(update={"global_batch_size": 16})
     for seed in (0, 10):
         layouts = [random_layout(seed + i, 3, strategy.expert_parallel, 8, copies=i % 3 > 0) for i in range(4)]
-        results = run_ranks(run, 8, strategy, job, mechanisms, layouts)
+        results = run_ranks(run, 8, strategy, job, mechanisms, layouts, timeout=PATIENCE)
         for i, mechanism in enumerate(mechanisms, 1):
             check_equal(results, i, bitwise=False, where=mechanism)
 

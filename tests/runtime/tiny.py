@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from pipermoe.modules.weight_gradients import gradient_of
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.pipeline.engine import Engine
+from pipermoe.schedule.action import Schedule
 from pipermoe.schedule.builders import schedule_of
 from pipermoe.schedule.communication import with_communication
 from pipermoe.specs.model import (
@@ -170,8 +173,13 @@ def job_of(name: str) -> TrainConfig:
 def engine_for(
     model: ModelSpec, strategy: Strategy, groups: ProcessGroups, train: TrainConfig = TRAIN, **options
 ) -> Engine:
-    schedule = with_communication(schedule_of(strategy, train.global_batch_size))
-    return Engine(model, train, strategy, schedule, groups, **options)
+    return Engine(model, train, strategy, lowered(strategy, train.global_batch_size), groups, **options)
+
+
+@cache
+def lowered(strategy: Strategy, sequences: int) -> Schedule:
+    """The schedule with its sends and receives; who makes it before ranks are forked saves each of them the work."""
+    return with_communication(schedule_of(strategy, sequences))
 
 
 def reduced_gradients(engine: Engine) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
-"""The memory-bound passes of a training step, as calls to time: the same operations in the same order as the runtime's.
+"""The memory-bound passes of a training step, as calls to time: those of modules/, or the same operations in order.
 
-The runtime stands above this package, so its kernels are repeated here; each names its original.
+What stands in the middle of a module, or above this package, is repeated here; each names its original.
 T tokens, K choices a token, R = T * K rows, E experts, D hidden size, F expert width, V vocabulary size
 """
 
@@ -9,14 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pipermoe.measure.clock import Call
 from pipermoe.measure.kernels import Directions, Kernels, differentiable
 from pipermoe.measure.sizes import Widths
+from pipermoe.modules.experts import swiglu_gradient, swiglu_product
+from pipermoe.modules.norm import rms_norm, rms_norm_gradients
+from pipermoe.modules.rotary import rotate
+from pipermoe.modules.router import count_choices
 from pipermoe.specs.device import Pass
 
+EPSILON = 1e-6
 NORM_BLOCK = 2**14  # gradients are squared in blocks of this many, the blocks added in fp64
 
 
@@ -49,20 +53,14 @@ def head_norm(kernels: Kernels, tokens: int, widths: Widths) -> Directions:
 
 def _rms_norm(kernels: Kernels, x: Tensor, gradient: Tensor) -> Directions:
     w_D, dw_D = kernels.random(x.shape[-1]), kernels.random(x.shape[-1])
-    inverse_saved = x.square().mean(-1, keepdim=True).rsqrt_()
-
-    def forward() -> Tensor:
-        inverse = x.square().mean(-1, keepdim=True).add_(1e-6).rsqrt_()
-        return (x * inverse).mul_(w_D)
+    _, inverse = rms_norm(x, w_D, EPSILON)
 
     def backward() -> Tensor:
-        normal = x * inverse_saved
-        dw_D.add_((gradient * normal).flatten(0, -2).sum(0))
-        scaled = gradient * w_D
-        mean = (scaled * normal).mean(-1, keepdim=True)
-        return scaled.sub_(normal.mul_(mean)).mul_(inverse_saved)
+        to_x, to_weight_D = rms_norm_gradients(gradient, x, inverse, w_D)
+        dw_D.add_(to_weight_D)
+        return to_x
 
-    return Directions(forward, backward)
+    return Directions(lambda: rms_norm(x, w_D, EPSILON)[0], backward)
 
 
 def residual(kernels: Kernels, tokens: int, widths: Widths) -> Directions:
@@ -75,30 +73,13 @@ def rope(kernels: Kernels, tokens: int, widths: Widths) -> Directions:
     """Rotary positions of heads that lie inside tokens (modules/attention.py)."""
     x = kernels.random(1, tokens, widths.num_heads, widths.head_dim).transpose(1, 2).requires_grad_()
     cosine, sine = kernels.random(tokens, widths.head_dim), kernels.random(tokens, widths.head_dim)
-
-    def rotate() -> Tensor:
-        low, high = x.chunk(2, dim=-1)
-        return x * cosine + torch.cat((-high, low), dim=-1) * sine
-
-    return differentiable(rotate, (x,))
+    return differentiable(lambda: rotate(x, cosine, sine), (x,))
 
 
 def swiglu(kernels: Kernels, tokens: int, widths: Widths) -> Directions:
     """silu(gate) * up with its own backward (modules/experts.py)."""
     gate_up, g_TF = kernels.random(tokens, 2 * widths.expert_width), kernels.random(tokens, widths.expert_width)
-    gate, up = gate_up.chunk(2, dim=-1)
-
-    def forward() -> Tensor:
-        return F.silu(gate).mul_(up)
-
-    def backward() -> Tensor:
-        result = torch.empty_like(gate_up)
-        to_gate, to_up = result.chunk(2, dim=-1)
-        torch.mul(g_TF, F.silu(gate), out=to_up)
-        torch.ops.aten.silu_backward.grad_input(g_TF * up, gate, grad_input=to_gate)
-        return result
-
-    return Directions(forward, backward)
+    return Directions(lambda: swiglu_product(gate_up), lambda: swiglu_gradient(g_TF, gate_up))
 
 
 def router(kernels: Kernels, tokens: int, widths: Widths) -> Directions:
@@ -114,8 +95,7 @@ def router(kernels: Kernels, tokens: int, widths: Widths) -> Directions:
         chosen_R = experts_TK.flatten()
         order_R = chosen_R.argsort(stable=True)
         torch.empty_like(order_R).scatter_(0, order_R, torch.arange(order_R.numel(), device=order_R.device))
-        load_E = torch.zeros(experts, dtype=torch.int64, device=chosen_R.device)
-        load_E.scatter_add_(0, chosen_R, torch.ones_like(chosen_R))
+        load_E = count_choices(experts_TK, experts)
         balance = experts * (load_E.to(scores_TE.dtype) / chosen_R.numel() * scores_TE.mean(0)).sum()
         return torch.cat((weights_TK.flatten(), balance[None]))
 

@@ -126,19 +126,27 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return swiglu_product(gate_up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        result = torch.empty_like(gate_up)
-        to_gate, to_up = result.chunk(2, dim=-1)
-        torch.mul(gradient, F.silu(gate), out=to_up)
-        torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=to_gate)
-        return result
+        return swiglu_gradient(gradient, *ctx.saved_tensors)
+
+
+def swiglu_product(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def swiglu_gradient(gradient: Tensor, gate_up: Tensor) -> Tensor:
+    """The gradient of `gate_up` from that of the product."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    result = torch.empty_like(gate_up)
+    to_gate, to_up = result.chunk(2, dim=-1)
+    torch.mul(gradient, F.silu(gate), out=to_up)
+    torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=to_gate)
+    return result
 
 
 class _ClampedSwiGLU(torch.autograd.Function):

@@ -40,26 +40,38 @@ def unit_rms(x: Tensor, epsilon: float) -> Tensor:
     return (exact * exact.square().mean(-1, keepdim=True).add(epsilon).rsqrt()).to(x.dtype)
 
 
+def rms_norm(x: Tensor, weight_D: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """The norm, and `1 / sqrt(mean(x^2) + epsilon)` of every row for its backward."""
+    exact = x.float()
+    inverse = exact.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+    return (exact * inverse).mul_(weight_D).to(x.dtype), inverse
+
+
+def rms_norm_gradients(gradient: Tensor, x: Tensor, inverse: Tensor, weight_D: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of `x` and of the weights (D,)."""
+    normal, gradient = x.float() * inverse, gradient.float()
+    to_weight = (gradient * normal).flatten(0, -2).sum(0)
+    scaled = gradient * weight_D
+    mean = (scaled * normal).mean(-1, keepdim=True)
+    return scaled.sub_(normal.mul_(mean)).mul_(inverse).to(x.dtype), to_weight
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: RMSNorm) -> Tensor:
-        exact = x.float()
-        inverse = exact.square().mean(-1, keepdim=True).add_(layer.epsilon).rsqrt_()
+        result, inverse = rms_norm(x, layer.weight, layer.epsilon)
         ctx.save_for_backward(x, inverse)
         ctx.layer = layer
-        return (exact * inverse).mul_(layer.weight).to(x.dtype)
+        return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (x, inverse), layer = ctx.saved_tensors, ctx.layer
-        normal, gradient = x.float() * inverse, gradient.float()
+        to_x, to_weight = rms_norm_gradients(gradient, x, inverse, layer.weight)
         # Summed at once, added later: queueing the sum would keep two tensors alive to save next to nothing.
-        to_weight = (gradient * normal).flatten(0, -2).sum(0)
         layer.gradients.add(lambda: accumulate(layer.weight, to_weight))
-        scaled = gradient * layer.weight
-        mean = (scaled * normal).mean(-1, keepdim=True)
-        return scaled.sub_(normal.mul_(mean)).mul_(inverse).to(x.dtype), None
+        return to_x, None
 
 
 class LayerNorm(nn.Module):

@@ -84,8 +84,8 @@ class RollCall:
         """What a rank that is told to end says: why the run ends, "" if no rank has failed."""
         if self._failure is not None:
             self._never.wait(LIMIT_SECONDS)  # the main thread is about to say it
-        verdict = self._search(Failure(self._rank, "told", ""))
-        return "" if verdict is None else verdict.message
+        verdict = self._search(Failure(self._rank, "told", f"rank {self._rank} was terminated"))
+        return "" if verdict is None or verdict.kind == "told" else verdict.message
 
     def _search(self, own: Failure) -> Failure | None:
         if self._thread is None or self._closing:
