@@ -13,6 +13,7 @@ from pipermoe.schedule.action import COMPUTE, RECEIVES, Action, Kind, Schedule
 from pipermoe.schedule.arrivals import acknowledgements
 from pipermoe.schedule.builders import RECIPES, build
 from pipermoe.schedule.communication import receive_of, send_of, with_communication
+from pipermoe.schedule.context import NO_CONTEXT
 from pipermoe.schedule.occupancy import growth, occupancies
 
 BACKWARDS = (Kind.BACKWARD, Kind.INPUT_GRAD)
@@ -68,9 +69,15 @@ def held(schedule: Schedule, rank: int) -> Iterator[tuple[tuple, tuple[int, ...]
                 begin(part)
             after = next((n for n in range(i + 1, len(actions)) if actions[n].kind in COMPUTE), len(actions))
             posted = sum(each.kind in RECEIVES for each in actions[i:after])
-            work = (rank, action.parts[-1].kind, action.parts[-1].stage, action.stage if action.pair else -1)
+            work = (
+                rank,
+                action.parts[-1].kind,
+                action.parts[-1].stage,
+                action.stage if action.pair else -1,
+                NO_CONTEXT,
+            )
             chunks = [sum(s == stage for s, _ in each) for each in (kept, deferred) for stage in stages]
-            if action.kind is not Kind.WEIGHT_GRAD:
+            if action.kind is not Kind.WEIGHT_GRAD or (action.stage, action.microbatch) in deferred:
                 yield work, (*chunks, len(outputs), len(gradients), len(incoming) + posted, len(came))
             for part in action.parts:
                 end(part)

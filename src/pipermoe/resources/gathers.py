@@ -7,22 +7,22 @@ once (the layers that a forward ends and its backward begins with) is not gather
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from pipermoe.resources.communication import Call
 from pipermoe.resources.states import units_of
-from pipermoe.resources.turns import Part, Step, in_turn, parts_of_stages, steps, turns
-from pipermoe.schedule.action import Action, Kind, Schedule
+from pipermoe.resources.turns import Part, parts_of_stages
+from pipermoe.resources.whole_units import WholeWeights, steps_of_use, units_of_stages
+from pipermoe.schedule.action import Kind, Schedule
 from pipermoe.schedule.builders import schedule_of
-from pipermoe.specs.mesh import split_layers
+from pipermoe.schedule.context import Use
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.strategy_table import StrategyTable
 from pipermoe.specs.train import TrainConfig
 
-RESIDENT = 2  # units whose gathered weights stay
 USES_WEIGHTS = (Kind.FORWARD, Kind.BACKWARD, Kind.INPUT_GRAD)
 
 
@@ -46,7 +46,7 @@ def weight_gathers(model: ModelSpec, train: TrainConfig, strategy: Strategy) -> 
     schedule = schedule_of(strategy, train.global_batch_size)
     layers = [model.is_moe(layer) for layer in range(model.num_layers)]
     parts = parts_of_stages(layers, strategy.num_stages, strategy.layer_split, model.mtp_layers)
-    units, sharded = units_of_stages(model, strategy), {unit for each in sizes.values() for unit in each}
+    units, sharded = units_of_stages(parts), {unit for each in sizes.values() for unit in each}
     counts = [gathered(schedule, rank, parts, units, sharded) for rank in range(schedule.num_ranks)]
     found = [
         Call(
@@ -69,61 +69,12 @@ def gathered(
     sharded: set[str],
 ) -> Counter[str]:
     """How often `rank` gathers each `sharded` unit; `parts_of` and `units_of` by stage, in the order of a forward."""
-    here: list[str] = []
+    here = WholeWeights(sharded)
     count: Counter[str] = Counter()
     for action in schedule.ranks[rank]:
-        for unit, in_use in _wanted(action, parts_of, units_of):
-            if unit not in sharded:
-                continue
-            if unit in here:
-                here.remove(unit)
-            else:
-                count[unit] += 1
-                unused = [each for each in here if each not in in_use]
-                for each in unused[: len(here) + 1 - RESIDENT]:
-                    here.remove(each)
-            here.append(unit)
+        kind, stage, beside = action.parts[-1].kind, action.parts[-1].stage, action.stage if action.pair else -1
+        if kind in USES_WEIGHTS:
+            for at, step in steps_of_use(Use(kind, stage, beside), parts_of):
+                if step is not None:
+                    count.update(here.begin(units_of[at], step))
     return count
-
-
-def _wanted(
-    action: Action, parts_of: Sequence[Sequence[Part]], units_of: Sequence[Sequence[str]]
-) -> Iterator[tuple[str, set[str]]]:
-    """(unit that is gathered, units in use) in the order of an action: each unit as it begins, and the next one."""
-    in_use: dict[bool, str] = {}  # by direction: forward or not
-    for stage, step in _steps(action, parts_of):
-        units, ahead = units_of[stage], step.place + (1 if step.forward else -1)
-        if step.first:
-            in_use.pop(step.forward, None)
-            yield units[step.place], set(in_use.values())
-            in_use[step.forward] = units[step.place]
-            if 0 <= ahead < len(units):
-                yield units[ahead], set(in_use.values())
-        if step.last and not 0 <= ahead < len(units):
-            del in_use[step.forward]
-
-
-def _steps(action: Action, parts_of: Sequence[Sequence[Part]]) -> Iterator[tuple[int, Step]]:
-    """The steps of an action and their stages; weight gradients need no weights."""
-    if action.pair:
-        ahead, behind = (part.stage for part in action.pair)
-        for step in in_turn(turns(parts_of[ahead], forward=True), turns(parts_of[behind], forward=False)):
-            if step is not None:
-                yield (ahead if step.forward else behind), step
-    elif action.kind in USES_WEIGHTS:
-        for step in steps(parts_of[action.stage], forward=action.kind is Kind.FORWARD):
-            yield action.stage, step
-
-
-def units_of_stages(model: ModelSpec, strategy: Strategy) -> list[list[str]]:
-    """The units of every stage in the order of a forward: "embedding", "layers.0" and so on, "head".
-
-    Multi-token prediction uses embedding and head again.
-    """
-    ranges = split_layers(model.num_layers, strategy.num_stages, strategy.layer_split)
-    units = [[f"layers.{layer}" for layer in layers] for layers in ranges]
-    units[0].insert(0, "embedding")
-    units[-1].append("head")
-    for layer in model.prediction_layers:
-        units[-1] += ["embedding", f"layers.{layer}", "head"]
-    return units

@@ -115,16 +115,7 @@ class Groups:
 
     def largest_sum(self, by_combo: NDArray[np.float64], by_state: NDArray[np.float64]) -> NDArray[np.float64]:
         """The maximum over classes of (combos, classes) and (states, classes), both gathered: (rows,)."""
-        pairs = list(zip(by_combo.T.copy(), by_state.T.copy(), strict=True))
-        total = np.empty(len(self.table))
-        for start in range(0, len(total), BLOCK):
-            rows = slice(start, start + BLOCK)
-            combo, state = self.both.of[rows], self.state.of[rows]
-            each = (held.take(combo) + kept.take(state) for held, kept in pairs)
-            total[rows] = next(each)
-            for one in each:
-                np.maximum(total[rows], one, out=total[rows])
-        return total
+        return largest_sum(by_combo, self.both.of, by_state, self.state.of)
 
 
 @lru_cache(maxsize=8192)
@@ -172,6 +163,22 @@ def per_group(
             found = evaluate(rows, index)
             result[rows, : found.shape[1]] = found
     return result
+
+
+def largest_sum(
+    some: NDArray[np.float64], some_of: NDArray[np.int64], others: NDArray[np.float64], other_of: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """The maximum over columns of the sum of two tables; row i reads `some_of[i]` and `other_of[i]`: (rows,)."""
+    pairs = list(zip(some.T.copy(), others.T.copy(), strict=True))
+    total = np.empty(len(some_of))
+    for start in range(0, len(total), BLOCK):
+        rows = slice(start, start + BLOCK)
+        mine, theirs = some_of[rows], other_of[rows]
+        each = (a.take(mine) + b.take(theirs) for a, b in pairs)
+        total[rows] = next(each)
+        for one in each:
+            np.maximum(total[rows], one, out=total[rows])
+    return total
 
 
 class Classes(Protocol):

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipermoe.resources.turns import Leg, Part, Step, in_turn, parts_of_stages, steps, turns
+from pipermoe.resources.whole_units import NOTHING_SHARDED, Sharded, WholeUnits
 from pipermoe.schedule.action import Kind
-from pipermoe.schedule.occupancy import growth
+from pipermoe.schedule.occupancy import Work, growth
 
 
 class Feature(IntEnum):
@@ -74,6 +75,12 @@ class Feature(IntEnum):
     SPLIT = 41
     COMPUTE_BACK = 42
     ATTEND_BACK = 43
+    # The weight gradients of a part, beside what they hold deferred.
+    WEIGHTS_MOE = 44
+    WEIGHTS_DENSE = 45
+    WEIGHTS_HEAD = 46
+    WEIGHTS_EMBEDDING = 47
+    WEIGHTS_JOIN = 48
 
 
 def by_part(first: Feature) -> tuple[Feature, ...]:
@@ -83,8 +90,9 @@ def by_part(first: Feature) -> tuple[Feature, ...]:
 
 KEPT, DEFERRED = by_part(Feature.KEPT_MOE), by_part(Feature.DEFERRED_MOE)
 FORWARD, FULL, DEFERRING = (by_part(first) for first in (Feature.FORWARD_MOE, Feature.FULL_MOE, Feature.DEFERRING_MOE))
+WEIGHTS = by_part(Feature.WEIGHTS_MOE)
 LEGS = tuple(Feature(Feature.ATTEND + leg) for leg in Leg)
-_WORK = slice(Feature.FORWARD_MOE, Feature.ATTEND_BACK + 1)
+_WORK = slice(Feature.FORWARD_MOE, Feature.WEIGHTS_JOIN + 1)
 _SUMMED = (Feature.OUTPUT, Feature.GRADIENT, Feature.INCOMING, Feature.STREAM, *KEPT[:2])
 # A layer with experts before and after each of its steps in a pair, beside the stream.
 _STANDS = {
@@ -103,7 +111,7 @@ _WITH_STREAM = {Leg.ATTEND: (1, 0), Leg.MERGE: (0, 1), Leg.SPLIT: (1, 0), Leg.AT
 class Pipeline:
     """One way to cut a model and to work through it; `layers[i]` says whether layer i has experts.
 
-    `predictions` layers of multi-token prediction are behind the last head.
+    `predictions` layers of multi-token prediction are behind the last head. `sharded` are whole only while in use.
     """
 
     schedule: str
@@ -113,6 +121,7 @@ class Pipeline:
     layers: tuple[bool, ...]
     layer_split: tuple[int, ...] = ()
     predictions: int = 0
+    sharded: Sharded = NOTHING_SHARDED
 
     @property
     def parts(self) -> list[tuple[Part, ...]]:
@@ -123,69 +132,86 @@ class Pipeline:
 
 @dataclass(frozen=True, slots=True)
 class Instants:
-    """`features[i]` of instant i, which belongs to class `owner[i]`; instants are sorted by class.
+    """`features[i]` of instant i, with `whole[i]` gathered weights and open gradients of every kind of unit.
 
-    `holds[c]` are the parts of class c in the order of StageShapes, `class_of[rank]` its ranks. `defers`: backwards
-    leave their weight gradients to W actions.
+    Instants are sorted into groups of one class of ranks and the same whole units: group g begins at `starts[g]` and
+    belongs to class `owner[g]`. `holds[c]` are the parts of class c in the order of StageShapes, `class_of[rank]` its
+    ranks.
     """
 
     features: NDArray[np.float64]  # (instants, len(Feature))
-    owner: NDArray[np.int64]
+    whole: NDArray[np.float64]  # (groups, 2 * len(UnitKind))
+    owner: NDArray[np.int64]  # (groups,)
+    starts: NDArray[np.int64]  # (groups,)
     holds: NDArray[np.int64]  # (classes, parts)
     class_of: tuple[int, ...]
-    defers: bool
-
-    @property
-    def starts(self) -> NDArray[np.int64]:
-        """Where the instants of each class begin."""
-        return np.searchsorted(self.owner, np.arange(len(self.holds)))
 
 
 @lru_cache(maxsize=8192)
 def instants(pipeline: Pipeline, *, by_rank: bool = False) -> Instants:
     """The instants of every class of ranks; `by_rank` keeps every rank a class of its own."""
-    parts = pipeline.parts
-    found = growth(pipeline.schedule, pipeline.pipeline_parallel, pipeline.virtual_stages, pipeline.microbatches)
-    counts, work = found.at(pipeline.microbatches), found.work
-    chunks = found.stages_of
+    parts, sharded = pipeline.parts, pipeline.sharded
+    arguments = pipeline.schedule, pipeline.pipeline_parallel, pipeline.virtual_stages, pipeline.microbatches
+    found = growth(*arguments, in_context=sharded != NOTHING_SHARDED)
+    counts, chunks = found.at(pipeline.microbatches), found.stages_of
     holds = [_holds(parts, chunks[rank], pipeline.predictions) for rank in range(pipeline.pipeline_parallel)]
     kinds = holds if by_rank else sorted(set(holds))
     class_of = tuple(range(len(holds))) if by_rank else tuple(map(kinds.index, holds))
     rows: list[list[NDArray]] = [[] for _ in kinds]
-    for (rank, kind, stage, beside), count in zip(work, counts, strict=True):
-        walk = _Walk(parts, _held(parts, chunks[rank], count))
-        if beside >= 0:
-            walk.pair(beside, stage)
-        else:
-            walk.alone(stage, kind)
-        rows[class_of[rank]] += walk.found
+    whole = WholeUnits(parts, sharded)
+    for work, count in zip(found.work, counts, strict=True):
+        walk = _Walk(parts, _held(parts, chunks[work.rank], count), whole.before(work.context))
+        walk.through(work)
+        rows[class_of[work.rank]] += walk.found
     best = [_largest(np.unique(np.array(each), axis=0)) for each in rows]
+    owner = np.repeat(np.arange(len(kinds)), [len(each) for each in best])
+    every = np.concatenate(best)
+    groups, of = np.unique(np.column_stack([owner, every[:, len(Feature) :]]), axis=0, return_inverse=True)
+    order = np.argsort(of, kind="stable")
     return Instants(
-        features=np.concatenate(best).astype(np.float64),
-        owner=np.repeat(np.arange(len(kinds)), [len(each) for each in best]),
+        features=every[order, : len(Feature)].astype(np.float64),
+        whole=groups[:, 1:].astype(np.float64),
+        owner=groups[:, 0],
+        starts=np.searchsorted(of[order], np.arange(len(groups))),
         holds=np.array(kinds, dtype=np.int64),
         class_of=class_of,
-        defers=any(kind is Kind.INPUT_GRAD for _, kind, _, _ in work),
     )
 
 
 class _Walk:
-    """One action, counting: `state` before it is what the rank holds while it runs, as the schedule sees it."""
+    """One action, counting: `state` before it is what the rank holds while it runs, as the schedule sees it.
 
-    def __init__(self, parts: Sequence[Sequence[Part]], state: NDArray[np.int64]):
-        self.parts, self.state = parts, state
+    `whole` follows the units that are whole meanwhile; what is found has their counts behind its features.
+    """
+
+    def __init__(self, parts: Sequence[Sequence[Part]], state: NDArray[np.int64], whole: WholeUnits):
+        self.parts, self.state, self.whole = parts, state, whole
         self.found: list[NDArray[np.int64]] = []
 
-    def alone(self, stage: int, kind: Kind) -> None:
-        """A forward, B or I; of parts in a row that are alike the first and the last."""
+    def through(self, work: Work) -> None:
+        """All of it."""
+        if work.kind is Kind.WEIGHT_GRAD:
+            self._weights(work.stage)
+        elif work.beside >= 0:
+            self._pair(work.beside, work.stage)
+        else:
+            self._alone(work.stage, work.kind)
+
+    def _alone(self, stage: int, kind: Kind) -> None:
+        """A forward, B or I; of parts in a row that are alike the first two and the last."""
         forward = kind is Kind.FORWARD
         self._begin(stage, forward=forward)
         order = steps(self.parts[stage], forward=forward)
         for i, step in enumerate(order):
-            inner = 0 < i < len(order) - 1 and order[i - 1].part is step.part is order[i + 1].part
+            inner = 1 < i < len(order) - 1 and len({each.part for each in order[i - 2 : i + 2]}) == 1
+            self.whole.use(stage, step)
+            if kind is Kind.BACKWARD:
+                self.whole.fill(stage, step)
             self._take(step, defers=kind is Kind.INPUT_GRAD, noted=not inner)
+            if kind is Kind.BACKWARD:
+                self.whole.reduce(stage, step)
 
-    def pair(self, ahead: int, behind: int) -> None:
+    def _pair(self, ahead: int, behind: int) -> None:
         """A forward of stage `ahead` and a backward of stage `behind`, whose weight gradients run in between."""
         self._begin(ahead, forward=True)
         self._begin(behind, forward=False)
@@ -194,8 +220,18 @@ class _Walk:
             if step is None:
                 self._add(owed, -1)
                 owed = []
+                self.whole.add_owed()
             else:
+                self.whole.use(ahead if step.forward else behind, step)
                 owed += self._take(step, defers=True, noted=True)
+
+    def _weights(self, stage: int) -> None:
+        """The weight gradients of a stage, in the order of its backward; each lets go of what it has read."""
+        for step in steps(self.parts[stage], forward=False):
+            self.whole.fill(stage, step)
+            self._note(WEIGHTS[step.part])
+            self.state[DEFERRED[step.part]] -= 1
+            self.whole.reduce(stage, step)
 
     def _begin(self, stage: int, *, forward: bool) -> None:
         """Before the first step: a message becomes the stream; a forward has kept and made nothing yet."""
@@ -207,6 +243,11 @@ class _Walk:
         else:
             self.state[Feature.INCOMING] -= not last
             self.state[Feature.STREAM] += not last
+
+    def _note(self, work: Feature) -> None:
+        row = np.concatenate([self.state, self.whole.counts])
+        row[work] += 1
+        self.found.append(row)
 
     def _take(self, step: Step, *, defers: bool, noted: bool) -> tuple[Feature, ...]:
         """One step; what its weight gradients hold from now on."""
@@ -223,9 +264,7 @@ class _Walk:
             work = LEGS[step.leg]
         self._add(before, -1)
         if noted:
-            row = self.state.copy()
-            row[work] += 1
-            self.found.append(row)
+            self._note(work)
         self._add((*after, *deferred), 1)
         return deferred
 

@@ -23,15 +23,17 @@ from pipermoe.resources.instants import (
     FULL,
     KEPT,
     LEGS,
+    WEIGHTS,
     Feature,
     Instants,
     Pipeline,
     instants,
 )
-from pipermoe.resources.sharded_units import whole_unit_bytes
+from pipermoe.resources.sharded_units import shardings, unit_bytes
 from pipermoe.resources.spare_slots import balancing_bytes
 from pipermoe.resources.stages import StageShapes
 from pipermoe.resources.states import StateElements, state_bytes
+from pipermoe.resources.whole_units import NOTHING_SHARDED, Sharded
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.report import MemoryCategory
 from pipermoe.specs.strategy_table import SCHEDULE_NAMES, StrategyTable
@@ -70,7 +72,7 @@ def _held(
         Feature.STREAM: Held(activations=hidden),
     }
     for part, block in enumerate(parts):
-        found[KEPT[part]], found[DEFERRED[part]] = block.kept, block.deferred
+        found[KEPT[part]], found[DEFERRED[part]], found[WEIGHTS[part]] = block.kept, block.deferred, block.product
         for features, work in ((FORWARD, block.forward), (FULL, block.full), (DEFERRING, block.deferring)):
             found[features[part]] = alone(work)
     legs = (*moe.forward, *moe.deferring)
@@ -87,7 +89,9 @@ def _held(
     }
 
 
-def pipeline_of(model: ModelSpec, train: TrainConfig, table: StrategyTable, row: int = 0) -> Pipeline:
+def pipeline_of(
+    model: ModelSpec, train: TrainConfig, table: StrategyTable, row: int = 0, sharded: Sharded = NOTHING_SHARDED
+) -> Pipeline:
     """What the instants of a row depend on."""
     return Pipeline(
         SCHEDULE_NAMES[int(table.schedule[row])],
@@ -97,11 +101,12 @@ def pipeline_of(model: ModelSpec, train: TrainConfig, table: StrategyTable, row:
         tuple(model.is_moe(layer) for layer in range(model.num_layers)),
         table.splits[int(table.layer_split[row])],
         model.mtp_layers,
+        sharded,
     )
 
 
 def peak_activations(found: Instants, by_kind: NDArray[np.float64], kinds: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The most bytes beside states on a rank of every class: (rows, classes). Exact, as all numbers are whole.
+    """The most bytes beside states and whole units in every group of instants: (rows, groups). Exact: all is whole.
 
     `by_kind` are prices (kinds, features), of which instants use few, and `kinds` the kind of every row.
     """
@@ -121,17 +126,21 @@ def rank_memory(
     """Bytes by category at the peak of every pipeline rank of a single strategy; their sum is the peak."""
     priced = _held(model, train, table, profile, imbalance)
     births = np.array([[np.ravel(getattr(priced[feature], birth))[0] for feature in Feature] for birth in BIRTHS])
-    found = instants(pipeline_of(model, train, table), by_rank=True)
+    found = instants(pipeline_of(model, train, table, sharded=shardings(table).each[0]), by_rank=True)
     held = {name: np.asarray(each)[0] for name, each in state_bytes(states, train.recipe.state).items()}
     shapes = StageShapes(*found.holds.T)
     moving = {name: np.asarray(each)[0] for name, each in balancing_bytes(model, train, table, shapes).items()}
     held = {name: each + moving[name] for name, each in held.items()}
-    [whole] = whole_unit_bytes(model, shapes, table, train.recipe.state, defers=found.defers)
+    whole = found.whole @ unit_bytes(model, table, train.recipe.state)[0]
+    group = np.repeat(np.arange(len(found.starts)), np.diff([*found.starts, len(found.features)]))
+    together = births @ found.features.T
+    total = together.sum(axis=0) + whole[group]
     worst = []
     for rank in range(len(found.holds)):
-        instant = births @ found.features[found.owner == rank].T
-        split = dict(zip(BIRTHS, instant[:, int(np.argmax(instant.sum(axis=0)))], strict=True))
-        split["communication"] += whole[rank] + moving["communication"][rank]
+        mine = np.flatnonzero(found.owner[group] == rank)
+        most = mine[np.argmax(total[mine])]
+        split = dict(zip(BIRTHS, together[:, most], strict=True))
+        split["communication"] += whole[group[most]] + moving["communication"][rank]
         worst.append({name: int(each[rank]) for name, each in held.items()} | {n: int(b) for n, b in split.items()})
     return worst
 

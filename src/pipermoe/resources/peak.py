@@ -10,16 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipermoe.resources.activations.sizes import RUNTIME, MemoryProfile
-from pipermoe.resources.groups import Groups, Parts, Ways, alike_pipelines, per_group, pipeline_numbers
+from pipermoe.resources.groups import Groups, Parts, Ways, alike_pipelines, largest_sum, per_group, pipeline_numbers
 from pipermoe.resources.instants import DEFERRED, DEFERRING, FULL, KEPT, Feature, instants
 from pipermoe.resources.kinds import distinct
 from pipermoe.resources.memory import peak_activations, pipeline_of, prices
 from pipermoe.resources.price_list import Price, in_each
-from pipermoe.resources.sharded_units import whole_unit_bytes
+from pipermoe.resources.sharded_units import least_whole_bytes, shardings, unit_bytes
 from pipermoe.resources.spare_slots import balancing_bytes
 from pipermoe.resources.stages import StageShapes
 from pipermoe.resources.states import state_bytes, state_elements
 from pipermoe.resources.turns import Part
+from pipermoe.resources.whole_units import NOTHING_SHARDED
 from pipermoe.schedule.ramps import ramps
 from pipermoe.schedule.traits import stages_of_ranks
 from pipermoe.specs.model import ModelSpec
@@ -47,21 +48,28 @@ def peak_bytes(
 
 def grouped_peak_bytes(model: ModelSpec, train: TrainConfig, groups: Groups, price_of: Price) -> NDArray[np.float64]:
     """`peak_bytes` of the rows of `groups`, `price_of` being `memory.prices`."""
-    combos = groups.combos
-    pipe = distinct([groups.pipe.of, groups.microbatches])
-    pipelines = combos.take(pipe.rows)
-    found = [instants(pipeline_of(model, train, pipelines, row)) for row in range(len(pipelines))]
-    width = max(len(each.holds) for each in found)
-    price, inside = price_of(combos.take(groups.inside.rows)), groups.inside.of
+    table, sharded = groups.table, shardings(groups.table)
+    both = distinct([groups.both.of, sharded.of])  # rows by combo and what is sharded
+    combo, mode = groups.both.of[both.rows], sharded.of[both.rows]
+    pipe = distinct([groups.pipe.of[combo], groups.microbatches[combo], mode])
+    pipelines = table.take(both.rows[pipe.rows])
+    modes = [sharded.each[number] for number in mode[pipe.rows]]
+    found = [instants(pipeline_of(model, train, pipelines, row, sharded=each)) for row, each in enumerate(modes)]
+    width = max(len(each.starts) for each in found)
+    price, inside = price_of(groups.combos.take(groups.inside.rows)), groups.inside.of[combo]
     activations = per_group(pipe.of, len(found), width, lambda rows, g: peak_activations(found[g], price, inside[rows]))
-    chosen = groups.table.take(groups.state.rows)
-    states = per_group(
-        pipe.of[groups.both.of[groups.state.rows]],
-        len(found),
-        width,
-        lambda rows, g: _states(model, train, found[g].holds, chosen.take(rows), defers=found[g].defers),
-    )
-    return groups.largest_sum(activations, states)
+    # States depend on a pipeline by the classes of its ranks, and where there are whole units by its instants.
+    instants_of = np.where(np.array([each == NOTHING_SHARDED for each in modes])[pipe.of], 0, 1 + pipe.of)
+    state = distinct([groups.state.of, instants_of[both.of]])
+    chosen = table.take(state.rows)
+    of_unit = unit_bytes(model, chosen, train.recipe.state)
+
+    def states(rows: NDArray, g: int) -> NDArray[np.float64]:
+        held = _states(model, train, found[g].holds, chosen.take(rows))
+        return held[:, found[g].owner] + of_unit[rows] @ found[g].whole.T
+
+    held = per_group(pipe.of[both.of[state.rows]], len(found), width, states)
+    return largest_sum(activations, both.of, held, state.of)
 
 
 def memory_floor(
@@ -103,22 +111,23 @@ def memory_floor(
     chosen, alike = groups.table.take(groups.state.rows), alike_pipelines(found)
 
     def least_states(rows: NDArray, g: int) -> NDArray[np.float64]:
-        each = _states(model, train, found[g].holds, in_each(levels, chosen.take(rows)), defers=True)
-        return each.reshape(len(levels), len(rows), -1).min(axis=0)
+        each, holds = in_each(levels, chosen.take(rows)), found[g].holds
+        least = _states(model, train, holds, each)
+        least += least_whole_bytes(model, StageShapes(*holds.T), each, train.recipe.state)
+        return least.reshape(len(levels), len(rows), -1).min(axis=0)
 
     states = per_group(alike[pipe.of[groups.both.of[groups.state.rows]]], len(found), width, least_states)
     return groups.largest_sum(activations, states)
 
 
 def _states(
-    model: ModelSpec, train: TrainConfig, holds: NDArray[np.int64], table: StrategyTable, *, defers: bool
+    model: ModelSpec, train: TrainConfig, holds: NDArray[np.int64], table: StrategyTable
 ) -> NDArray[np.float64]:
-    """Bytes of weights, gradients and optimizer state, whole units included: (rows, classes)."""
-    shapes, per_parameter = StageShapes(*holds.T), train.recipe.state
-    held = state_bytes(state_elements(model, shapes, table), per_parameter)
+    """Bytes of weights, gradients and optimizer state on every class of ranks: (rows, classes)."""
+    shapes = StageShapes(*holds.T)
+    held = state_bytes(state_elements(model, shapes, table), train.recipe.state)
     moving = balancing_bytes(model, train, table, shapes)
-    whole = whole_unit_bytes(model, shapes, table, per_parameter, defers=defers)
-    return sum(held.values()) + sum(moving.values()) + whole
+    return sum(held.values()) + sum(moving.values())
 
 
 class _Floor(NamedTuple):

@@ -1,61 +1,72 @@
-"""The whole buffers that ZeRO-2 and 3 fill while a unit (a layer, embedding or head) is in work: elements on a rank.
+"""The bytes of the whole buffers that ZeRO-2 and 3 fill while a unit (a layer, embedding or head) is in work.
 
-A unit's gradients are whole while a backward fills them, and those of the unit before are on their way to their
-shards; level 3 also gathers the weights of the unit in work and of the next one (`runtime/optimizer/sharding.py`). A
-rank holds most when a backward reaches its last layer. So the units are taken to be: of weights two layers, or one and
-the head; of gradients that layer (with experts, if the rank has any) and what was reduced before it: the head, or where
-there is none the embedding, or a layer. With experts alone sharded it is always a layer.
+Which units are whole when is the business of `resources.whole_units`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipermoe.resources.kinds import distinct
 from pipermoe.resources.stages import ONE_OF_EACH, StageShapes
 from pipermoe.resources.states import units_of
+from pipermoe.resources.whole_units import RESIDENT, Sharded, UnitKind
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.precision import StateBytes
 from pipermoe.specs.strategy_table import StrategyTable
 
-RESIDENT = 2  # units that are whole at the same time
+NONE, EXPERTS, ALL = frozenset[UnitKind](), frozenset((UnitKind.MOE, UnitKind.PREDICTION)), frozenset(UnitKind)
+_BY_CODE = (NONE, EXPERTS, ALL, ALL)  # whether experts are, plus twice whether dense parameters are
 
 
-def whole_unit_bytes(
-    model: ModelSpec, shapes: StageShapes, table: StrategyTable, per_parameter: StateBytes, *, defers: bool
-) -> NDArray[np.float64]:
-    """Bytes of gathered weights and of open gradients on the ranks of `shapes`: (rows, ranks).
+class Shardings(NamedTuple):
+    """`each[of[i]]` is what row i shards."""
 
-    `defers`: the schedule has I and W actions. A W holds little else, so at the peak, in an I, no gradients are being
-    filled; the last that were may still be on their way.
+    each: list[Sharded]
+    of: NDArray[np.int64]
+
+
+def shardings(table: StrategyTable) -> Shardings:
+    """The units that are whole for every use alone, of every row."""
+    codes = []
+    for level in (3, 2):
+        dense, expert = _sharded_from(level, table)
+        codes.append(expert + 2 * dense)
+    kinds = distinct(codes)
+    weights, gradients = (code[kinds.rows].tolist() for code in codes)
+    return Shardings([Sharded(_BY_CODE[w], _BY_CODE[g]) for w, g in zip(weights, gradients, strict=True)], kinds.of)
+
+
+def unit_bytes(model: ModelSpec, table: StrategyTable, per_parameter: StateBytes) -> NDArray[np.float64]:
+    """Bytes of the whole weights, then of the whole gradients, of a unit of every kind: (rows, 2 * len(UnitKind)).
+
+    Only of what is sharded; a tied head uses the embedding.
     """
-    gathered = _units(model, table, from_level=3) * per_parameter.weight
-    filled = _units(model, table, from_level=2) * per_parameter.gradient
-    moe, dense, embedding, head = shapes.moe_layers, shapes.dense_layers, shapes.has_embedding, shapes.has_head
-    ahead = (shapes.predictions > 0).astype(np.int64)  # then the last layer is one of multi-token prediction
-    others = (moe, dense, embedding * (moe + dense + head == 1))
-    in_use = np.stack((*(each * (1 - ahead) for each in others), head, ahead))
-    layers = (2 - np.maximum(embedding, head)) * (1 - ahead)
-    reduced = np.stack((layers * (moe > 0), layers * (moe == 0), np.maximum(embedding - head, 0), head, ahead))
-    # Where only experts are sharded, neither end is reduced between two layers.
-    ends_reduce = ((table.zero_dense >= 2) & (table.data_parallel * table.context_parallel > 1))[:, None]
-    only_layers = np.stack((moe, dense, 0 * moe, 0 * moe, shapes.predictions))
-    most = RESIDENT - defers
-    open_gradients = np.where(ends_reduce, _largest(filled, reduced, most), _largest(filled, only_layers, most))
-    return _largest(gathered, in_use, RESIDENT) + open_gradients
-
-
-def _units(model: ModelSpec, table: StrategyTable, from_level: int) -> Any:
-    """Elements of a unit of each kind that are sharded from `from_level` on: (rows, 5)."""
     dense, expert = units_of(model, table).on(ONE_OF_EACH, copied=model.tie_word_embeddings)
-    shards_dense = (table.zero_dense >= from_level) & (table.data_parallel * table.context_parallel > 1)
-    shards_expert = (table.zero_expert >= from_level) & (table.expert_data_parallel > 1)
-    return dense * shards_dense[:, None] + expert * shards_expert[:, None]
+    found = []
+    for level, each in ((3, per_parameter.weight), (2, per_parameter.gradient)):
+        of_dense, of_expert = (mask[:, None] for mask in _sharded_from(level, table))
+        found.append((dense * of_dense + expert * of_expert) * each)
+    return np.concatenate(found, axis=1).astype(np.float64)
 
 
-def _largest(units: Any, counts: NDArray[np.int64], most: int) -> NDArray[np.float64]:
-    """The sum of the `most` largest units of a rank that has `counts` (5, ranks) of each kind: (rows, ranks)."""
-    copies = np.concatenate([units[:, :, None] * (counts > copy) for copy in range(most)], axis=1)
-    return np.sort(copies, axis=1)[:, -most:].sum(axis=1).astype(np.float64)
+def least_whole_bytes(
+    model: ModelSpec, shapes: StageShapes, table: StrategyTable, per_parameter: StateBytes
+) -> NDArray[np.float64]:
+    """What the ranks of `shapes` hold of it at least while they use weights: the two smallest units, (rows, ranks)."""
+    units = unit_bytes(model, table, per_parameter)[:, : len(UnitKind), None]
+    counts = np.stack(
+        [shapes.moe_layers, shapes.dense_layers, shapes.has_embedding, shapes.has_head, shapes.predictions]
+    )
+    copies = [np.where((counts > copy) & (units > 0), units, np.inf) for copy in range(RESIDENT)]
+    least = np.sort(np.concatenate(copies, axis=1), axis=1)[:, :RESIDENT]
+    return np.where(np.isfinite(least), least, 0.0).sum(axis=1)
+
+
+def _sharded_from(level: int, table: StrategyTable) -> tuple[Any, Any]:
+    """Whether dense and expert parameters are sharded at this ZeRO level: (rows,) each."""
+    dense = (table.zero_dense >= level) & (table.data_parallel * table.context_parallel > 1)
+    return dense, (table.zero_expert >= level) & (table.expert_data_parallel > 1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from heapq import heappop, heappush
+from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from pipermoe.schedule.arrivals import proofs
 from pipermoe.schedule.builders import build
 from pipermoe.schedule.columns import KINDS, Columns, Ints
 from pipermoe.schedule.communication import with_communication
+from pipermoe.schedule.context import NO_CONTEXT, Context, Decoder, contexts
 from pipermoe.schedule.ramps import ramps
 
 # P elementary actions, C chunks per rank, N instants: actions with all that is held while they run
@@ -25,14 +27,23 @@ from pipermoe.schedule.ramps import ramps
 REPEATS = 2  # micro-batches per pipeline rank after which a schedule repeats itself
 OUTPUTS, GRADIENTS, INCOMING, RECEIVED = range(-4, 0)  # the last columns of counts
 
-Work = tuple[int, Kind, int, int]
+
+class Work(NamedTuple):
+    """Kind is F, B, I or W. A backward of a pair runs `beside` the forward of that stage, layer by layer in turn;
+    alone, that is -1.
+    """
+
+    rank: int
+    kind: Kind
+    stage: int
+    beside: int
+    context: Context = NO_CONTEXT
 
 
 class Occupancies(NamedTuple):
-    """What ranks hold while they work: `work` is (rank, kind, stage, beside) of every row of `counts`, (N, 2 C + 4).
+    """What ranks hold while they work: `work` of every row of `counts`, (N, 2 C + 4).
 
-    Kind is F, B or I. A backward of a pair runs `beside` the forward of that stage, layer by layer in turn; alone, that
-    is -1. The counts of chunks are in the order of `stages_of(rank)`: first the micro-batches that have the activations
+    The counts of chunks are in the order of `stages_of(rank)`: first the micro-batches that have the activations
     of a forward, the current one included; then those that have only what their weight gradients still need. Then
     message-sized buffers: forward results sent and not known to have arrived, or waiting for the next stage on this
     rank; the same of input gradients; inputs and gradients received and not used yet, or made by another stage of this
@@ -44,45 +55,51 @@ class Occupancies(NamedTuple):
     counts: Ints
 
 
-def occupancies(schedule: Schedule) -> Occupancies:
-    """The occupancies of all ranks that can be the most: none is below another in every count at the same work."""
+def occupancies(schedule: Schedule, *, in_context: bool = False) -> Occupancies:
+    """The occupancies of all ranks that can be the most: none is below another in every count at the same work.
+
+    Work is the same `in_context` only if what came before it on the rank is.
+    """
     lowered = with_communication(schedule)
     columns = Columns.of(lowered)
-    instants = _instants(columns)
-    pair = columns.position[instants] == np.append(-1, columns.position)[instants]
-    work = np.stack(
-        [
-            columns.rank[instants],
-            _ALPHABETICAL[columns.kind[instants]],
-            columns.stage[instants],
-            np.where(pair, columns.stage[instants - 1], -1),
-        ]
-    )
-    counts = _counts(lowered, columns, instants, instants - pair)
+    weights = np.flatnonzero(columns.of_kind(Kind.WEIGHT_GRAD))
+    runs = _weights_run(columns, weights)
+    uses = _uses(columns)
+    pair = columns.position[uses] == np.append(-1, columns.position)[uses]
+    pair &= columns.rank[uses] == np.append(-1, columns.rank)[uses]
+    # Weight gradients that have run beside a pair leave nothing to their W.
+    instants = np.sort(np.concatenate([uses, weights[runs == weights]]))
+    first = instants - np.isin(instants, uses[pair])
+    beside = np.where(first < instants, columns.stage[first], -1)
+    work = np.stack([columns.rank[instants], _ALPHABETICAL[columns.kind[instants]], columns.stage[instants], beside])
+    if in_context:
+        work = np.concatenate([work, contexts(columns, uses, uses - pair, weights, runs, instants)])
+    counts = _counts(lowered, columns, runs, instants, first)
     rows = _largest(work, counts)
-    rank, kind, stage, beside = work[:, rows].tolist()
+    rank, kind, stage, beside, *codes = work[:, rows].tolist()
+    found = map(Decoder(columns), *codes) if codes else repeat(NO_CONTEXT, len(rank))
     kinds = map(_BY_NAME.__getitem__, kind)
-    return Occupancies(tuple(zip(rank, kinds, stage, beside, strict=True)), counts[rows])
+    return Occupancies(tuple(map(Work, rank, kinds, stage, beside, found)), counts[rows])
 
 
 _BY_NAME = sorted(KINDS)
 _ALPHABETICAL = np.array([_BY_NAME.index(kind) for kind in KINDS])
 
 
-def _instants(columns: Columns) -> Ints:
-    """The actions with activations, as places in the columns; of a pair the backward."""
+def _uses(columns: Columns) -> Ints:
+    """The actions that use weights, as places in the columns; of a pair the backward."""
     works = columns.of_kind(Kind.FORWARD, Kind.BACKWARD, Kind.INPUT_GRAD)
     goes_on = (np.diff(columns.position, append=-1) == 0) & (np.diff(columns.rank, append=-1) == 0)
     return np.flatnonzero(works & ~goes_on)
 
 
-def _counts(schedule: Schedule, columns: Columns, last: Ints, first: Ints) -> Ints:
+def _counts(schedule: Schedule, columns: Columns, runs: Ints, last: Ints, first: Ints) -> Ints:
     """What is held while the actions with the parts `first` to `last` run, (N, 2 C + 4).
 
     Parts of a pair run in turn: both begin before either ends. The buffers of receives up to the next computation wait
     beside this one.
     """
-    begins, ends = _changes(schedule, columns)
+    begins, ends = _changes(schedule, columns, runs)
     begun = np.cumsum(begins, axis=0)
     ended = np.cumsum(ends, axis=0) - ends
     received = np.cumsum(columns.of_kind(*RECEIVES))
@@ -95,8 +112,8 @@ def _counts(schedule: Schedule, columns: Columns, last: Ints, first: Ints) -> In
     return counts
 
 
-def _changes(schedule: Schedule, columns: Columns) -> tuple[Ints, Ints]:
-    """What the beginning and the end of every elementary action change, (P, 2 C + 4) each."""
+def _changes(schedule: Schedule, columns: Columns, runs: Ints) -> tuple[Ints, Ints]:
+    """What the beginning and the end of every elementary action change, (P, 2 C + 4) each; W actions `runs` there."""
     stages_of = [schedule.stages_of(rank) for rank in range(schedule.num_ranks)]
     chunk = np.zeros((schedule.num_ranks, schedule.num_stages), dtype=np.int64)
     for rank, stages in enumerate(stages_of):
@@ -124,7 +141,7 @@ def _changes(schedule: Schedule, columns: Columns) -> tuple[Ints, Ints]:
 
     split, weights = (np.flatnonzero(columns.of_kind(kind)) for kind in (Kind.INPUT_GRAD, Kind.WEIGHT_GRAD))
     ends[split, chunks + kept[split]] = 1
-    np.subtract.at(ends, (_weights_run(columns, weights), chunks + kept[weights]), 1)
+    np.subtract.at(ends, (runs, chunks + kept[weights]), 1)
     proof = proofs(schedule, columns)
     for kind, buffer in ((Kind.SEND_FORWARD, OUTPUTS), (Kind.SEND_BACKWARD, GRADIENTS)):
         proven = proof[columns.of_kind(kind)]
@@ -178,7 +195,7 @@ class Growth(NamedTuple):
     """Occupancies of a schedule for M = `least` + i * `period` micro-batches: `counts` + i * `slope`.
 
     After two micro-batches per pipeline rank a schedule repeats itself with every further one per rank: its counts
-    stay, or (GPipe, breadth-first: all forwards first) grow. `work` is (rank, kind, stage, beside) of every row.
+    stay, or (GPipe, breadth-first: all forwards first) grow.
     """
 
     least: int
@@ -192,30 +209,34 @@ class Growth(NamedTuple):
         return self.counts + (microbatches - self.least) // self.period * self.slope
 
 
-def growth(name: str, pipeline_parallel: int, virtual_stages: int, microbatches: int) -> Growth:
+def growth(
+    name: str, pipeline_parallel: int, virtual_stages: int, microbatches: int, *, in_context: bool = False
+) -> Growth:
     """The occupancies of a named schedule for `microbatches`, and for every number a period further."""
     least = (REPEATS + 1) * pipeline_parallel + microbatches % pipeline_parallel
     if microbatches > least:
         if ramps(name, pipeline_parallel, virtual_stages, least)[0].most:  # it holds a number that does not grow
-            return _growth(name, pipeline_parallel, virtual_stages, least)
-        repeating = _repeating(name, pipeline_parallel, virtual_stages, least)
+            return _growth(name, pipeline_parallel, virtual_stages, least, in_context)
+        repeating = _repeating(name, pipeline_parallel, virtual_stages, least, in_context)
         if repeating is not None:
             return repeating
-    return _growth(name, pipeline_parallel, virtual_stages, microbatches)
+    return _growth(name, pipeline_parallel, virtual_stages, microbatches, in_context)
 
 
 @lru_cache(maxsize=4096)
-def _growth(name: str, pipeline_parallel: int, virtual_stages: int, microbatches: int) -> Growth:
+def _growth(name: str, pipeline_parallel: int, virtual_stages: int, microbatches: int, in_context: bool) -> Growth:
     first = build(name, pipeline_parallel, microbatches, virtual_stages)
-    work, counts = occupancies(first)
+    work, counts = occupancies(first, in_context=in_context)
     stages_of = tuple(first.stages_of(rank) for rank in range(first.num_ranks))
     return Growth(microbatches, pipeline_parallel, stages_of, work, counts, np.zeros_like(counts))
 
 
 @lru_cache(maxsize=4096)
-def _repeating(name: str, pipeline_parallel: int, virtual_stages: int, least: int) -> Growth | None:
+def _repeating(name: str, pipeline_parallel: int, virtual_stages: int, least: int, in_context: bool) -> Growth | None:
     """The growth from `least` on; None where the next periods do not follow it."""
-    tables = (_growth(name, pipeline_parallel, virtual_stages, least + i * pipeline_parallel) for i in range(3))
+    tables = (
+        _growth(name, pipeline_parallel, virtual_stages, least + i * pipeline_parallel, in_context) for i in range(3)
+    )
     first, second = next(tables), next(tables)
     if first.work != second.work:
         return None

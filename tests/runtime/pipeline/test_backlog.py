@@ -1,3 +1,6 @@
+import weakref
+from functools import partial
+
 from pipermoe.runtime.pipeline.backlog import Backlog
 from pipermoe.schedule.action import Action, Kind
 
@@ -12,6 +15,24 @@ def test_weight_gradients_run_in_the_order_of_their_actions():
     while (pending := backlog.take()) is not None:
         pending[1]()
     assert done == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+def test_a_weight_gradient_that_has_run_lets_go_of_what_it_read():
+    class Read:
+        pass
+
+    backlog, held = Backlog(LATER), []
+    read = [Read(), Read()]
+    references = [weakref.ref(each) for each in read]
+    queue = backlog.open(0, 0)
+
+    def note(each: Read) -> None:
+        held.append([there() is not None for there in references])
+
+    queue += [partial(note, read.pop(0)) for _ in references]
+    del queue
+    backlog.finish(LATER[0])
+    assert held == [[True, True], [False, True]]
 
 
 def test_an_action_whose_weight_gradients_have_all_run_holds_up_no_other():

@@ -87,6 +87,22 @@ def _latent(sizes: Sizes, attention: LatentAttention) -> AttentionTensors:
     )
 
 
+def attention_matrices(sizes: Sizes) -> tuple[Any, ...]:
+    """Elements of the largest weights."""
+    attention, hidden = sizes.model.attention, sizes.model.hidden_size
+    heads = attention.num_heads / sizes.tp
+    if not isinstance(attention, LatentAttention):
+        return (hidden * heads * attention.head_dim,)
+    query, latent = attention.q_lora_rank, attention.kv_lora_rank
+    return (
+        hidden * query,
+        (query or hidden) * heads * attention.query_key_dim,
+        hidden * (latent + attention.qk_rope_head_dim),
+        latent * heads * (attention.qk_nope_head_dim + attention.v_head_dim),
+        hidden * heads * attention.v_head_dim,
+    )
+
+
 def attend(work: Ledger, sizes: Sizes, recompute: Recompute) -> None:
     """From x in hand to the residual h and its norm, both in hand beside what is kept."""
     hidden, statistics = sizes.hidden, sizes.stream * STATISTIC_BYTES

@@ -9,32 +9,35 @@ from typing import Any
 
 from pipermoe.resources.activations.attention import normalise, normalise_backward
 from pipermoe.resources.activations.ledger import BlockMemory, Held, Ledger
-from pipermoe.resources.activations.sizes import INDEX_BYTES, STATISTIC_BYTES, Recompute, Sizes
+from pipermoe.resources.activations.sizes import INDEX_BYTES, STATISTIC_BYTES, Recompute, Sizes, product_bytes
 
 
-def _block(forward: Ledger, kept: Held, backward: Callable[[Ledger], None], *, enters: Any = 0.0) -> BlockMemory:
+def _block(
+    forward: Ledger, kept: Held, backward: Callable[[Ledger], None], *, enters: Any = 0.0, product: Any = 0.0
+) -> BlockMemory:
     """`enters` is the gradient with which the backward begins."""
     forward.end_step()
     works = [Ledger("temporary", kept + Held(temporary=enters), defers=defers) for defers in (False, True)]
     for work in works:
         backward(work)
         work.end_step()
-    return BlockMemory(kept, *(tuple(work.steps) for work in (forward, *works)))
+    return BlockMemory(kept, *(tuple(work.steps) for work in (forward, *works)), Held(temporary=product))
 
 
 def embedding_memory(sizes: Sizes) -> BlockMemory:
     """The indices of the tokens; a deferred gradient of the table is that of its output. Rows are added in fp32."""
     tokens = sizes.tokens * INDEX_BYTES
+    exact = sizes.exact_hidden * (sizes.element < STATISTIC_BYTES)
     work = Ledger("activations")
     work.take(tokens, sizes.hidden)
 
     def backward(work: Ledger) -> None:
         if not work.defers:
-            work.brief(sizes.exact_hidden * (sizes.element < STATISTIC_BYTES))
+            work.brief(exact)
         work.release(sizes.hidden)
         work.release(tokens, of="activations")
 
-    return _block(work, Held(tokens), backward, enters=sizes.hidden)
+    return _block(work, Held(tokens), backward, enters=sizes.hidden, product=exact)
 
 
 def head_memory(sizes: Sizes) -> BlockMemory:
@@ -50,6 +53,7 @@ def head_memory(sizes: Sizes) -> BlockMemory:
     rounded = tokens * vocabulary * sizes.element / profile.loss_chunks  # as a product reads or writes them
     differs = sizes.element != element
     statistics = tokens * (STATISTIC_BYTES + INDEX_BYTES)
+    product = product_bytes(sizes, vocabulary * sizes.model.hidden_size)
     work = Ledger("activations")
     work.take(hidden)
     normalise(work, sizes)
@@ -60,8 +64,8 @@ def head_memory(sizes: Sizes) -> BlockMemory:
     def backward(work: Ledger) -> None:
         work.take(rounded * differs)
         work.drop(logits * differs, statistics, of="activations")
-        if not work.defers and sizes.element < STATISTIC_BYTES:
-            work.brief(vocabulary * sizes.model.hidden_size * sizes.element)  # a product that is added in fp32
+        if not work.defers:
+            work.brief(product)
         work.take(hidden)
         work.release(rounded * differs)
         work.release(logits * (1 - differs), hidden, of="activations")
@@ -69,7 +73,7 @@ def head_memory(sizes: Sizes) -> BlockMemory:
         work.drop(hidden)
         work.drop(hidden, sizes.stream * STATISTIC_BYTES, of="activations")
 
-    return _block(work, work.now, backward)
+    return _block(work, work.now, backward, product=product)
 
 
 def join_memory(sizes: Sizes, recompute: Recompute) -> BlockMemory:
@@ -98,4 +102,4 @@ def join_memory(sizes: Sizes, recompute: Recompute) -> BlockMemory:
         work.drop(hidden, of="activations")
         work.release(tokens, of="activations")
 
-    return _block(work, kept, backward, enters=hidden)
+    return _block(work, kept, backward, enters=hidden, product=product_bytes(sizes, 2 * sizes.model.hidden_size**2))

@@ -14,12 +14,13 @@ import numpy as np
 from pipermoe.resources.activations.attention import (
     attend,
     attend_backward,
+    attention_matrices,
     normalise_backward,
     renormalise,
 )
 from pipermoe.resources.activations.journeys import Deduplicated, Plain
 from pipermoe.resources.activations.ledger import BlockMemory, Held, Ledger
-from pipermoe.resources.activations.sizes import INDEX_BYTES, STATISTIC_BYTES, Recompute, Sizes
+from pipermoe.resources.activations.sizes import INDEX_BYTES, STATISTIC_BYTES, Recompute, Sizes, product_bytes
 
 CLAMPED_FACTORS = 5  # tensors of a clamped product's backward beside its gradients; of a plain one silu(gate)
 
@@ -77,7 +78,16 @@ def moe_layer(sizes: Sizes, recompute: Recompute) -> BlockMemory:
 def _moe_layer(sizes: Sizes, recompute: Recompute, way: Plain | Deduplicated) -> BlockMemory:
     forward = _moe_forward(sizes, recompute, way)
     backward = (_moe_backward(sizes, recompute, way, forward.now, defers=defers) for defers in (False, True))
-    return BlockMemory(forward.now, *(tuple(work.steps) for work in (forward, *backward)))
+    return BlockMemory(forward.now, *(tuple(work.steps) for work in (forward, *backward)), _moe_product(sizes))
+
+
+def _moe_product(sizes: Sizes) -> Held:
+    """Of one expert at a time."""
+    moe, hidden = sizes.model.moe, sizes.model.hidden_size
+    expert = hidden * (moe.expert_matrices - 1) * moe.expert_width / sizes.etp
+    shared = hidden * (moe.expert_matrices - 1) * moe.shared_width / sizes.tp
+    widest = product_bytes(sizes, expert, shared, hidden * moe.num_experts, *attention_matrices(sizes))
+    return Held(temporary=widest)
 
 
 def _moe_forward(sizes: Sizes, recompute: Recompute, way: Plain | Deduplicated) -> Ledger:
@@ -238,7 +248,9 @@ def dense_layer(sizes: Sizes, recompute: Recompute) -> BlockMemory:
     """Attention and an MLP, one piece."""
     forward = _dense_forward(sizes, recompute)
     backward = (_dense_backward(sizes, recompute, forward.now, defers=defers) for defers in (False, True))
-    return BlockMemory(forward.now, *(tuple(work.steps) for work in (forward, *backward)))
+    widest = sizes.model.hidden_size * (sizes.model.dense_matrices - 1) * sizes.model.dense_width / sizes.tp
+    product = Held(temporary=product_bytes(sizes, widest, *attention_matrices(sizes)))
+    return BlockMemory(forward.now, *(tuple(work.steps) for work in (forward, *backward)), product)
 
 
 def _mlp(sizes: Sizes, recompute: Recompute) -> FeedForward:

@@ -123,13 +123,14 @@ class Ledger:
 class BlockMemory:
     """A layer or an end of the model: its forward, the same backward with its weight gradients at once and for later.
 
-    `kept` stays from forward to backward.
+    `kept` stays from forward to backward. A weight gradient makes `product` on its way to where it is added.
     """
 
     kept: Held
     forward: tuple[Step, ...]
     full: tuple[Step, ...]
     deferring: tuple[Step, ...]
+    product: Held = NOTHING
 
     @property
     def deferred(self) -> Held:
@@ -142,7 +143,7 @@ class BlockMemory:
             tuple(a.where(mask, b) for a, b in zip(getattr(self, name), getattr(other, name), strict=True))
             for name in ("forward", "full", "deferring")
         )
-        return BlockMemory(self.kept.where(mask, other.kept), *steps)
+        return BlockMemory(self.kept.where(mask, other.kept), *steps, self.product.where(mask, other.product))
 
 
 def alone(steps: tuple[Step, ...]) -> Held:

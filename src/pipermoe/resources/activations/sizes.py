@@ -151,6 +151,14 @@ def sizes_of(
     )
 
 
+def product_bytes(sizes: Sizes, *matrices: Any) -> Any:
+    """The largest product of a weight gradient on its way into an fp32 sum, where it is of another format.
+
+    `matrices` are elements of weights; fp32 products are added where they are made.
+    """
+    return np.maximum.reduce(np.broadcast_arrays(*matrices)) * sizes.element * (sizes.element < STATISTIC_BYTES)
+
+
 @dataclass(frozen=True, slots=True)
 class Recompute:
     """Masks over strategies: what is dropped after the forward (`specs.strategy.RECOMPUTE_MODULES`)."""

@@ -50,8 +50,9 @@ class Backlog:
         return None
 
     def finish(self, action: Action) -> None:
-        """Run what is left of a B or W action, whose turn it is."""
+        """Run what is left of a B or W action, whose turn it is. Each that has run lets go of what it read."""
         ahead = self._ahead.pop()
         assert ahead == action, f"{action} comes before {ahead}"
-        for accumulate in self._queues.pop((action.stage, action.microbatch), ()):
-            accumulate()
+        queue = self._queues.pop((action.stage, action.microbatch), [])[::-1]
+        while queue:
+            queue.pop()()
