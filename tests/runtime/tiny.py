@@ -23,6 +23,7 @@ from pipermoe.specs.model import (
     Yarn,
 )
 from pipermoe.specs.strategy import Strategy
+from pipermoe.specs.strategy_text import strategy_text
 from pipermoe.specs.train import AuxiliaryLossLevel, Optimizer, TrainConfig
 
 PLAIN = ModelSpec(
@@ -176,10 +177,14 @@ def engine_for(
     return Engine(model, train, strategy, lowered(strategy, train.global_batch_size), groups, **options)
 
 
-@cache
 def lowered(strategy: Strategy, sequences: int) -> Schedule:
     """The schedule with its sends and receives; who makes it before ranks are forked saves each of them the work."""
-    return with_communication(schedule_of(strategy, sequences))
+    return _lowered(strategy_text(strategy), sequences)
+
+
+@cache
+def _lowered(text: str, sequences: int) -> Schedule:
+    return with_communication(schedule_of(Strategy.parse(text), sequences))
 
 
 def reduced_gradients(engine: Engine) -> dict[str, Tensor]:
