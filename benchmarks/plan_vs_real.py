@@ -24,9 +24,10 @@ from rich.table import Table
 from benchmarks.demo_machine import MODEL, RANKS, Demo, ThisMachine, demo_options, slow_link, write_json
 from pipermoe.cli.options import memory_bytes
 from pipermoe.planner.find import searched
-from pipermoe.specs.legality import EXECUTABLE, legal_mask
+from pipermoe.specs.legality import legal_mask
 from pipermoe.specs.plan import Plan
 from pipermoe.specs.report import StepReport
+from pipermoe.specs.runtimes.own import EXECUTABLE
 from pipermoe.specs.strategy_table import StrategyTable
 from pipermoe.specs.strategy_text import strategy_text
 from pipermoe.specs.units import format_seconds

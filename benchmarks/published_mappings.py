@@ -27,8 +27,8 @@ from pipermoe.report.plan import WORDS
 from pipermoe.resources.bound import step_bound
 from pipermoe.resources.evaluate import evaluate
 from pipermoe.resources.step import predict
-from pipermoe.schedule.legality import SCHEDULE_EXISTS
-from pipermoe.specs.legality import LEGAL, legal_mask
+from pipermoe.schedule.legality import POSSIBLE
+from pipermoe.specs.legality import legal_mask
 from pipermoe.specs.report import TERMS
 from pipermoe.specs.strategy import RECOMPUTE_MODULES, Strategy
 from pipermoe.specs.strategy_table import RECOMPUTE_NAMES, StrategyTable
@@ -80,7 +80,7 @@ def drawn(job: Job, strategy: Strategy, count: int) -> StrategyTable:
     experts = columns["expert_parallel"] * columns["expert_tensor_parallel"]
     columns["expert_data_parallel"] = np.maximum(inside // experts, 1)
     table = table.with_columns(**columns)
-    legal = legal_mask(table, job.model, job.train, world, (*LEGAL, SCHEDULE_EXISTS))
+    legal = legal_mask(table, job.model, job.train, world, POSSIBLE)
     return table.take(np.flatnonzero(legal)[:count])
 
 

@@ -12,8 +12,9 @@ from tests.pairwise import covering
 from tests.runtime.tiny import RICH
 
 from pipermoe.schedule.builders import RECIPES, illegal
-from pipermoe.specs.legality import violations
+from pipermoe.specs.legality import LEGAL, violations
 from pipermoe.specs.model import ModelSpec
+from pipermoe.specs.runtimes.own import EXECUTABLE
 from pipermoe.specs.strategy import RECOMPUTE_MODULES, Strategy
 from pipermoe.specs.train import Optimizer, TrainConfig
 
@@ -131,7 +132,7 @@ def _strategy(schedule: Any, arrangement: Any, options: dict[str, Any]) -> Strat
 def _runs(option: str, value: Any) -> bool:
     """Whether the runtime executes this value, all other options having their defaults."""
     strategy = _strategy("gpipe", (1, 2, 2), {name: values[0] for name, values in OPTIONS.items()} | {option: value})
-    return not violations(strategy, RICH, TRAIN, strategy.world_size)
+    return not violations(strategy, RICH, TRAIN, strategy.world_size, (*LEGAL, *EXECUTABLE))
 
 
 def place(strategy: Strategy) -> tuple[int, ...]:

@@ -16,9 +16,10 @@ from pipermoe.specs import legality
 from pipermoe.specs.catalogue import load_model
 from pipermoe.specs.documents import load, save
 from pipermoe.specs.errors import NoPlanFits, UserError
-from pipermoe.specs.legality import EXECUTABLE, LEGAL, legal_mask
+from pipermoe.specs.legality import LEGAL, legal_mask
 from pipermoe.specs.plan import Plan
 from pipermoe.specs.runtimes import RUNTIMES, executed_by
+from pipermoe.specs.runtimes.own import EXECUTABLE
 from pipermoe.specs.strategy_table import COLUMNS, SCHEDULE_NAMES
 from pipermoe.specs.strategy_text import strategy_text
 from pipermoe.specs.units import format_bytes, format_seconds

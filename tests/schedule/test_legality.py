@@ -4,7 +4,7 @@ from tests.resources.cases import MODEL
 
 from pipermoe.resources.peak import peak_bytes
 from pipermoe.schedule.builders import illegal
-from pipermoe.schedule.legality import SCHEDULE_EXISTS
+from pipermoe.schedule.legality import POSSIBLE, SCHEDULE_EXISTS
 from pipermoe.specs.legality import LEGAL, Job, legal_mask, violations
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.strategy_table import SCHEDULE_NAMES, StrategyTable
@@ -33,7 +33,7 @@ def test_the_rule_over_rows_says_what_the_builders_say_of_each():
 
 def test_what_the_rule_lets_pass_can_be_weighed():
     table = every_schedule()
-    legal = table.take(legal_mask(table, MODEL, TRAIN, 2, (*LEGAL, SCHEDULE_EXISTS)))
+    legal = table.take(legal_mask(table, MODEL, TRAIN, 2, POSSIBLE))
     assert len(legal) > 20
     assert np.all(peak_bytes(MODEL, TRAIN, legal) > 0)
 

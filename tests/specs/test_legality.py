@@ -3,8 +3,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipermoe.specs.legality import LEGAL, RULES, Job, legal_mask, violations
+from pipermoe.specs.legality import LEGAL, Job, legal_mask, violations
 from pipermoe.specs.model import GroupedQueryAttention, MixtureOfExperts, ModelSpec
+from pipermoe.specs.runtimes.own import EXECUTABLE
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.strategy_table import COLUMNS, StrategyTable
 from pipermoe.specs.train import TrainConfig
@@ -18,11 +19,12 @@ MODEL = ModelSpec(
     moe=MixtureOfExperts(num_experts=128, top_k=2, expert_width=32),
 )
 TRAIN = TrainConfig(seq_len=32, global_batch_size=48)
+RULES = (*LEGAL, *EXECUTABLE)
 
 
 def test_a_legal_strategy_has_no_violations():
     strategy = Strategy(pipeline_parallel=2, data_parallel=2, expert_parallel=2, micro_batch_size=2)
-    assert violations(strategy, MODEL, TRAIN, 4) == []
+    assert violations(strategy, MODEL, TRAIN, 4, RULES) == []
 
 
 @pytest.mark.parametrize(
@@ -87,12 +89,12 @@ def test_a_legal_strategy_has_no_violations():
     ],
 )
 def test_every_broken_rule_is_one_line_that_names_key_value_rule_and_way_out(changes, world_size, line):
-    assert violations(Strategy(**changes), MODEL, TRAIN, world_size) == [line]
+    assert violations(Strategy(**changes), MODEL, TRAIN, world_size, RULES) == [line]
 
 
 def test_another_system_may_execute_what_this_runtime_cannot():
     strategy = Strategy(tensor_parallel=2, expert_parallel=2, zero_dense=3)
-    assert violations(strategy, MODEL, TRAIN, 2, rules=LEGAL) == []
+    assert violations(strategy, MODEL, TRAIN, 2) == []
 
 
 degrees = st.sampled_from([1, 2, 3, 4, 5, 6, 8])
@@ -120,8 +122,8 @@ def any_strategy(draw):
 @settings(deadline=None, max_examples=30)
 @given(st.lists(any_strategy(), min_size=1, max_size=20), st.sampled_from([1, 2, 4, 6, 8, 12, 24]))
 def test_the_mask_over_a_table_and_the_sentences_for_one_row_agree(strategies, world_size):
-    mask = legal_mask(StrategyTable.of(strategies), MODEL, TRAIN, world_size)
-    assert mask.tolist() == [not violations(s, MODEL, TRAIN, world_size) for s in strategies]
+    mask = legal_mask(StrategyTable.of(strategies), MODEL, TRAIN, world_size, RULES)
+    assert mask.tolist() == [not violations(s, MODEL, TRAIN, world_size, RULES) for s in strategies]
 
 
 def test_a_table_gives_back_the_strategies_it_was_made_of():

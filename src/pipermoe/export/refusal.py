@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from pipermoe.resources.priced import require_priced
 from pipermoe.resources.step import predict
-from pipermoe.schedule.legality import SCHEDULE_EXISTS
+from pipermoe.schedule.legality import POSSIBLE
 from pipermoe.specs.configuration import Configuration
 from pipermoe.specs.errors import UserError, describe_value
-from pipermoe.specs.legality import LEGAL, Changes, Job, Rule
+from pipermoe.specs.legality import Changes, Job, Rule
 from pipermoe.specs.platform import Platform
 from pipermoe.specs.runtimes import Runtime
 from pipermoe.specs.strategy import Strategy
@@ -46,7 +46,7 @@ def nearest_executable(rules: Sequence[Rule], wanted: Configuration) -> Configur
     for _ in range(len(rules) + 1):  # a change may break another rule, but never the same one again
         broken = first_broken(rules, wanted)
         if broken is None:
-            return wanted if first_broken((*LEGAL, SCHEDULE_EXISTS), wanted) is None else None
+            return wanted if first_broken(POSSIBLE, wanted) is None else None
         if broken.change is None:
             return None
         changed = wanted.strategy.model_dump() | broken.change(wanted.strategy, job_of(wanted))

@@ -13,10 +13,10 @@ from pipermoe.planner.result import PlanningResult
 from pipermoe.resources.parameters import active_parameters, total_parameters
 from pipermoe.resources.priced import require_priced
 from pipermoe.resources.step import compute_slots, predict
-from pipermoe.schedule.legality import SCHEDULE_EXISTS
+from pipermoe.schedule.legality import POSSIBLE
 from pipermoe.specs.configuration import Configuration
 from pipermoe.specs.errors import UserError
-from pipermoe.specs.legality import LEGAL, violations
+from pipermoe.specs.legality import violations
 from pipermoe.specs.plan import Plan
 from pipermoe.specs.platform import Platform
 from pipermoe.specs.runtimes import runs_on
@@ -27,7 +27,7 @@ def plan_given(
 ) -> Plan:
     """The plan that runs `given` on `platform`. UserError where it is not legal or cannot be priced."""
     model, train, strategy = given.model, given.train, given.strategy
-    if broken := violations(strategy, model, train, strategy.world_size, (*LEGAL, SCHEDULE_EXISTS)):
+    if broken := violations(strategy, model, train, strategy.world_size, POSSIBLE):
         raise UserError(broken[0])
     require_priced(model, platform, train, strategy.world_size)
     return Plan(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipermoe.specs.legality import EXECUTABLE, Rule
+from pipermoe.specs.legality import Rule
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.platform import Platform
+from pipermoe.specs.runtimes.own import EXECUTABLE
 from pipermoe.specs.train import TrainConfig
 
 

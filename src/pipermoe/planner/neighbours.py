@@ -19,8 +19,8 @@ from pipermoe.planner.result import Alternative, Candidate
 from pipermoe.resources.bound import step_bound
 from pipermoe.resources.step import predict
 from pipermoe.schedule.builders import RECIPES
-from pipermoe.schedule.legality import SCHEDULE_EXISTS
-from pipermoe.specs.legality import LEGAL, legal_mask
+from pipermoe.schedule.legality import POSSIBLE
+from pipermoe.specs.legality import legal_mask
 from pipermoe.specs.report import MEMORY_CATEGORIES, TERMS
 from pipermoe.specs.strategy import RECOMPUTE_MODULES, Strategy
 from pipermoe.specs.strategy_table import DISPATCHER_NAMES, RANK_ORDERS, StrategyTable
@@ -50,7 +50,7 @@ def alternatives(job: Job, chosen: Candidate) -> tuple[Alternative, ...]:
     """
     found = list(_neighbours(chosen.strategy, job.platform.levels[0].ranks))
     table = StrategyTable.of([each.strategy for each in found])
-    legal = np.flatnonzero(legal_mask(table, job.model, job.train, job.world_size, (*LEGAL, SCHEDULE_EXISTS)))
+    legal = np.flatnonzero(legal_mask(table, job.model, job.train, job.world_size, POSSIBLE))
     bounds = step_bound(job.model, job.platform, job.train, table.take(legal), job.imbalance)
     bound = dict(zip(legal.tolist(), bounds.tolist(), strict=True))
     kinds: dict[str, list[Neighbour]] = {}

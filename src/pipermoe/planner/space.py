@@ -26,11 +26,12 @@ from pipermoe.planner.axes import (
 )
 from pipermoe.planner.job import Job
 from pipermoe.resources.kinds import distinct
-from pipermoe.schedule.legality import SCHEDULE_EXISTS
+from pipermoe.schedule.legality import POSSIBLE
 from pipermoe.specs.errors import UserError, describe_value
-from pipermoe.specs.legality import EXECUTABLE, LEGAL, Rule, columns_read, legal_mask
+from pipermoe.specs.legality import LEGAL, Rule, columns_read, legal_mask
 from pipermoe.specs.legality import Job as LegalityJob
 from pipermoe.specs.model import ModelSpec
+from pipermoe.specs.runtimes.own import EXECUTABLE
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.strategy_table import StrategyTable
 from pipermoe.specs.train import TrainConfig
@@ -173,7 +174,7 @@ def _legal_pipelines(bodies: StrategyTable, pipelines: StrategyTable, job: Job) 
     cut = table.layer_split
     exists = (cut == 0) | ((cut < len(known)) & known[np.minimum(cut, len(known) - 1)])
     table = table.with_columns(layer_split=np.where(exists, cut, 0))
-    legal = legal_mask(table, job.model, job.train, job.world_size, (*LEGAL, SCHEDULE_EXISTS))
+    legal = legal_mask(table, job.model, job.train, job.world_size, POSSIBLE)
     return (legal & exists).reshape(len(kinds.rows), -1)[kinds.of]
 
 

@@ -8,16 +8,17 @@ from pipermoe.layout.policies import POLICIES
 from pipermoe.runtime.layout.lay_out import unlayable
 from pipermoe.schedule.builders import illegal
 from pipermoe.specs.errors import UserError, describe_value
-from pipermoe.specs.legality import violations
+from pipermoe.specs.legality import LEGAL, violations
 from pipermoe.specs.model import ModelSpec
-from pipermoe.specs.runtimes.own import unbuildable_parts, untrainable_parts
+from pipermoe.specs.runtimes.own import EXECUTABLE, unbuildable_parts, untrainable_parts
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.train import TrainConfig
 
 
 def check_supported(model: ModelSpec, train: TrainConfig, strategy: Strategy) -> None:
     """Raise `UserError` with one line for each reason why this runtime cannot train `model` like that."""
-    reasons = [*violations(strategy, model, train, strategy.world_size), *_described(untrainable_parts(model))]
+    broken = violations(strategy, model, train, strategy.world_size, (*LEGAL, *EXECUTABLE))
+    reasons = [*broken, *_described(untrainable_parts(model))]
     microbatches = strategy.microbatches(train.global_batch_size)
     problem = illegal(strategy.schedule, strategy.pipeline_parallel, microbatches, strategy.virtual_stages)
     if problem and not reasons:  # which may be why

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipermoe.schedule.builders import MOST_FORWARDS, RECIPES, problem
-from pipermoe.specs.legality import Job, Rule
+from pipermoe.specs.legality import LEGAL, Job, Rule
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.strategy_table import SCHEDULE_NAMES, UNKNOWN, StrategyTable
 
@@ -41,3 +41,4 @@ def _explain(strategy: Strategy, job: Job) -> tuple[str, object, str]:
 
 
 SCHEDULE_EXISTS = Rule(_exists, _explain)
+POSSIBLE = (*LEGAL, SCHEDULE_EXISTS)  # what every strategy obeys, whatever runs it

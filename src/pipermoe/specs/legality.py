@@ -1,6 +1,6 @@
 """What makes a strategy legal. Each rule is written once: an array predicate, and the sentence for the user.
 
-`LEGAL` are the rules of any training system, `EXECUTABLE` what this project's runtime can run today.
+`LEGAL` are the rules of any training system; those of each are in specs/runtimes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from pipermoe.specs.errors import describe_value, nearest_divisors
 from pipermoe.specs.model import ModelSpec
-from pipermoe.specs.precision import Precision
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.strategy_table import COLUMNS, SCHEDULE_NAMES, StrategyTable
 from pipermoe.specs.train import TrainConfig
@@ -70,15 +69,6 @@ def _must_divide(key: str, total: Callable[[Job], int], name: str) -> Rule:
             getattr(strategy, key),
             f"must divide {name} = {total(job)}; nearest: {_nearest(getattr(strategy, key), total(job))}",
         ),
-    )
-
-
-def _must_be(key: str, accepted: tuple, codes: tuple[int, ...]) -> Rule:
-    """This runtime executes only the `accepted` values of `key`; `codes` are their values in the table."""
-    words = str(accepted[0]) if len(accepted) == 1 else " or ".join(map(str, accepted))
-    return Rule(
-        holds=lambda table, job: np.isin(getattr(table, key), codes),
-        explain=lambda strategy, job: (key, getattr(strategy, key), f"this runtime executes {words} only"),
     )
 
 
@@ -204,39 +194,9 @@ LEGAL: tuple[Rule, ...] = (
     Rule(lambda table, job: copies_fit(table), _explain_copies),
 )
 
-EXECUTABLE_PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
-
-
-def _precision_runs(table: StrategyTable, job: Job) -> NDArray[np.bool_]:
-    return np.full(len(table), job.train.precision in EXECUTABLE_PRECISIONS and job.train.state_bytes is None)
-
-
-def _explain_precision(strategy: Strategy, job: Job) -> tuple[str, object, str]:
-    if job.train.state_bytes is not None:
-        rule = "this runtime keeps the bytes of the precision's own recipe; leave it out to run"
-        return "train.state_bytes", job.train.state_bytes.model_dump(), rule
-    words = " or ".join(EXECUTABLE_PRECISIONS)
-    return "train.precision", job.train.precision, f"this runtime executes {words} only"
-
-
-EXECUTABLE: tuple[Rule, ...] = (
-    *(_must_be(key, (1,), (1,)) for key in ("context_parallel", "tensor_parallel", "expert_tensor_parallel")),
-    Rule(
-        lambda table, job: table.schedule != SCHEDULE_NAMES.index("dualpipe"),
-        lambda strategy, job: (
-            "schedule",
-            strategy.schedule,
-            "holds every stage on two ranks, which this runtime does not keep equal; use dualpipe-v",
-        ),
-    ),
-    Rule(_precision_runs, _explain_precision),
-)
-
-RULES = LEGAL + EXECUTABLE
-
 
 def legal_mask(
-    table: StrategyTable, model: ModelSpec, train: TrainConfig, world_size: int, rules: tuple[Rule, ...] = RULES
+    table: StrategyTable, model: ModelSpec, train: TrainConfig, world_size: int, rules: tuple[Rule, ...] = LEGAL
 ) -> NDArray[np.bool_]:
     """Which rows obey every rule."""
     job = Job(model, train, world_size)
@@ -247,7 +207,7 @@ def legal_mask(
 
 
 def violations(
-    strategy: Strategy, model: ModelSpec, train: TrainConfig, world_size: int, rules: tuple[Rule, ...] = RULES
+    strategy: Strategy, model: ModelSpec, train: TrainConfig, world_size: int, rules: tuple[Rule, ...] = LEGAL
 ) -> list[str]:
     """A line for every broken rule: `strategy.expert_parallel = 12: must divide num_experts = 128; nearest: 8, 16`."""
     job = Job(model, train, world_size)

@@ -7,6 +7,7 @@ from operator import attrgetter
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel
 
 from pipermoe.specs.legality import Changes, Job, Rule
 from pipermoe.specs.strategy import Strategy
@@ -25,6 +26,8 @@ def limit(
 
     def explain(strategy: Strategy, job: Job) -> tuple[str, object, str]:
         value = attrgetter(key)(job if "." in key else strategy)
+        if isinstance(value, BaseModel):
+            value = value.model_dump()
         return key, list(value) if isinstance(value, tuple) else value, reason
 
     return Rule(holds, explain, change)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pipermoe.specs.legality import EXECUTABLE, Job
+from pipermoe.specs.legality import Job
 from pipermoe.specs.model import LatentAttention, ModelSpec
-from pipermoe.specs.runtimes.limits import parts_limit
+from pipermoe.specs.runtimes.limits import job_limit, limit, parts_limit, scheduled
 
 TARGET = "pipermoe"
+PRECISIONS = ("fp32", "bf16")
 
 
 def unbuildable_parts(model: ModelSpec) -> Iterator[tuple[str, object, str]]:
@@ -45,4 +46,25 @@ def _unsupported(job: Job) -> Iterator[tuple[str, object, str]]:
     return ((f"model.{key}", value, rule) for key, value, rule in untrainable_parts(job.model))
 
 
+EXECUTABLE = (
+    *(
+        limit(key, lambda table, job, key=key: getattr(table, key) == 1, "this runtime executes 1 only")
+        for key in ("context_parallel", "tensor_parallel", "expert_tensor_parallel")
+    ),
+    limit(
+        "schedule",
+        lambda table, job: ~scheduled(table, ["dualpipe"]),
+        "holds every stage on two ranks, which this runtime does not keep equal; use dualpipe-v",
+    ),
+    job_limit(
+        "train.precision",
+        lambda job: job.train.precision in PRECISIONS,
+        f"this runtime executes {' or '.join(PRECISIONS)} only",
+    ),
+    job_limit(
+        "train.state_bytes",
+        lambda job: job.train.state_bytes is None,
+        "this runtime keeps the bytes of the precision's own recipe; leave it out to run",
+    ),
+)
 RULES = (*EXECUTABLE, parts_limit(_unsupported))
