@@ -3,13 +3,15 @@
 python -m benchmarks.step_time [--platform machine.toml] [--steps 12] [--passes 1] [--only WORD] [--json FILE]
 
 Measures this machine (or reads a platform that `pipermoe measure` wrote), then trains every strategy for a few steps,
-all of them once per pass, and prints both times, the error by strategy, its median, and the rank correlation. Nothing
-is fitted to these runs. About 5 minutes a pass on two cores.
+all of them once per pass, and prints both times, the error by strategy, its median, and the rank correlation; where the
+machine is a virtual one, also what share of its cores' time its host took while it trained. Nothing is fitted to these
+runs. About 5 minutes a pass on two cores.
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from statistics import fmean, median
 
 from rich.console import Console
@@ -20,6 +22,8 @@ from pipermoe.specs.plan import Plan
 from pipermoe.specs.report import TERMS, StepReport
 from pipermoe.specs.units import format_seconds
 from pipermoe.validate.accuracy import spearman
+
+STEAL = 7  # the place of stolen time among the states of a core (proc(5))
 
 STRATEGIES = (
     "pp1 dp4 ep1 edp4 mbs4 1f1b z0",
@@ -39,13 +43,37 @@ STRATEGIES = (
 )
 
 
-def row_of(plan: Plan, measured: list[StepReport]) -> dict:
+class WatchedMachine(ThisMachine):
+    """This machine, and the share of its cores' time that the host of a virtual machine kept from each run."""
+
+    def __init__(self) -> None:
+        self.stolen: dict[str, list[float]] = {}
+
+    def train(self, plans: list[Plan], steps: int) -> list[StepReport]:
+        return [self._watched(plan, steps) for plan in plans]
+
+    def _watched(self, plan: Plan, steps: int) -> StepReport:
+        before = processor_ticks()
+        [report] = super().train([plan], steps)
+        ticks = [now - then for now, then in zip(processor_ticks(), before, strict=True)]
+        self.stolen.setdefault(plan.name, []).append(ticks[STEAL] / sum(ticks))
+        return report
+
+
+def processor_ticks() -> list[int]:
+    """What all cores together have spent in each state since the machine started (proc(5), /proc/stat)."""
+    first, *_ = Path("/proc/stat").read_text().splitlines()
+    return [int(ticks) for ticks in first.split()[1 : 2 + STEAL]]
+
+
+def row_of(plan: Plan, measured: list[StepReport], stolen: list[float]) -> dict:
     predicted, seconds = plan.prediction, [report.step_seconds for report in measured]
     return {
         "strategy": plan.name,
         "predicted_seconds": predicted.step_seconds,
         "measured_seconds": fmean(seconds),
         "spread": max(seconds) / min(seconds) - 1,
+        "stolen": fmean(stolen),
         "error": predicted.step_seconds / fmean(seconds) - 1,
         "terms": {
             term: (predicted.mean_seconds(term), fmean(report.mean_seconds(term) for report in measured))
@@ -67,11 +95,11 @@ def summary_of(rows: list[dict]) -> dict:
 
 def print_rows(rows: list[dict], summary: dict) -> None:
     table = Table(title=f"Step time of {MODEL} on {RANKS} ranks", title_justify="left")
-    for name in ("strategy", "predicted", "measured", "error", "spread"):
+    for name in ("strategy", "predicted", "measured", "error", "spread", "stolen"):
         table.add_column(name, justify="left" if name == "strategy" else "right", no_wrap=True)
     for row in sorted(rows, key=lambda row: row["measured_seconds"]):
         times = (format_seconds(row[key]) for key in ("predicted_seconds", "measured_seconds"))
-        table.add_row(row["strategy"], *times, f"{row['error']:+.1%}", f"{row['spread']:.1%}")
+        table.add_row(row["strategy"], *times, f"{row['error']:+.1%}", f"{row['spread']:.1%}", f"{row['stolen']:.1%}")
     console = Console(width=100)
     console.print(table)
     console.print(
@@ -86,10 +114,11 @@ def main() -> None:
     demo_options(parser, steps=12)
     parser.add_argument("--only", default="")
     options = parser.parse_args()
-    demo = Demo.on(ThisMachine(), options.platform)
+    machine = WatchedMachine()
+    demo = Demo.on(machine, options.platform)
     plans = [demo.plan(text) for text in STRATEGIES if options.only in text]
     measured = demo.measured(plans, options.steps, options.passes)
-    rows = [row_of(plan, measured[plan.name]) for plan in plans]
+    rows = [row_of(plan, measured[plan.name], machine.stolen[plan.name]) for plan in plans]
     summary = summary_of(rows)
     print_rows(rows, summary)
     write_json(options, summary, rows)

@@ -32,7 +32,7 @@ from pipermoe.resources.stages import StageShapes, stage_shapes
 from pipermoe.resources.states import state_elements
 from pipermoe.schedule.action import Kind
 from pipermoe.schedule.builders import schedule_of
-from pipermoe.schedule.durations import Durations
+from pipermoe.schedule.durations import Durations, WorkTable
 from pipermoe.schedule.shared_host import simulate_shared_host
 from pipermoe.schedule.timeline import Timeline, simulate
 from pipermoe.schedule.traits import stages_of_ranks
@@ -207,6 +207,17 @@ def durations_of(cost: CostRow, stages: int) -> Durations:
     )
 
 
+def _on_cores(cost: CostRow) -> Durations:
+    """Computing, and in the place of exchanges the collectives that the cores carry beside it."""
+    return Durations(
+        forward=tuple(cost["forward"]),
+        input_grad=tuple(cost["input_grad"]),
+        weight_grad=tuple(cost["weight_grad"]),
+        forward_exchange=tuple(cost["forward_carried"]),
+        backward_exchange=tuple(cost["backward_carried"]),
+    )
+
+
 def _per_sending_stage(boundaries: list[float], stages: int) -> list[float]:
     """Seconds of a message that a stage sends to either neighbour: the slower of the two links."""
     links = boundaries[: stages - 1]
@@ -217,13 +228,14 @@ def _after_pipeline(
     timeline: Timeline, durations: Durations, cost: CostRow, slots: float, ranks_per_stage: int
 ) -> tuple[float, list[dict[Term, float]]]:
     """The end of the step, and everything by term, per stage."""
-    stages = range(timeline.schedule.num_ranks)
+    stages, count = range(timeline.schedule.num_ranks), timeline.schedule.num_stages
+    work, own = durations.per_stage(count), _on_cores(cost).per_stage(count)
     ends = [max(timeline.end[s]) for s in stages]
     agreed, updates, done = close_step(ends, cost, slots, ranks_per_stage)
     step = max(done)
     terms = []
     for s in stages:
-        forward, backward, exchange = _spent(timeline, s, durations, cost)
+        forward, backward, exchange = _spent(timeline, s, work, own)
         terms.append(
             {
                 "forward": forward,
@@ -254,33 +266,22 @@ def close_step(
     return agreed, updates, [agreed + updates[r] + cost["gather"][r] for r in ranks]
 
 
-def _spent(timeline: Timeline, rank: int, durations: Durations, cost: CostRow) -> tuple[float, float, float]:
+def _spent(timeline: Timeline, rank: int, work: WorkTable, own: WorkTable) -> tuple[float, float, float]:
     """Seconds of forward and backward work of a pipeline rank, and of the collectives that nothing hides.
 
-    What an action's parts took on the cores is divided as they would take alone: computing, the collectives that the
-    cores carry, and the arrival of messages, which is of none of the three.
+    What an action took on the cores is divided as its parts in `own` would take alone: computing, and the collectives
+    that the cores carry. What `work` has beyond these, the arrival of messages, is none of the three.
     """
-    work = durations.per_stage(timeline.schedule.num_stages)
-    nothing = [0.0] * timeline.schedule.num_stages
-    carried = {Kind.FORWARD: cost["forward_carried"], Kind.WEIGHT_GRAD: nothing}
-    computed = {
-        Kind.FORWARD: cost["forward"],
-        Kind.BACKWARD: [i + w for i, w in zip(cost["input_grad"], cost["weight_grad"], strict=True)],
-        Kind.INPUT_GRAD: cost["input_grad"],
-        Kind.WEIGHT_GRAD: cost["weight_grad"],
-    }
     forward = backward = exchanged = 0.0
     for action, start, end in zip(timeline.schedule.ranks[rank], timeline.start[rank], timeline.end[rank], strict=True):
         alone, exposed = work.work(action)
         stretch = (end - start - exposed) / alone if alone else 1.0
         exchanged += exposed
         for part in action.parts:
-            took = stretch * computed[part.kind][part.stage]
-            if part.kind is Kind.FORWARD:
-                forward += took
-            else:
-                backward += took
-            exchanged += stretch * carried.get(part.kind, cost["backward_carried"])[part.stage]
+            computed = stretch * own.compute[part.kind][part.stage]
+            ahead = part.kind is Kind.FORWARD
+            forward, backward = forward + ahead * computed, backward + (not ahead) * computed
+            exchanged += stretch * own.exchange[part.kind][part.stage]
     return forward, backward, exchanged
 
 
