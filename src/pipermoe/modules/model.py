@@ -6,6 +6,7 @@ T tokens, D hidden size, K choices a token, V vocabulary size
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -44,23 +45,42 @@ class Embedding(nn.Module):
         self.gradients.add(lambda: accumulate_rows(self.weight, tokens_T, gradient_TD))
 
 
+@dataclass(frozen=True, slots=True)
+class Build:
+    """What the layers of a stage are built with; `drops` names the modules whose results are rebuilt in backward."""
+
+    model: ModelSpec
+    seq_len: int
+    gradients: WeightGradients
+    dtype: torch.dtype
+    drops: Collection[RecomputeModule]
+
+    def norm(self) -> nn.Module:
+        return build_norm(self.model, self.gradients, self.dtype)
+
+    def feed_forward(self, name: RecomputeModule, width: int, matrices: int, output_gate: bool = False) -> FeedForward:
+        return FeedForward(
+            self.model.hidden_size,
+            width,
+            self.gradients,
+            self.dtype,
+            matrices=matrices,
+            bias=self.model.mlp_bias,
+            output_gate=output_gate,
+            drop=name in self.drops,
+        )
+
+
 class Layer(nn.Module):
     """What every layer begins with: attention, and the norm of what follows it."""
 
-    def __init__(
-        self,
-        model: ModelSpec,
-        layer: int,
-        seq_len: int,
-        gradients: WeightGradients,
-        dtype: torch.dtype,
-        drops: Collection[RecomputeModule],
-    ):
+    def __init__(self, build: Build, layer: int):
         super().__init__()
-        self.drops_norm = "norm" in drops
-        self.attention_norm = build_norm(model, gradients, dtype)
-        self.attention = build_attention(model, layer, seq_len, gradients, dtype, drop="attention" in drops)
-        self.ffn_norm = build_norm(model, gradients, dtype)
+        drop = "attention" in build.drops
+        self.drops_norm = "norm" in build.drops
+        self.attention_norm = build.norm()
+        self.attention = build_attention(build.model, layer, build.seq_len, build.gradients, build.dtype, drop=drop)
+        self.ffn_norm = build.norm()
 
     def attended(self, x_TD: Tensor, rotation: Rotation) -> Tensor:
         """`x + attention(norm(x))`."""
@@ -71,25 +91,9 @@ class Layer(nn.Module):
 class DenseLayer(Layer):
     """Attention and a dense MLP: one piece, with no collective inside."""
 
-    def __init__(
-        self,
-        model: ModelSpec,
-        layer: int,
-        seq_len: int,
-        gradients: WeightGradients,
-        dtype: torch.dtype,
-        drops: Collection[RecomputeModule],
-    ):
-        super().__init__(model, layer, seq_len, gradients, dtype, drops)
-        self.mlp = FeedForward(
-            model.hidden_size,
-            model.dense_width,
-            gradients,
-            dtype,
-            matrices=model.dense_matrices,
-            bias=model.mlp_bias,
-            drop="dense_mlp" in drops,
-        )
+    def __init__(self, build: Build, layer: int):
+        super().__init__(build, layer)
+        self.mlp = build.feed_forward("dense_mlp", build.model.dense_width, build.model.dense_matrices)
 
     def forward(self, x_TD: Tensor, rotation: Rotation) -> Tensor:
         h_TD = self.attended(x_TD, rotation)
@@ -102,31 +106,13 @@ class MoELayer(Layer):
     `attend` -> (dispatch) -> `experts` -> (combine) -> weighted sum; `shared` runs while tokens travel.
     """
 
-    def __init__(
-        self,
-        model: ModelSpec,
-        layer: int,
-        slots: int,
-        seq_len: int,
-        gradients: WeightGradients,
-        dtype: torch.dtype,
-        drops: Collection[RecomputeModule],
-    ):
-        super().__init__(model, layer, seq_len, gradients, dtype, drops)
-        moe = model.moe
-        self.router = Router(model, gradients, dtype)
-        self.experts = Experts(model, slots, gradients, dtype, drops)
+    def __init__(self, build: Build, layer: int, slots: int):
+        super().__init__(build, layer)
+        moe = build.model.moe
+        self.router = Router(build.model, build.gradients, build.dtype)
+        self.experts = Experts(build.model, slots, build.gradients, build.dtype, build.drops)
         self.shared = (
-            FeedForward(
-                model.hidden_size,
-                moe.shared_width,
-                gradients,
-                dtype,
-                matrices=moe.expert_matrices,
-                bias=model.mlp_bias,
-                output_gate=moe.shared_gate,
-                drop="shared_experts" in drops,
-            )
+            build.feed_forward("shared_experts", moe.shared_width, moe.expert_matrices, moe.shared_gate)
             if moe.shared_width
             else None
         )
@@ -151,20 +137,13 @@ class PredictionLayer(MoELayer):
     normalised one and the projection's first columns are the token's, as in its published weights.
     """
 
-    def __init__(
-        self,
-        model: ModelSpec,
-        slots: int,
-        seq_len: int,
-        gradients: WeightGradients,
-        dtype: torch.dtype,
-        drops: Collection[RecomputeModule],
-    ):
-        super().__init__(model, model.moe_layers[-1], slots, seq_len, gradients, dtype, drops)
-        self.token_norm = build_norm(model, gradients, dtype)
-        self.state_norm = build_norm(model, gradients, dtype)
-        self.projection = Linear(2 * model.hidden_size, model.hidden_size, gradients, dtype=dtype)
-        self.head_norm = build_norm(model, gradients, dtype)
+    def __init__(self, build: Build, slots: int):
+        hidden = build.model.hidden_size
+        super().__init__(build, build.model.moe_layers[-1], slots)
+        self.token_norm = build.norm()
+        self.state_norm = build.norm()
+        self.projection = Linear(2 * hidden, hidden, build.gradients, dtype=build.dtype)
+        self.head_norm = build.norm()
 
     def join(self, state_TD: Tensor, token_TD: Tensor) -> Tensor:
         """The layer's input (T, D) from the state and the vector of the token that comes later."""
@@ -191,20 +170,19 @@ class StageModel(nn.Module):
         super().__init__()
         self.first, self.last = layers.start == 0, layers.stop == model.num_layers
         hidden, embeds = model.hidden_size, self.first or (self.last and model.embeds_twice)
+        build = Build(model, seq_len, gradients, dtype, drops)
         self.embedding = Embedding(model.vocab_size, hidden, gradients, dtype) if embeds else None
         self.layers = nn.ModuleDict(
             {
-                str(layer): MoELayer(model, layer, slots, seq_len, gradients, dtype, drops)
-                if model.is_moe(layer)
-                else DenseLayer(model, layer, seq_len, gradients, dtype, drops)
+                str(layer): MoELayer(build, layer, slots) if model.is_moe(layer) else DenseLayer(build, layer)
                 for layer in layers
             }
         )
         self.predictions = tuple(str(layer) for layer in model.prediction_layers) if self.last else ()
         for name in self.predictions:
-            self.layers[name] = PredictionLayer(model, slots, seq_len, gradients, dtype, drops)
+            self.layers[name] = PredictionLayer(build, slots)
         if self.last:
-            self.final_norm = build_norm(model, gradients, dtype)
+            self.final_norm = build.norm()
             self.head = Linear(hidden, model.vocab_size, gradients, bias=model.head_bias, dtype=dtype)
             if model.tie_word_embeddings:
                 assert self.embedding is not None
