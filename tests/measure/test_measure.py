@@ -71,7 +71,8 @@ def fastest(monkeypatch):
 
 
 @pytest.mark.distributed
-def test_two_ranks_measure_everything_that_a_platform_holds(fastest, tmp_path, capsys):
+def test_two_ranks_on_one_core_measure_everything_that_a_platform_holds(fastest, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("pipermoe.measure.measure.usable_cores", lambda: 1)
     model = load_model("tiny-moe")
     platform = measure_platform(nproc=2, model=model, memory_bytes=96 * MIB, quick=True)
     assert platform is not None
@@ -87,9 +88,16 @@ def test_two_ranks_measure_everything_that_a_platform_holds(fastest, tmp_path, c
     assert passes["norm"].forward.size == (64.0 * model.hidden_size,)
     assert host.ranks == 2
     assert 0 < host.compute_slots <= 2
+    assert set(host.meeting_seconds) == {2}
     assert level.ranks == 2
     assert set(level.cost) == set(COLLECTIVES)
-    for key in ("device.gemm", "device.grouped_gemm", "device.passes.fp32.norm", "levels.host.cost.all_to_all"):
+    for key in (
+        "device.gemm",
+        "device.grouped_gemm",
+        "device.passes.fp32.norm",
+        "host.meeting_seconds.2",
+        "levels.host.cost.all_to_all",
+    ):
         evidence = platform.evidence_for(key)
         assert evidence is not None
         assert evidence.kind in ("measured", "fitted")
