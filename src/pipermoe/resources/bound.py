@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -9,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipermoe.resources.chains import Chains
-from pipermoe.resources.groups import Groups, Ways, alike_pipelines, per_group
-from pipermoe.resources.kinds import distinct
+from pipermoe.resources.groups import Groups, Ways, classes_of_rows, per_group
+from pipermoe.resources.kinds import Kinds, distinct
 from pipermoe.resources.price_list import Price, in_each
+from pipermoe.resources.stages import StageShapes
 from pipermoe.resources.step import closing_costs, compute_slots
 from pipermoe.resources.unit_seconds import unit_seconds
 from pipermoe.specs.model import ModelSpec
@@ -49,21 +51,19 @@ def grouped_bound(
 ) -> NDArray[np.float64]:
     """`step_bound` of the rows of `groups`, `price_of` being `unit_seconds`."""
     pipe, found = groups.chains(platform)
-    ends = _chain_seconds(platform, groups, price_of, ways)
-    chosen, alike = groups.table.take(groups.state.rows), alike_pipelines(found)
-    levels, width = groups.levels, ends.shape[1]
-
-    def closing(rows: NDArray, g: int) -> NDArray[np.float64]:
-        each = _closing(model, platform, train, found[g], in_each(levels, chosen.take(rows)), width)
-        return each.reshape(len(levels), len(rows), -1).min(axis=0)
-
-    after = per_group(alike[pipe.of[groups.both.of[groups.state.rows]]], len(found), width + 1, closing)
-    return groups.largest_sum(ends, after[:, :width]) + after[:, width].take(groups.state.of)
+    ends = _chain_seconds(platform, groups, pipe, found, price_of, ways)
+    states, levels = groups.state.rows, groups.levels
+    shapes, ranks = classes_of_rows(found, np.tile(pipe.of[groups.both.of[states]], len(levels)))
+    each = _closing(model, platform, train, shapes, ranks, in_each(levels, groups.table.take(states)))
+    after = each.reshape(len(levels), len(states), -1).min(axis=0)
+    return groups.largest_sum(ends, after[:, :-1]) + after[:, -1].take(groups.state.of)
 
 
-def _chain_seconds(platform: Platform, groups: Groups, price_of: Price, ways: Ways) -> NDArray[np.float64]:
+def _chain_seconds(
+    platform: Platform, groups: Groups, pipe: Kinds, found: Sequence[Chains], price_of: Price, ways: Ways
+) -> NDArray[np.float64]:
     """Seconds of the longest chain of every combo: first of what its cores compute, then of every class of ranks."""
-    combos, (pipe, found) = groups.combos, groups.chains(platform)
+    combos = groups.combos
     insides = combos.take(groups.inside.rows)
     price = price_of(in_each(ways, insides)).reshape(len(ways), len(insides), -1).min(axis=0)[groups.inside.of]
     shares = _shares(platform, combos)
@@ -93,21 +93,25 @@ def _shares(platform: Platform, table: StrategyTable) -> NDArray[np.float64]:
 
 
 def _closing(
-    model: ModelSpec, platform: Platform, train: TrainConfig, found: Chains, table: StrategyTable, width: int
+    model: ModelSpec,
+    platform: Platform,
+    train: TrainConfig,
+    shapes: StageShapes,
+    ranks: NDArray[np.int64],
+    table: StrategyTable,
 ) -> NDArray[np.float64]:
-    """What follows a chain, as `_chain_seconds`, and in column `width` what follows when all ranks have agreed."""
-    costs = closing_costs(model, platform, train, found.shapes, table)
+    """What follows a chain, as `_chain_seconds`, and in a last column what follows when all ranks have agreed."""
+    costs = closing_costs(model, platform, train, shapes, table)
     share = _shares(platform, table)[:, None]
-    crowding = np.maximum(1.0, found.ranks.sum() * share)
-    norm, update = (_together(each, found.ranks) * share for each in (costs.norm, costs.update))
-    after = np.full((len(table), width + 1), -np.inf)
-    after[:, :1] = norm
-    after[:, 1 : 1 + len(found.holds)] = costs.reduce + costs.norm * crowding
-    last = np.maximum((costs.update + costs.gather).max(axis=1), update[:, 0])
-    after[:, width] = costs.flags[:, 0] + last
-    return after
+    crowding = np.maximum(1.0, ranks.sum(axis=1)[:, None] * share)
+    norm, update = (_together(each, ranks) * share for each in (costs.norm, costs.update))
+    there = ranks > 0
+    ends = np.where(there, costs.reduce + costs.norm * crowding, -np.inf)
+    alone = np.where(there, costs.update + costs.gather, -np.inf).max(axis=1)
+    last = costs.flags + np.maximum(alone[:, None], update)
+    return np.concatenate([norm, ends, last], axis=1)
 
 
 def _together(each: Any, ranks: NDArray[np.int64]) -> Any:
     """The sum over all ranks of what those of each class take (rows, classes), in their order: (rows, 1)."""
-    return sum(each[:, c : c + 1] * count for c, count in enumerate(ranks))
+    return sum(each[:, c : c + 1] * ranks[:, c : c + 1] for c in range(ranks.shape[1]))

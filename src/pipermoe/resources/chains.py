@@ -17,7 +17,6 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from pipermoe.resources.stages import StageShapes
 from pipermoe.resources.unit_seconds import SENDS, Work, columns
 from pipermoe.schedule.builders import Homes
 from pipermoe.schedule.ramps import Chunks, Ramp, ramps
@@ -41,11 +40,6 @@ class Chains:
     computed: Counts
     holds: NDArray[np.int64]
     ranks: NDArray[np.int64]
-
-    @property
-    def shapes(self) -> StageShapes:
-        """What the classes hold, as shapes."""
-        return StageShapes(*self.holds.T)
 
 
 @lru_cache(maxsize=8192)
@@ -222,13 +216,12 @@ def _work(traits: Traits, stages: _Stages, ranks: _Ranks) -> Iterator[tuple[Coun
 
 def _longest(owner: NDArray[np.int64], once: Counts, each: Counts) -> tuple[NDArray[np.int64], Counts, Counts]:
     """The paths, sorted by owner, without those that are contained in the longest of the same owner and `each`."""
-    alike: dict[tuple[int, bytes], list[int]] = {}
-    for path, key in enumerate(zip(owner.tolist(), map(bytes, each), strict=True)):
-        alike.setdefault(key, []).append(path)
-    kept = np.zeros(len(owner), dtype=bool)
-    for paths in alike.values():
-        longest = paths[int(once[paths].sum(axis=1).argmax())]
-        kept[paths] = (once[paths] > once[longest]).any(axis=1)
-        kept[longest] = True
-    order = np.flatnonzero(kept)[np.argsort(owner[kept], kind="stable")]
-    return owner[order], once[order], each[order]
+    kind: dict[bytes, int] = {}
+    of = np.array([kind.setdefault(bytes(path), len(kind)) for path in np.column_stack([owner, each])])
+    longest = np.empty(len(kind), dtype=np.int64)
+    order = np.argsort(once.sum(axis=1), kind="stable")
+    longest[of[order]] = order  # of equal ones the last stays
+    reaches_out = (once > once[longest[of]]).any(axis=1)
+    rows = np.union1d(np.flatnonzero(reaches_out), longest)
+    rows = rows[np.argsort(owner[rows], kind="stable")]
+    return owner[rows], once[rows], each[rows]

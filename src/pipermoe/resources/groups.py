@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pipermoe.resources.chains import Chains, chains
 from pipermoe.resources.communication import hop_levels
 from pipermoe.resources.kinds import BLOCK, Kinds, distinct
-from pipermoe.resources.stages import stage_shapes
+from pipermoe.resources.stages import StageShapes, stage_shapes
 from pipermoe.resources.unit_seconds import COMPUTED, EXCHANGED
 from pipermoe.schedule.traits import schedule_traits, stages_of_ranks
 from pipermoe.specs.model import ModelSpec
@@ -200,3 +200,11 @@ def alike_pipelines(found: Sequence[Classes]) -> NDArray[np.int64]:
     known: dict[bytes, int] = {}
     keys = (each.holds.tobytes() + each.ranks.tobytes() for each in found)
     return np.array([known.setdefault(key, place) for place, key in enumerate(keys)])
+
+
+def classes_of_rows(found: Sequence[Classes], pipeline: NDArray) -> tuple[StageShapes, NDArray[np.int64]]:
+    """What the classes of every row's pipeline hold and how many ranks they have, (rows, most classes); 0 for none."""
+    width = max(len(each.ranks) for each in found)
+    held = [np.pad(each.holds, ((0, width - len(each.holds)), (0, 0))) for each in found]
+    ranks = [np.pad(each.ranks, (0, width - len(each.ranks))) for each in found]
+    return StageShapes(*np.moveaxis(np.array(held)[pipeline], 2, 0)), np.array(ranks)[pipeline]

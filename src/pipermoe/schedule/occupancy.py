@@ -215,7 +215,8 @@ def growth(
     """The occupancies of a named schedule for `microbatches`, and for every number a period further."""
     least = (REPEATS + 1) * pipeline_parallel + microbatches % pipeline_parallel
     if microbatches > least:
-        if ramps(name, pipeline_parallel, virtual_stages, least)[0].most:  # it holds a number that does not grow
+        first, further = (ramps(name, pipeline_parallel, virtual_stages, m)[0] for m in (least, microbatches))
+        if first.most or (first.kept == further.kept and least % pipeline_parallel == 0):  # it repeats what it holds
             return _growth(name, pipeline_parallel, virtual_stages, least, in_context)
         repeating = _repeating(name, pipeline_parallel, virtual_stages, least, in_context)
         if repeating is not None:
