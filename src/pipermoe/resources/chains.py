@@ -59,7 +59,7 @@ def chains(
     """
     traits = schedule_traits(schedule, pipeline_parallel, virtual_stages)
     count = np.array(parts, dtype=np.int64)
-    ranks = _Ranks.of(traits.stages_of, ramps(schedule, pipeline_parallel, virtual_stages, microbatches))
+    ranks = _ranks(schedule, pipeline_parallel, virtual_stages, microbatches)
     holds, class_of, alike = np.unique(ranks.held @ count, axis=0, return_inverse=True, return_counts=True)
     stages = _Stages.of(count, hops, levels, splits=traits.splits_backward)
     ends, once, each = (np.concatenate(found) for found in zip(*_paths(traits, stages, ranks), strict=True))
@@ -162,6 +162,12 @@ class _Ranks:
             alone_backward=spread(ramp.alone_backward for ramp in found),
             never_paired=spread(ramp.never_paired for ramp in found),
         )
+
+
+@lru_cache(maxsize=8192)
+def _ranks(schedule: str, pipeline_parallel: int, virtual_stages: int, microbatches: int) -> _Ranks:
+    homes = schedule_traits(schedule, pipeline_parallel, virtual_stages).stages_of
+    return _Ranks.of(homes, ramps(schedule, pipeline_parallel, virtual_stages, microbatches))
 
 
 def _before(each: Counts) -> Counts:

@@ -205,6 +205,9 @@ def alike_pipelines(found: Sequence[Classes]) -> NDArray[np.int64]:
 def classes_of_rows(found: Sequence[Classes], pipeline: NDArray) -> tuple[StageShapes, NDArray[np.int64]]:
     """What the classes of every row's pipeline hold and how many ranks they have, (rows, most classes); 0 for none."""
     width = max(len(each.ranks) for each in found)
-    held = [np.pad(each.holds, ((0, width - len(each.holds)), (0, 0))) for each in found]
-    ranks = [np.pad(each.ranks, (0, width - len(each.ranks))) for each in found]
-    return StageShapes(*np.moveaxis(np.array(held)[pipeline], 2, 0)), np.array(ranks)[pipeline]
+    ranks = np.zeros((len(found), width), dtype=np.int64)
+    holds = np.zeros((len(found), width, found[0].holds.shape[1]), dtype=np.int64)
+    for place, each in enumerate(found):
+        ranks[place, : len(each.ranks)] = each.ranks
+        holds[place, : len(each.ranks)] = each.holds
+    return StageShapes(*np.moveaxis(holds[pipeline], 2, 0)), ranks[pipeline]
