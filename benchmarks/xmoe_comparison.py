@@ -69,7 +69,7 @@ def compare(case: Case, runtime: Choice) -> dict:
     mapping = Strategy.parse(case.mapping)
     theirs_job = Job(model, platform, train, case.xmoe_gcds, budget)
     theirs = candidate(theirs_job, mapping, predict(model, platform, train, mapping))
-    field = searched(model, platform, train, case.gcds, runtime=runtime)
+    field = searched(model, platform, train, case.gcds, headroom=0, runtime=runtime)
     row = {
         "model": case.model,
         "gcds": case.gcds,

@@ -24,7 +24,7 @@ BUDGET = 5 * MIB  # some of the neighbours of the best strategy do not fit
 def given(text: str, imbalance: float = 1.0, slots: float | None = None):
     configuration = Configuration(model=MODEL, train=TRAIN, strategy=Strategy.parse(text))
     platform = machine(compute_slots=slots)
-    return explain_given(configuration, platform, memory_budget_bytes=BUDGET, imbalance=imbalance)
+    return explain_given(configuration, platform, memory_budget_bytes=BUDGET, headroom=0, imbalance=imbalance)
 
 
 @pytest.mark.parametrize("text", ["pp1 dp4 ep4 mbs2 z1", "pp2 dp2 ep2 mbs1 zb-h1 z0 full", "pp4 dp1 ep1 mbs2 z0"])
@@ -39,7 +39,7 @@ def test_the_parts_of_a_step_add_up_to_it(text, imbalance, slots):
 
 
 def test_neighbours_cost_or_lack_what_is_said():
-    result = find_plan(MODEL, machine(), TRAIN, world_size=4, memory_budget_bytes=BUDGET)
+    result = find_plan(MODEL, machine(), TRAIN, world_size=4, memory_budget_bytes=BUDGET, headroom=0)
     others = result.explanation.alternatives
     assert {other.fits for other in others} == {True, False}
     for other in others:

@@ -167,7 +167,7 @@ def test_the_budget_defaults_to_the_platforms_memory_less_what_is_reserved():
 
 def test_when_nothing_fits_the_closest_strategy_and_its_lack_are_named():
     with pytest.raises(NoPlanFits) as caught:
-        find_plan(MODEL, machine(), TRAIN, world_size=4, memory_budget_bytes=MIB)
+        find_plan(MODEL, machine(), TRAIN, world_size=4, memory_budget_bytes=MIB, headroom=0)
     space = job_space(Job(MODEL, machine(), TRAIN, 4, MIB))
     table = space.table(space.places(np.arange(len(space.heads)), space.select()))
     peaks = peak_bytes(MODEL, TRAIN, table)
@@ -176,7 +176,17 @@ def test_when_nothing_fits_the_closest_strategy_and_its_lack_are_named():
     assert f"misses {format_bytes(peaks.min() - MIB)} on rank" in closest
     needed = -(-int(peaks.min()) // MIB)
     assert ways[0].startswith(f"--memory {needed}MiB: ")
-    assert find_plan(MODEL, machine(), TRAIN, world_size=4, memory_budget_bytes=needed * MIB).ranked
+    assert find_plan(MODEL, machine(), TRAIN, world_size=4, memory_budget_bytes=needed * MIB, headroom=0).ranked
+
+
+@pytest.mark.slow
+def test_the_memory_that_would_be_enough_leaves_its_headroom():
+    with pytest.raises(NoPlanFits) as caught:
+        find_plan(MODEL, machine(), TRAIN, world_size=4, memory_budget_bytes=MIB, headroom=0.25)
+    closest, way, *_ = str(caught.value).splitlines()
+    assert "fits 768.00 KiB per rank (1.00 MiB less --headroom 25)" in closest
+    needed = int(way.removeprefix("--memory ").split("MiB")[0])
+    assert find_plan(MODEL, machine(), TRAIN, world_size=4, memory_budget_bytes=needed * MIB, headroom=0.25).ranked
 
 
 @pytest.mark.slow

@@ -5,36 +5,41 @@ from tests.resources.cases import MODEL, TRAIN, machine
 
 from pipermoe.planner import PlanningResult, find_plan
 from pipermoe.report.bars import bar
-from pipermoe.report.plan import recompute, render_planning, schedule
-from pipermoe.specs.strategy import Strategy
-from pipermoe.specs.strategy_text import unusual
+from pipermoe.report.plan import render_planning
+from pipermoe.specs.strategy_text import strategy_text
+
+
+def printed(result: PlanningResult) -> str:
+    stream = io.StringIO()
+    render_planning(result, Console(file=stream, width=80))
+    return stream.getvalue()
 
 
 def test_a_plan_is_printed_in_a_hundred_columns_without_colour_where_none_is_wanted():
     result = find_plan(MODEL, machine(compute_slots=2), TRAIN, world_size=4, memory_budget_bytes=9 * 2**20)
-    stream = io.StringIO()
-    render_planning(result, Console(file=stream, width=80))
-    text = stream.getvalue()
+    text = printed(result)
     assert "\x1b" not in text
     assert max(map(len, text.splitlines())) <= 100
     assert text.count("CHOSEN") == 1
     assert "4 ranks on 2 cores, 9.00 MiB each" in text
     for row in result.ranked:
-        assert {*row.strategy.compact().split()} <= {*text.split()}
+        assert {*strategy_text(row.strategy).split()} <= {*text.split()}
     for title in ("Where the step goes", "Bound by", "Memory", "Why not", "What would help"):
         assert title in text
 
 
-def test_a_row_says_all_that_is_unusual_about_its_strategy():
-    plain = Strategy.parse("pp1 dp4 ep4 mbs1")
-    assert schedule(plain) == ""
-    assert schedule(plain.model_copy(update={"schedule": "1f1b-overlap"})) == "1f1b-overlap"
-    assert unusual(plain) == []
-    assert unusual(Strategy.parse("pp1 dp4 ep4 mbs1 deduplicated planned")) == ["deduplicated", "planned"]
-    assert recompute(Strategy.parse("pp1 dp4 ep4 selective:norm,moe_act")) == "norm, moe_act"
-    most = "selective:norm,attention,moe_act,experts,shared_experts"
-    assert recompute(Strategy.parse(f"pp1 dp4 ep4 {most}")) == "all but dense_mlp"
-    assert recompute(Strategy.parse(f"pp1 dp4 ep4 {most},dense_mlp")) == "all modules"
+def test_what_is_kept_free_is_said_and_no_plan_takes_it():
+    free = find_plan(MODEL, machine(), TRAIN, world_size=4, memory_budget_bytes=9 * 2**20, headroom=0.2)
+    assert "9.00 MiB each, 20% of it left free (--headroom)" in printed(free)
+    assert free.chosen.peak_bytes <= 0.8 * 9 * 2**20 < free.plan.memory_budget_bytes == 9 * 2**20
+    assert free.plan.inputs["headroom"].value == 0.2
+
+
+def test_the_order_of_rows_within_the_models_error_is_not_called_certain():
+    result = find_plan(MODEL, machine(), TRAIN, world_size=4, top=3)
+    for error, said in ((9.9, "All rows lie within"), (0.0, "All other rows are slower by more than that")):
+        band = result.error_band.model_copy(update={"error": error})
+        assert said in " ".join(printed(result.model_copy(update={"error_band": band})).split())
 
 
 def test_the_result_survives_json():

@@ -51,6 +51,21 @@ def test_a_strategy_among_many_weighs_the_same_and_its_bound_holds(name, depths,
     assert 0 < step_bound(model, platform, train, table)[0] <= predicted.step_seconds * (1 + 1e-9)
 
 
+def test_full_experts_cost_no_more_however_uneven_the_routing():
+    model, strategy = MODELS["shared"], Strategy.parse("pp1 dp4 ep4 mbs1 1f1b")
+
+    def cost(imbalance: float, **job: float) -> tuple[float, int]:
+        train = TrainConfig(seq_len=64, global_batch_size=8, **job)
+        found = predict(model, machine(), train, strategy, imbalance)
+        return found.step_seconds, found.ranks[0].peak_bytes
+
+    full, uneven, without = cost(1.25, capacity_factor=1.25), cost(3.0, capacity_factor=1.25), cost(3.0)
+    assert full == uneven
+    assert uneven[0] < without[0]
+    assert uneven[1] < without[1]
+    assert cost(1.0, capacity_factor=1.25)[0] < full[0]
+
+
 def test_only_the_last_stage_gets_slower():
     strategy, model = Strategy.parse("pp2 dp2 ep2 1f1b z1"), MODELS["latent"]
     train = TrainConfig(seq_len=64, global_batch_size=16)

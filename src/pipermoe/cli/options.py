@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
 from cyclopts import Parameter
 
@@ -41,7 +41,13 @@ Precision = Annotated[
     str | None,
     Parameter(help="fp32, bf16, fp16 or fp8. Default without a job: bf16 where the device is faster in it than fp32."),
 ]
-Imbalance = Annotated[float, Parameter(help="Rows of the busiest rank over the mean; 1 is balanced routing.")]
+Runtime = Annotated[
+    Literal["pipermoe", "megatron", "torchtitan", "deepspeed", "any"],
+    Parameter(
+        help="What has to execute the plan: pipermoe's own runtime, or, as a job of `pipermoe export`, Megatron-LM, "
+        "torchtitan or DeepSpeed; or any of them."
+    ),
+]
 
 JOB_OPTIONS = {"seq_len": "--seq-len", "global_batch_size": "--global-batch"}
 
@@ -66,6 +72,7 @@ class Limits(TypedDict):
     """What a plan has to reckon with, as the planner's functions take it."""
 
     memory_budget_bytes: int | None
+    headroom: float
     imbalance: float
 
 
@@ -77,11 +84,18 @@ class LimitOptions:
     memory: Annotated[
         str | None, Parameter(help="Memory budget of one rank, for example 80GiB. Default: the platform's.")
     ] = None
-    imbalance: Imbalance = 1.0
+    headroom: Annotated[
+        float, Parameter(help="Per cent of that budget that plans leave free: real routing is never even.")
+    ] = 5.0
+    imbalance: Annotated[float, Parameter(help="Rows of the busiest rank over the mean; 1 is balanced routing.")] = 1.0
 
     def limits(self) -> Limits:
         """Raises `UserError`."""
-        return {"memory_budget_bytes": memory_bytes(self.memory), "imbalance": self.imbalance}
+        return {
+            "memory_budget_bytes": memory_bytes(self.memory),
+            "headroom": self.headroom / 100,
+            "imbalance": self.imbalance,
+        }
 
 
 NO_JOB, NO_LIMITS = JobOptions(), LimitOptions()

@@ -19,6 +19,7 @@ from pipermoe.cli.options import (
     Output,
     PlatformName,
     Plot,
+    Runtime,
     Switch,
     duration,
     number_of_ranks,
@@ -93,7 +94,7 @@ def plan(
     run: RunOptions = WHOLE_RUN,
     pareto: Switch = False,
     plot: Plot | None = None,
-    runtime: Literal["pipermoe", "megatron", "torchtitan", "deepspeed", "any"] = "pipermoe",
+    runtime: Runtime = "pipermoe",
     within: float = 0.0,
     top: int = 8,
     output: Output = Path("plan.toml"),
@@ -114,9 +115,6 @@ def plan(
         Also the front of step time against memory.
     plot
         Draw that front into this file (.svg or .png).
-    runtime
-        What has to execute the plan: pipermoe's own runtime, or, as a job of `pipermoe export`, Megatron-LM, torchtitan
-        or DeepSpeed; or any of them.
     within
         By how many per cent another strategy may be faster, which takes less to prove; 0 is none.
     top
@@ -191,13 +189,15 @@ def _size(
     *,
     runtimes: tuple[tuple[Rule, ...], ...],
     memory_budget_bytes: int | None,
+    headroom: float,
     imbalance: float,
 ) -> int:
     """The number of ranks: as given, or what the goal asks for."""
     from pipermoe.planner.campaign import fewest_device_hours, fewest_ranks
-    from pipermoe.planner.job import Job
+    from pipermoe.planner.job import Job, without_headroom
 
-    job = Job(model, platform, train, ranks, memory_budget_bytes or platform.memory_budget_bytes, imbalance, runtimes)
+    budget = without_headroom(memory_budget_bytes or platform.memory_budget_bytes, headroom)
+    job = Job(model, platform, train, ranks, budget, imbalance, runtimes, headroom=headroom)
     if goal is not None and goal.seconds is not None:
         return fewest_ranks(job, goal)
     if objective != "device-hours":

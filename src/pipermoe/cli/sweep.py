@@ -10,7 +10,6 @@ from cyclopts import Parameter
 from pipermoe.cli.options import (
     NO_JOB,
     NO_LIMITS,
-    Imbalance,
     JobFile,
     JobOptions,
     LimitOptions,
@@ -18,6 +17,7 @@ from pipermoe.cli.options import (
     PlatformName,
     Plot,
     Precision,
+    Runtime,
     Switch,
     numbers,
     training_job,
@@ -44,6 +44,7 @@ def sweep(
     experts: str | None = None,
     precision: Precision = None,
     limits: LimitOptions = NO_LIMITS,
+    runtime: Runtime = "pipermoe",
     plot: Rates = None,
     json: Switch = False,
 ) -> None:
@@ -71,7 +72,7 @@ def sweep(
     first = {axis: values[0] for axis, values in axes.items()}
     defaults = {"precision": machine.usual_precision}
     task = training_job(job, first.get("seq_len"), first.get("global_batch"), precision, defaults)
-    result = plan_all(load_model(model), machine, task, axes, **limits.limits())
+    result = plan_all(load_model(model), machine, task, axes, runtime=runtime, **limits.limits())
     _show(result, plot, as_json=json)
 
 
@@ -81,7 +82,8 @@ def compare_platforms(
     platforms: str,
     gpus: Ranks,
     job: JobOptions = NO_JOB,
-    imbalance: Imbalance = 1.0,
+    limits: LimitOptions = NO_LIMITS,
+    runtime: Runtime = "pipermoe",
     plot: Rates = None,
     json: Switch = False,
 ) -> None:
@@ -103,7 +105,7 @@ def compare_platforms(
     task = job.train()
     precision = job.precision if job.job is None else task.precision
     sizes = numbers("--gpus", gpus)
-    result = plan_all(load_model(model), machines, task, sizes, precision=precision, imbalance=imbalance)
+    result = plan_all(load_model(model), machines, task, sizes, precision=precision, runtime=runtime, **limits.limits())
     _show(result, plot, as_json=json)
 
 

@@ -12,7 +12,7 @@ from pipermoe.planner.diagnosis import flat
 from pipermoe.planner.error_band import error_band
 from pipermoe.planner.explain import explain
 from pipermoe.planner.inputs import plan_inputs
-from pipermoe.planner.job import Job
+from pipermoe.planner.job import HEADROOM, Job, without_headroom
 from pipermoe.planner.nothing_fits import nothing_fits
 from pipermoe.planner.objectives import OBJECTIVES, Objective
 from pipermoe.planner.pareto import pareto_front
@@ -41,6 +41,7 @@ def find_plan(
     *,
     world_size: int,
     memory_budget_bytes: int | None = None,
+    headroom: float = HEADROOM,
     imbalance: float = 1.0,
     objective: Objective = "step-time",
     goal: Goal | None = None,
@@ -55,14 +56,15 @@ def find_plan(
     fastest of what was simulated for the proof.
 
     `memory_budget_bytes` is what tensors of one rank may take at their peak; by default the platform's memory less what
-    is reserved. `imbalance` is the busiest rank's rows over the mean. With a `goal`, the whole run of its tokens; with
-    `pareto`, the front of time against memory. `runtime` is what has to run the plan. Raises UserError when the ranks
-    cannot be arranged or the runtime lacks the model, NoPlanFits when nothing fits the budget.
+    is reserved; plans leave the share `headroom` of it free. `imbalance` is the busiest rank's rows over the mean. With
+    a `goal`, the whole run of its tokens; with `pareto`, the front of time against memory. `runtime` is what has to run
+    the plan. Raises UserError when the ranks cannot be arranged or the runtime lacks the model, NoPlanFits when nothing
+    fits the budget.
     """
     started = time.perf_counter()
     if top < 1:
         raise UserError(describe_value("", "top", top, "must be at least 1"))
-    field = searched(model, platform, train, world_size, memory_budget_bytes, imbalance, runtime, within)
+    field = searched(model, platform, train, world_size, memory_budget_bytes, headroom, imbalance, runtime, within)
     job = field.job
     ranking = OBJECTIVES[objective](field, top)
     if not ranking.best:
@@ -71,13 +73,15 @@ def find_plan(
     predictions = [predict(model, platform, train, strategy, imbalance) for strategy in strategies]
     ranked = tuple(candidate(job, *pair) for pair in zip(strategies, predictions, strict=True))
     search_seconds = time.perf_counter() - started
+    memory = memory_budget_bytes or platform.memory_budget_bytes
     return PlanningResult(
         model=model,
         platform=platform.name,
         train=train,
         world_size=world_size,
         compute_slots=compute_slots(platform, world_size),
-        memory_budget_bytes=job.memory_budget_bytes,
+        memory_budget_bytes=memory,
+        headroom=headroom,
         imbalance=imbalance,
         objective=objective,
         parameters=total_parameters(model),
@@ -91,13 +95,13 @@ def find_plan(
         plan=Plan(
             name=f"{model.name} on {world_size} ranks of {platform.name}",
             platform=platform.name,
-            memory_budget_bytes=job.memory_budget_bytes,
+            memory_budget_bytes=memory,
             model=model,
             train=train,
             strategy=ranked[0].strategy,
             prediction=predictions[0],
             runs_on=runs_on(model, train, ranked[0].strategy),
-            inputs=plan_inputs(model, platform, train, world_size, memory_budget_bytes, imbalance),
+            inputs=plan_inputs(model, platform, train, world_size, memory_budget_bytes, headroom, imbalance),
         ),
         search_seconds=search_seconds,
     )
@@ -109,6 +113,7 @@ def searched(
     train: TrainConfig,
     world_size: int,
     memory_budget_bytes: int | None = None,
+    headroom: float = HEADROOM,
     imbalance: float = 1.0,
     runtime: Choice = "pipermoe",
     within: float = 0.0,
@@ -122,8 +127,9 @@ def searched(
     require_priced(model, platform, train, world_size)
     runtimes = executed_by(runtime, model, train)
     require_legal_world(model, train, world_size, runtimes)
-    budget = memory_budget_bytes or platform.memory_budget_bytes
-    return Field.of(Job(model, platform, train, world_size, budget, imbalance, runtimes, within))
+    memory = memory_budget_bytes or platform.memory_budget_bytes
+    budget = without_headroom(memory, headroom)
+    return Field.of(Job(model, platform, train, world_size, budget, imbalance, runtimes, within, headroom))
 
 
 def _explained(field: Field, chosen: Candidate) -> Explanation:

@@ -8,7 +8,7 @@ from pipermoe.planner.candidate import candidate
 from pipermoe.planner.error_band import error_band
 from pipermoe.planner.explain import explain
 from pipermoe.planner.inputs import plan_inputs
-from pipermoe.planner.job import Job
+from pipermoe.planner.job import HEADROOM, Job, without_headroom
 from pipermoe.planner.result import PlanningResult
 from pipermoe.resources.parameters import active_parameters, total_parameters
 from pipermoe.resources.priced import require_priced
@@ -23,7 +23,12 @@ from pipermoe.specs.runtimes import runs_on
 
 
 def plan_given(
-    given: Configuration, platform: Platform, *, memory_budget_bytes: int | None = None, imbalance: float = 1.0
+    given: Configuration,
+    platform: Platform,
+    *,
+    memory_budget_bytes: int | None = None,
+    headroom: float = HEADROOM,
+    imbalance: float = 1.0,
 ) -> Plan:
     """The plan that runs `given` on `platform`. UserError where it is not legal or cannot be priced."""
     model, train, strategy = given.model, given.train, given.strategy
@@ -39,18 +44,24 @@ def plan_given(
         strategy=strategy,
         prediction=predict(model, platform, train, strategy, imbalance),
         runs_on=runs_on(model, train, strategy),
-        inputs=plan_inputs(model, platform, train, strategy.world_size, memory_budget_bytes, imbalance),
+        inputs=plan_inputs(model, platform, train, strategy.world_size, memory_budget_bytes, headroom, imbalance),
     )
 
 
 def explain_given(
-    given: Configuration, platform: Platform, *, memory_budget_bytes: int | None = None, imbalance: float = 1.0
+    given: Configuration,
+    platform: Platform,
+    *,
+    memory_budget_bytes: int | None = None,
+    headroom: float = HEADROOM,
+    imbalance: float = 1.0,
 ) -> PlanningResult:
     """The answer to `pipermoe predict`: the given strategy alone, explained. Errors as `plan_given`."""
     started = time.perf_counter()
-    plan = plan_given(given, platform, memory_budget_bytes=memory_budget_bytes, imbalance=imbalance)
+    plan = plan_given(given, platform, memory_budget_bytes=memory_budget_bytes, headroom=headroom, imbalance=imbalance)
     model, train, strategy = given.model, given.train, given.strategy
-    job = Job(model, platform, train, strategy.world_size, plan.memory_budget_bytes, imbalance)
+    budget = without_headroom(plan.memory_budget_bytes, headroom)
+    job = Job(model, platform, train, strategy.world_size, budget, imbalance, headroom=headroom)
     chosen = candidate(job, strategy, plan.prediction)
     return PlanningResult(
         model=model,
@@ -59,6 +70,7 @@ def explain_given(
         world_size=strategy.world_size,
         compute_slots=compute_slots(platform, strategy.world_size),
         memory_budget_bytes=plan.memory_budget_bytes,
+        headroom=headroom,
         imbalance=imbalance,
         objective="given",
         parameters=total_parameters(model),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import fields
 
+from pipermoe.planner.job import HEADROOM
 from pipermoe.resources.activations.sizes import RUNTIME, MemoryProfile
 from pipermoe.resources.step import peak_flops_per_rank
 from pipermoe.specs.device import RateCurve
@@ -20,6 +21,7 @@ def plan_inputs(
     train: TrainConfig,
     world_size: int,
     memory_budget_bytes: int | None,
+    headroom: float,
     imbalance: float,
 ) -> dict[str, PlanInput]:
     """Dotted key -> value and source, ready for the plan file. Without `memory_budget_bytes` it is the platform's."""
@@ -44,12 +46,19 @@ def plan_inputs(
         ),
         "peak_flops_per_s": PlanInput(value=peak, source=f"platform {platform.name}: the fastest product, per rank"),
         "memory_budget_bytes": budget,
+        "headroom": PlanInput(value=headroom, source=_headroom_source(headroom)),
     }
     inputs |= {f"state_bytes.{name}": each for name, each in _state_bytes(train)}
     inputs |= {f"memory_profile.{name}": each for name, each in _memory_profile(RUNTIME)}
     for key, value in _platform_numbers(platform, train):
         inputs[f"platform.{key}"] = PlanInput(value=value, source=_source(platform, key))
     return inputs
+
+
+def _headroom_source(headroom: float) -> str:
+    if headroom != HEADROOM:
+        return "given for this plan: the share of the memory that stays free"
+    return "default: peaks are predicted within 2 %, and for even routing, which real text is not"
 
 
 def _state_bytes(train: TrainConfig) -> Iterator[tuple[str, PlanInput]]:

@@ -23,7 +23,7 @@ from pipermoe.schedule.legality import POSSIBLE
 from pipermoe.specs.legality import legal_mask
 from pipermoe.specs.report import MEMORY_CATEGORIES, TERMS
 from pipermoe.specs.strategy import RECOMPUTE_MODULES, Strategy
-from pipermoe.specs.strategy_table import DISPATCHER_NAMES, RANK_ORDERS, StrategyTable
+from pipermoe.specs.strategy_table import DISPATCHER_NAMES, RANK_ORDERS, RECOMPUTE_NAMES, StrategyTable
 from pipermoe.specs.strategy_text import DEGREES, word
 
 FOLLOWING = ("data_parallel", "expert_data_parallel")  # what the other degrees leave over
@@ -40,7 +40,8 @@ class Neighbour:
 
     @property
     def word(self) -> str:
-        return word(self.strategy, self.axis)
+        said = word(self.strategy, self.axis)
+        return f"recompute {said}" if said in RECOMPUTE_NAMES else said
 
 
 def alternatives(job: Job, chosen: Candidate) -> tuple[Alternative, ...]:

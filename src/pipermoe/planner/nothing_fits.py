@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
 from pipermoe.planner.candidate import candidate
-from pipermoe.planner.job import Job
+from pipermoe.planner.job import Job, without_headroom
 from pipermoe.planner.search import Field
 from pipermoe.resources.step import predict
 from pipermoe.specs.errors import NoPlanFits
@@ -23,19 +24,24 @@ def nothing_fits(field: Field) -> NoPlanFits:
     closest = candidate(job, strategy, predict(job.model, job.platform, job.train, strategy, job.imbalance))
     largest = max(MEMORY_CATEGORIES, key=closest.memory_bytes.__getitem__)
     lines = [
-        f"no strategy for {job.world_size} ranks fits {format_bytes(job.memory_budget_bytes)} per rank; the closest, "
-        f"{strategy_text(strategy)}, misses {format_bytes(closest.peak_bytes - job.memory_budget_bytes)} on rank "
-        f"{closest.worst_rank} (most of it {largest}: {format_bytes(closest.memory_bytes[largest])})"
+        f"no strategy for {job.world_size} ranks fits {format_bytes(job.memory_budget_bytes)} per rank{_spared(job)}; "
+        f"the closest, {strategy_text(strategy)}, misses {format_bytes(closest.peak_bytes - job.memory_budget_bytes)} "
+        f"on rank {closest.worst_rank} (most of it {largest}: {format_bytes(closest.memory_bytes[largest])})"
     ]
     for way, relaxed in _relaxations(job, closest.peak_bytes):
         lines.append(f"{way}: {_price(relaxed)}")
     return NoPlanFits("\n".join(lines))
 
 
+def _spared(job: Job) -> str:
+    return f" ({format_bytes(job.memory_bytes)} less --headroom {100 * job.headroom:g})" if job.headroom else ""
+
+
 def _relaxations(job: Job, peak_bytes: int) -> Iterator[tuple[str, Field]]:
     """More memory, more ranks, a shorter sequence: each the first step that is enough."""
-    needed = -(-peak_bytes // MIB)
-    yield f"--memory {needed}MiB", Field.of(replace(job, memory_budget_bytes=needed * MIB))
+    needed = -(-math.ceil(peak_bytes / (1 - job.headroom)) // MIB)
+    roomier = replace(job, memory_budget_bytes=without_headroom(needed * MIB, job.headroom))
+    yield f"--memory {needed}MiB", Field.of(roomier)
     sizes = [job.world_size << n for n in range(1, DOUBLINGS + 1)]
     more = (replace(job, world_size=size) for size in sizes if size <= job.platform.levels[-1].ranks)
     if field := _first_that_fits(more):

@@ -127,6 +127,7 @@ class PlanningResult(Frozen):
     world_size: int
     compute_slots: float
     memory_budget_bytes: int
+    headroom: float
     imbalance: float
     objective: str
     parameters: int

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from pipermoe.planner.candidate import candidate
 from pipermoe.planner.find import searched
+from pipermoe.planner.job import HEADROOM
 from pipermoe.planner.result import Candidate
+from pipermoe.planner.search import Field
 from pipermoe.resources.step import predict
 from pipermoe.specs.base import Frozen
 from pipermoe.specs.errors import UserError
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.platform import Platform
+from pipermoe.specs.runtimes import Choice
 from pipermoe.specs.train import TrainConfig
 
 Value = int | str
@@ -47,24 +51,18 @@ def sweep(
     axes: Mapping[str, Sequence[int]],
     *,
     memory_budget_bytes: int | None = None,
+    headroom: float = HEADROOM,
     imbalance: float = 1.0,
+    runtime: Choice = "pipermoe",
 ) -> Sweep:
     """Plan every combination of `axes`: "gpus" and, where given, "global_batch", "seq_len", "experts"."""
+    limits = {"memory_budget_bytes": memory_budget_bytes, "headroom": headroom, "imbalance": imbalance}
+    search = partial(searched, **limits, runtime=runtime)
     cases = []
     for values in itertools.product(*axes.values()):
         point = dict(zip(axes, values, strict=True))
-        size = point["gpus"]
-        cases.append(
-            _case(
-                {**point},
-                _with_experts(model, point.get("experts")),
-                platform,
-                _with_job(train, point),
-                size,
-                memory_budget_bytes,
-                imbalance,
-            )
-        )
+        size, spec, task = point["gpus"], _with_experts(model, point.get("experts")), _with_job(train, point)
+        cases.append(_case({**point}, size, partial(search, spec, platform, task, size)))
     varying = tuple(axis for axis, values in axes.items() if len(values) > 1) or ("gpus",)
     return Sweep(model=model.name, title=f"{model.name} on {platform.name}", axes=varying, cases=tuple(cases))
 
@@ -76,14 +74,19 @@ def compare_platforms(
     gpus: Sequence[int],
     *,
     precision: str | None = None,
+    memory_budget_bytes: int | None = None,
+    headroom: float = HEADROOM,
     imbalance: float = 1.0,
+    runtime: Choice = "pipermoe",
 ) -> Sweep:
     """Plan the same job on every machine, each in `precision` or the one that is usual on it."""
+    limits = {"memory_budget_bytes": memory_budget_bytes, "headroom": headroom, "imbalance": imbalance}
+    search = partial(searched, **limits, runtime=runtime)
     cases = []
     for platform, size in itertools.product(platforms, gpus):
         task = train.model_copy(update={"precision": precision or platform.usual_precision})
         values: dict[str, Value] = {"platform": platform.name, "gpus": size}
-        cases.append(_case(values, model, platform, task, size, None, imbalance))
+        cases.append(_case(values, size, partial(search, model, platform, task, size)))
     axes = ("platform", *(["gpus"] if len(gpus) > 1 else []))
     return Sweep(model=model.name, title=f"{model.name}, {_sizes(gpus)} ranks", axes=axes, cases=tuple(cases))
 
@@ -92,24 +95,16 @@ def _sizes(gpus: Sequence[int]) -> str:
     return ", ".join(f"{size:,}" for size in gpus)
 
 
-def _case(
-    values: dict[str, Value],
-    model: ModelSpec,
-    platform: Platform,
-    train: TrainConfig,
-    world_size: int,
-    memory_budget_bytes: int | None,
-    imbalance: float,
-) -> Case:
+def _case(values: dict[str, Value], world_size: int, search: Callable[[], Field]) -> Case:
     try:
-        field = searched(model, platform, train, world_size, memory_budget_bytes, imbalance)
+        field = search()
     except UserError as error:
         return Case(values=values, world_size=world_size, reason=str(error))
     ranking = field.best()
     if not ranking.best:
         return Case(values=values, world_size=world_size, reason="nothing fits")
-    strategy = field.space.strategy(ranking.best[0].place)
-    best = candidate(field.job, strategy, predict(model, platform, train, strategy, imbalance))
+    job, strategy = field.job, field.space.strategy(ranking.best[0].place)
+    best = candidate(job, strategy, predict(job.model, job.platform, job.train, strategy, job.imbalance))
     return Case(values=values, world_size=world_size, best=best)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import groupby
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -13,7 +12,7 @@ from pipermoe.report.plan import bar
 from pipermoe.specs.footprint import ActionFootprint, Footprint
 from pipermoe.specs.report import MEMORY_CATEGORIES, Traffic
 from pipermoe.specs.strategy_text import strategy_text
-from pipermoe.specs.units import format_bytes, format_count
+from pipermoe.specs.units import format_bytes, format_count, format_ranges
 
 NAMES = {
     "F": "forward",
@@ -61,7 +60,7 @@ def words(kind: str) -> str:
 
 def _header(footprint: Footprint) -> Table:
     strategy, train, routing = footprint.strategy, footprint.train, footprint.routing
-    layers = ranges(footprint.layers)
+    layers = format_ranges(footprint.layers)
     stages = ", ".join(map(str, footprint.stages))
     grid = _grid("bold", "default")
     grid.add_row("Model", footprint.model)
@@ -76,12 +75,6 @@ def _header(footprint: Footprint) -> Table:
     busiest = f"busiest rank {routing.busiest_rank} with {routing.busiest_rows:,}"
     grid.add_row("Routing", f"{routing.description}; {routing.rows:,} rows a layer, {share}; {busiest}")
     return grid
-
-
-def ranges(numbers: tuple[int, ...]) -> str:
-    """`(0, 1, 2, 6, 7)` as "0-2, 6-7"."""
-    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _bars(values, style: str, show) -> Table:

@@ -13,13 +13,11 @@ from pipermoe.planner.result import Alternative, PlanningResult, Wall
 from pipermoe.report.bars import bar
 from pipermoe.report.campaign import campaign_text, front_table
 from pipermoe.specs.report import MEMORY_CATEGORIES, Term
-from pipermoe.specs.strategy import RECOMPUTE_MODULES, Strategy
-from pipermoe.specs.strategy_text import unusual
+from pipermoe.specs.strategy_text import strategy_text
 from pipermoe.specs.units import GIB, MIB, format_bytes, format_count, format_seconds
 
 WIDTH = 100
 MOST_ALTERNATIVES = 12
-WIDEST_WORD = 24  # of a layout that a column is made wide enough for
 
 WORDS: dict[Term, str] = {
     "forward": "forward",
@@ -90,8 +88,11 @@ def _header(result: PlanningResult) -> Table:
     grid.add_row("Model", f"{model.name}  {sizes}, {model.num_layers} layers, {experts}")
     cores = f"{result.compute_slots:.3g} core" + "s" * (result.compute_slots != 1)
     shared = "" if result.compute_slots >= result.world_size else f" on {cores}"
-    budget = format_bytes(result.memory_budget_bytes)
-    grid.add_row("Machine", f"{result.platform}: {result.world_size:,} ranks{shared}, {budget} each")
+    budget, spared = format_bytes(result.memory_budget_bytes), f", {result.headroom:.0%} of it left free (--headroom)"
+    grid.add_row(
+        "Machine",
+        f"{result.platform}: {result.world_size:,} ranks{shared}, {budget} each{spared if result.headroom else ''}",
+    )
     tokens = f"{format_count(train.tokens_per_step)} tokens a step"
     grid.add_row(
         "Job", f"{train.global_batch_size:,} sequences of {train.seq_len:,} = {tokens}, {train.precision}, AdamW"
@@ -114,24 +115,17 @@ def _header(result: PlanningResult) -> Table:
 def _ranking(result: PlanningResult) -> RenderableType:
     unit, name = (GIB, "GiB") if result.memory_budget_bytes >= GIB else (MIB, "MiB")
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    layouts = [" ".join([row.strategy.compact(), *unusual(row.strategy)]) for row in result.ranked]
-    longest = max(len(word) for layout in layouts for word in layout.split())
     table.add_column("#")
-    table.add_column("layout", overflow="fold", min_width=min(longest, WIDEST_WORD))
-    table.add_column("schedule", no_wrap=True)
-    table.add_column("recompute", overflow="fold")
-    for title in ("mbs", name, "free", "step", "tok/s\n/rank", "MFU"):
+    table.add_column("strategy", overflow="fold")
+    for title in (name, "free", "step", "tok/s\n/rank", "MFU"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column(justify="right", no_wrap=True, min_width=len("CHOSEN"))
-    for place, (row, layout) in enumerate(zip(result.ranked, layouts, strict=True), start=1):
+    for place, row in enumerate(result.ranked, start=1):
         slower = row.step_seconds / result.chosen.step_seconds - 1
         chosen = ("CHOSEN" if result.counts else "GIVEN") if place == 1 else f"{slower:+.1%}"
         table.add_row(
             str(place),
-            layout,
-            schedule(row.strategy) or "-",
-            recompute(row.strategy),
-            str(row.strategy.micro_batch_size),
+            strategy_text(row.strategy),
             f"{row.peak_bytes / unit:,.1f}",
             f"{(result.memory_budget_bytes - row.peak_bytes) / unit:,.1f}",
             format_seconds(row.step_seconds),
@@ -143,28 +137,18 @@ def _ranking(result: PlanningResult) -> RenderableType:
     return Padding(table, (1, 0, 0, 0))
 
 
-def schedule(strategy: Strategy) -> str:
-    """Its name; nothing where one rank has all stages and nothing overlaps."""
-    matters = strategy.pipeline_parallel > 1 or strategy.schedule.endswith("-overlap")
-    return strategy.schedule if matters else ""
-
-
-def recompute(strategy: Strategy) -> str:
-    """`-`, `full`, or the modules that are computed again, by those that are not where these are fewer."""
-    if strategy.recompute != "selective":
-        return "-" if strategy.recompute == "none" else strategy.recompute
-    again = strategy.recompute_modules
-    kept = [module for module in RECOMPUTE_MODULES if module not in again]
-    if len(kept) >= len(again):
-        return ", ".join(again)
-    return f"all but {', '.join(kept)}" if kept else "all modules"
-
-
 def _known_error(result: PlanningResult) -> Text:
-    band, ties = result.error_band, result.ties
-    tie = f"1-{ties} are a tie." if ties > 1 else "no other is that near." if len(result.ranked) > 1 else ""
+    band, ties, rows = result.error_band, result.ties, len(result.ranked)
+    if rows == 1:
+        order = ""
+    elif ties == rows:
+        order = "All rows lie within that of the first: their order is likely, not certain. "
+    elif ties == 1:
+        order = "All other rows are slower by more than that. "
+    else:
+        order = f"Rows 2 to {ties} lie within that of the first: their order is likely, not certain. "
     return Text(
-        f"The model's error on this class of machine is about ±{band.error:.0%} ({band.source}). {tie}\n"
+        f"The model's error on this class of machine is about ±{band.error:.0%} ({band.source}). {order}"
         "MFU counts model FLOPs with causal attention, no recomputation.",
         style="dim",
     )
@@ -192,6 +176,8 @@ def _memory(result: PlanningResult) -> Iterator[RenderableType]:
     chosen, budget = result.chosen, result.memory_budget_bytes
     free = budget - chosen.peak_bytes
     room = f"{format_bytes(free)} free" if free >= 0 else f"{format_bytes(-free)} TOO MUCH: it does not fit"
+    if 0 <= free < int(budget * result.headroom):
+        room += f", less than the {result.headroom:.0%} that plans leave"
     yield Text.assemble(
         ("Memory", "bold"),
         f"  worst rank {chosen.worst_rank}: {format_bytes(chosen.peak_bytes)} of {format_bytes(budget)}, ",
@@ -229,16 +215,10 @@ def _what_if(result: PlanningResult) -> Table:
     grid = _grid("default", "default", "default", right=(1,))
     for change in result.explanation.what_ifs:
         lack = f"does not fit: {format_bytes(change.peak_bytes)}" if not change.fits else ""
-        other = f"with {_name(change.strategy)}" if change.strategy else ""
+        other = f"with {strategy_text(change.strategy)}" if change.strategy else ""
         notes = "; ".join(filter(None, [change.way, lack, other]))
         grid.add_row(f"  {change.name}", f"{change.gain:+.0%} tokens/s", notes)
     return grid
-
-
-def _name(strategy: Strategy) -> str:
-    again = f"recompute {recompute(strategy)}" if strategy.recompute != "none" else ""
-    words = (strategy.compact(), f"mbs{strategy.micro_batch_size}", schedule(strategy), *unusual(strategy), again)
-    return " ".join(filter(None, words))
 
 
 def _grid(*styles: str, right: tuple[int, ...] = ()) -> Table:

@@ -5,9 +5,13 @@ Because prediction and measurement are the same type, a term that exists on one 
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Hashable
+from typing import Any, Literal
+
+from pydantic import field_serializer, field_validator
 
 from pipermoe.specs.base import Frozen
+from pipermoe.specs.units import format_ranges, parse_ranges
 
 Term = Literal["forward", "backward", "all_to_all", "pipeline_wait", "gradient_sync", "optimizer", "other"]
 TERMS: tuple[Term, ...] = (
@@ -33,6 +37,9 @@ MEMORY_CATEGORIES: tuple[MemoryCategory, ...] = (
 )
 
 
+MOST_RANKS = 1 << 20  # in a file: more are a mistake
+
+
 class Traffic(Frozen):
     """Calls of one collective on one rank in one step and the bytes it hands to the network.
 
@@ -54,12 +61,48 @@ class RankReport(Frozen):
     traffic: dict[str, Traffic]
     seconds: dict[Term, float]
 
+    def figures(self) -> Hashable:
+        """All but the number of the rank."""
+        traffic = tuple((key, sent.calls, sent.bytes) for key, sent in self.traffic.items())
+        parts = tuple(self.memory_bytes.items()), tuple(self.seconds.items())
+        return self.peak_bytes, self.flops, traffic, parts
+
 
 class StepReport(Frozen):
-    """One step of the whole job; `ranks` in rank order. Seconds are per step, `step_seconds` on the wall clock."""
+    """One step of the whole job; `ranks` in rank order. Seconds are per step, `step_seconds` on the wall clock.
+
+    In a file ranks that are alike are one entry, whose `rank` lists them: "0-511, 1024-1535".
+    """
 
     step_seconds: float
     ranks: tuple[RankReport, ...]
+
+    @field_serializer("ranks")
+    def _alike_as_one(self, ranks: tuple[RankReport, ...]) -> list[dict[str, Any]]:
+        alike: dict[Hashable, list[RankReport]] = {}
+        for rank in ranks:
+            alike.setdefault(rank.figures(), []).append(rank)
+        numbers = ([rank.rank for rank in same] for same in alike.values())
+        named = (each[0] if len(each) == 1 else format_ranges(each) for each in numbers)
+        firsts = (same[0].model_dump(mode="json") for same in alike.values())
+        return [first | {"rank": name} for first, name in zip(firsts, named, strict=True)]
+
+    @field_validator("ranks", mode="before")
+    @classmethod
+    def _each_by_itself(cls, entries: Any) -> Any:
+        if not isinstance(entries, (list, tuple)):
+            return entries
+        listed: list[Any] = []
+        for entry in entries:
+            if isinstance(entry, dict) and isinstance(entry.get("rank"), str):
+                first = RankReport.model_validate(entry | {"rank": 0})
+                numbers = parse_ranges(entry["rank"], MOST_RANKS)
+                listed += [first.model_copy(update={"rank": number}) for number in numbers]
+            else:
+                listed.append(entry)
+        if len(listed) > len(entries):
+            listed.sort(key=lambda rank: rank.rank if isinstance(rank, RankReport) else rank["rank"])
+        return listed
 
     def mean_seconds(self, term: Term) -> float:
         """The mean of a term over ranks: the terms' means add up to the step time."""

@@ -40,16 +40,10 @@ _LONG_RUN = 4  # stages of equally many layers that are written as one
 def strategy_text(strategy: Strategy) -> str:
     """All of `strategy` in one line that `parse_strategy` reads back; what has its default value is left out."""
     words = [*_degrees(strategy), word(strategy, "micro_batch_size"), strategy.schedule, word(strategy, "zero_dense")]
-    return " ".join([*words, *unusual(strategy, ("rank_order", "dispatcher", "exchange", "recompute", "layer_split"))])
-
-
-UNUSUAL = ("rank_order", "dispatcher", "exchange", "layer_split")  # fields that a layout names only where they matter
-
-
-def unusual(strategy: Strategy, keys: tuple[str, ...] = UNUSUAL) -> list[str]:
-    """The words of those fields that do not have their default value."""
-    plain = Strategy()
-    return [word(strategy, key) for key in keys if getattr(strategy, key) != getattr(plain, key)]
+    plain, options = Strategy(), ("rank_order", "dispatcher", "exchange", "recompute", "layer_split")
+    return " ".join(
+        [*words, *(word(strategy, key) for key in options if getattr(strategy, key) != getattr(plain, key))]
+    )
 
 
 def layout_text(strategy: Strategy) -> str:

@@ -6,6 +6,8 @@ Inside the package every quantity is a plain number in bytes, seconds, FLOP or F
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from itertools import groupby
 from typing import Annotated
 
 from pydantic import BeforeValidator
@@ -15,6 +17,7 @@ KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
 _DECIMAL = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
 _BINARY = {"Ki": KIB, "Mi": MIB, "Gi": GIB, "Ti": TIB}
 _TIME = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9, "min": 60.0, "h": 3600.0, "d": 86400.0}
+_RANGES = re.compile(r"\d{1,9}(-\d{1,9})?(, ?\d{1,9}(-\d{1,9})?)*")
 _NUMBER = re.compile(r"\s*([+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([A-Za-zµ/]*)\s*")
 
 
@@ -93,3 +96,18 @@ def format_count(count: float, unit: str = "") -> str:
         if abs(count) >= scale:
             return f"{count / scale:.3g} {prefix}{unit}"
     return f"{count:.3g} {unit}".rstrip()
+
+
+def format_ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers in runs: `(0, 1, 2, 6)` as "0-2, 6"."""
+    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def parse_ranges(text: str, limit: int) -> list[int]:
+    """The numbers below `limit` that such a text lists. ValueError for anything else."""
+    runs = [tuple(map(int, run.split("-"))) for run in text.split(",")] if _RANGES.fullmatch(text) else []
+    sizes = [run[-1] - run[0] + 1 for run in runs]
+    if not runs or min(sizes) < 1 or sum(sizes) > limit or max(map(max, runs)) >= limit:
+        raise ValueError(f"{text[:40]!r} must be runs of numbers below {limit:,}, such as '0-511, 1024-1535'")
+    return [number for run in runs for number in range(run[0], run[-1] + 1)]
