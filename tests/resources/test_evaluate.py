@@ -14,7 +14,7 @@ from pipermoe.schedule.builders import RECIPES
 from pipermoe.schedule.legality import POSSIBLE
 from pipermoe.specs.catalogue import load_model
 from pipermoe.specs.legality import legal_mask
-from pipermoe.specs.platform import Platform
+from pipermoe.specs.platform import Host, Platform
 from pipermoe.specs.platform_file import load_platform
 from pipermoe.specs.strategy import RECOMPUTE_MODULES, Strategy
 from pipermoe.specs.strategy_table import StrategyTable
@@ -43,8 +43,12 @@ def model_of(name):
 
 @cache
 def platform_of(name: str) -> Platform:
+    crowded = machine(RANKS, 1.7, meeting_seconds={2: 1e-3, 4: 3e-3})
+    if name == "crowded hosts":  # of two ranks each
+        host = Host(ranks=2, compute_slots=1.2, meeting_seconds=crowded.host.meeting_seconds)
+        return crowded.model_copy(update={"host": host})
     if name in ("crowded", "machine"):
-        return machine(RANKS, 1.7 if name == "crowded" else RANKS, meeting_seconds={2: 1e-3, 4: 3e-3})
+        return crowded if name == "crowded" else machine(RANKS)
     return load_platform(name)
 
 
@@ -86,7 +90,9 @@ def strategies(draw, ranks: int = RANKS):
 def cases(draw):
     """A model, one of its platforms and a few legal strategies."""
     name = draw(st.sampled_from(sorted(JOBS)))
-    platform = draw(st.sampled_from(["crowded", "machine"] if name == "small" else ["dgx-h100", "frontier"]))
+    platform = draw(
+        st.sampled_from(["crowded", "crowded hosts", "machine"] if name == "small" else ["dgx-h100", "frontier"])
+    )
     table = StrategyTable.of(draw(st.lists(strategies(), min_size=2, max_size=6)))
     legal = legal_mask(table, model_of(name), JOBS[name], RANKS, POSSIBLE)
     return name, platform, table.take(legal)
