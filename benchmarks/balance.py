@@ -8,8 +8,6 @@ it does not, the traces of the package stand in. CPU times are the best of three
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable, Iterator
 from datetime import date
 from importlib.util import find_spec
@@ -21,6 +19,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command_line import parser_of, write_json
 from benchmarks.schedules import best_milliseconds
 from pipermoe.layout.exact import Limits, assign_experts
 from pipermoe.layout.expert_layout import ExpertLayout
@@ -194,22 +193,22 @@ def show(title: str, rows: list[Row], console: Console) -> None:
 
 
 def main() -> None:
-    arguments = dict(zip(sys.argv[1::2], sys.argv[2::2], strict=False))
-    traces = Path(arguments.get("--traces", "."))
+    parser = parser_of(__doc__)
+    parser.add_argument("--traces", type=Path, default=Path(), metavar="FOLDER")
+    options = parser.parse_args()
     found = {
         f"{EXPERTS} experts x {LAYERS} layers, {NODES.ranks} ranks: max/mean": list(planners()),
         "after a drift of the load": list(after_drift()),
         "W0 to W7: max/mean met, 320 slots": list(workloads()),
-        "nodes per token, 4 nodes, unseen tokens": list(co_activation(traces)),
-        "met max/mean of a plan that is a step old": list(token_splits(traces)),
+        "nodes per token, 4 nodes, unseen tokens": list(co_activation(options.traces)),
+        "met max/mean of a plan that is a step old": list(token_splits(options.traces)),
     }
     if find_spec("scipy") is not None:
         found["rows of the busiest rank: exchanges beside an integer program"] = list(certificates())
     console = Console(width=140)
     for title, rows in found.items():
         show(title, rows, console)
-    if "--json" in arguments:
-        Path(arguments["--json"]).write_text(json.dumps({"date": str(date.today()), **found}, indent=2) + "\n")
+    write_json(options, {"date": str(date.today()), **found})
 
 
 if __name__ == "__main__":

@@ -11,13 +11,10 @@ Below: the share of choices that experts drop, whose capacity is their even shar
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -28,6 +25,7 @@ from rich.table import Table
 from tests.distributed.harness import run_ranks
 from torch import Tensor
 
+from benchmarks.command_line import parser_of, write_json
 from pipermoe.layout.expert_layout import ExpertLayout
 from pipermoe.layout.load import imbalance, rank_load
 from pipermoe.layout.policy import Nodes
@@ -184,10 +182,9 @@ def table_of(title: str, rows: Sequence[dict], columns: dict[str, str]) -> Table
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     capped = JOB.model_copy(update={"capacity_factor": 1.0})
     moved = run_ranks(run, options.ranks, WAYS, JOB, options.steps, timeout=3000)
@@ -198,9 +195,7 @@ def main() -> None:
     times = {"imbalance": ".3f", "seconds": ".3f", "seconds_ratio": ".3f", "cpu_ratio": ".3f", "move_share": ".2%"}
     console.print(table_of("Experts that move", rows, times))
     console.print(table_of("Choices dropped at capacity factor 1", drops, {"imbalance": ".3f", "dropped": ".1%"}))
-    if options.json:
-        found = {"torch": torch.__version__, "ranks": options.ranks, "moving": rows, "capped": drops}
-        options.json.write_text(json.dumps(found, indent=2) + "\n")
+    write_json(options, {"torch": torch.__version__, "ranks": options.ranks, "moving": rows, "capped": drops})
 
 
 if __name__ == "__main__":

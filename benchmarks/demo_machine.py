@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import tempfile
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -166,9 +165,3 @@ def demo_options(parser: ArgumentParser, steps: int) -> None:
     parser.add_argument("--platform", type=Path)
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--passes", type=int, default=1)
-    parser.add_argument("--json", type=Path)
-
-
-def write_json(options: Namespace, summary: dict, rows: list[dict]) -> None:
-    if options.json:
-        options.json.write_text(json.dumps({"summary": summary, "rows": rows}, indent=2) + "\n")

@@ -23,6 +23,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.command_line import parser_of, write_json
 from benchmarks.network import bed as network
 from benchmarks.network.bed import Bed
 from benchmarks.network.trial import Clock, byte_matrix
@@ -95,7 +96,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     comma = lambda kind: lambda text: [kind(part) for part in text.split(",") if part]  # noqa: E731
     parser.add_argument("bed", choices=BEDS)
     parser.add_argument("--sizes", type=comma(int), default=[1024, 16384, 65536, 262144], help="mean bytes per pair")
@@ -112,7 +113,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=120.0, help="seconds before a run is given up")
     parser.add_argument("--openmpi", default=sys.executable)
     parser.add_argument("--mpich", default=sys.executable)
-    parser.add_argument("--json", default="")
     return parser.parse_args()
 
 
@@ -237,8 +237,7 @@ def report(arguments: argparse.Namespace, topology: Topology, times: dict, wire:
                     "load": os.getloadavg(),
                 }
             )
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(rows, indent=1))
+    write_json(arguments, rows)
 
 
 if __name__ == "__main__":

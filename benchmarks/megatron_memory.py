@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The memory profile of Megatron-Core beside measured runs, and beside other estimators on the same points.
 
-    python -m benchmarks.megatron_memory [--json FILE] [--markdown]
+    python -m benchmarks.megatron_memory [--json FILE]
 
 benchmarks/data/megatron_memory.json holds the measurements and where they come from. Every prediction assumes balanced
 routing; `rows x` is the imbalance that would explain what is missing at the peak.
@@ -9,7 +9,6 @@ routing; `rows x` is the imbalance that would explain what is missing at the pea
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +16,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from benchmarks.command_line import parser_of, write_json
 from pipermoe.resources.megatron.job import Machine, MegatronJob
 from pipermoe.resources.megatron.peak import peak_memory
 from pipermoe.resources.megatron.reader import read_job, undescribed
@@ -199,21 +199,15 @@ def points_table(points: list[Point]) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write rows, points and summary")
-    arguments = parser.parse_args()
+    parser = parser_of(__doc__)
+    options = parser.parse_args()
     rows, points = evaluate(), evaluate_points()
     summary = summarise(rows, points)
     print("\n".join([*table(rows), "", *points_table(points), ""]))
     for name, value in asdict(summary).items():
         print(f"{name:20} {value:.2%}" if isinstance(value, float) else f"{name:20} {value}")
-    if arguments.json:
-        document = {
-            "summary": asdict(summary),
-            "rows": [asdict(row) for row in rows],
-            "points": list(map(asdict, points)),
-        }
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+    found = {"summary": asdict(summary), "rows": list(map(asdict, rows)), "points": list(map(asdict, points))}
+    write_json(options, found)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ strategy takes about 15 s on two cores.
 
 from __future__ import annotations
 
-import argparse
 from contextlib import nullcontext
 from statistics import fmean, mean
 
@@ -21,7 +20,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.demo_machine import MODEL, RANKS, Demo, ThisMachine, demo_options, slow_link, write_json
+from benchmarks.command_line import parser_of, write_json
+from benchmarks.demo_machine import MODEL, RANKS, Demo, ThisMachine, demo_options, slow_link
 from pipermoe.cli.options import memory_bytes
 from pipermoe.planner.find import searched
 from pipermoe.specs.legality import legal_mask
@@ -101,7 +101,7 @@ def print_rows(rows: list[dict], summary: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     demo_options(parser, steps=8)
     parser.add_argument("--memory", default=BUDGET)
     parser.add_argument("--most", type=int, default=LIMIT)
@@ -113,7 +113,7 @@ def main() -> None:
         rows = rows_of(plans, demo.measured(plans, options.steps, options.passes))
     summary = summary_of(rows)
     print_rows(rows, summary)
-    write_json(options, summary, rows)
+    write_json(options, {"summary": summary, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -7,11 +7,9 @@ From the axes to the proven best strategy, the simulations of the proof included
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
-from pathlib import Path
 
+from benchmarks.command_line import parser_of, write_json
 from pipermoe.planner.job import Job
 from pipermoe.planner.search import Field
 from pipermoe.specs.catalogue import load_model
@@ -55,18 +53,16 @@ def searched(model: str, platform: str, ranks: int, batch: int, runtime: Choice)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--only", default="")
     parser.add_argument("--runtime", choices=[*RUNTIMES, "any"], default="pipermoe")
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     results = []
     for case in JOBS:
         if options.only in case[0]:
             results.append(searched(*case, options.runtime))
             print("\n".join(f"{key:22} {_text(value)}" for key, value in results[-1].items()), end="\n\n")
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    write_json(options, results)
 
 
 def _text(value: str | int | float) -> str:

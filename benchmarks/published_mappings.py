@@ -12,13 +12,12 @@ known to within 0.2 %). `--rank-only` leaves the search for the best out.
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command_line import parser_of, write_json
 from pipermoe.planner.axes import divisors
 from pipermoe.planner.candidate import candidate
 from pipermoe.planner.job import Job
@@ -156,12 +155,11 @@ def print_rows(rows: list[dict], summary: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--only", default="")
     parser.add_argument("--most", type=int, default=1000)
     parser.add_argument("--rank-only", action="store_true")
     parser.add_argument("--sample", type=int, default=20_000)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     recipes = {
         row: recipe for row, recipe in distinct_recipes().items() if options.only in f"{row} {recipe.model.name}"
@@ -170,8 +168,7 @@ def main() -> None:
     rows = [compare(row, recipe, options) for row, recipe in chosen]
     summary = summary_of(rows)
     print_rows(rows, summary)
-    if options.json:
-        options.json.write_text(json.dumps({"summary": summary, "rows": rows}, indent=2) + "\n")
+    write_json(options, {"summary": summary, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -9,15 +9,14 @@ by pair. Step times are another benchmark's: benchmarks/step_time.py measures th
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median
 
 from tests.resources.case_list import Case, cases
 from tests.resources.compared import compare
 
+from benchmarks.command_line import parser_of, write_json
 from benchmarks.megatron_memory import evaluate, evaluate_points, summarise, table
 from pipermoe.specs.units import format_bytes
 
@@ -68,9 +67,8 @@ def summary_of(rows: list[Row]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = parser_of(__doc__)
     parser.add_argument("--only", default="", help="cases whose name contains this word")
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     print(" counts   predicted    dry run    error  case")
     rows = []
@@ -89,9 +87,8 @@ def main() -> None:
     print(*table(runs), sep="\n")
     megatron = asdict(summarise(runs, points))
     print("\nMegatron-Core:", json.dumps(megatron))
-    if options.json:
-        cells = [asdict(row) | {"peak_error": row.peak_error} for row in rows]
-        options.json.write_text(json.dumps({"summary": summary, "cases": cells, "megatron": megatron}, indent=2) + "\n")
+    cells = [asdict(row) | {"peak_error": row.peak_error} for row in rows]
+    write_json(options, {"summary": summary, "cases": cells, "megatron": megatron})
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ comes first (benchmarks/overlap.py). Without a platform this machine is measured
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import tempfile
@@ -29,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import overlap
+from benchmarks.command_line import parser_of, write_json
 from pipermoe.data.batches import load_text
 from pipermoe.measure import measure_platform
 from pipermoe.planner import find_plan
@@ -146,12 +146,11 @@ def table_of(rows: list[dict]) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--platform", type=Path)
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--minutes", type=float, default=6.0)
     parser.add_argument("--transformers", type=Path, default=TRANSFORMERS, help="a Python that has it")
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     started, console = time.perf_counter(), Console(width=150)
     hidden = [overlap.row_of(text, each) for text in overlap.STRATEGIES for each in overlap.BANDWIDTHS]
@@ -179,9 +178,7 @@ def main() -> None:
         runs = passes_within(60 * options.minutes - (time.perf_counter() - started), ways)
     rows = summary_of(runs, plans, train)
     console.print(table_of(rows))
-    if options.json:
-        found = {"torch": torch.__version__, "throughput": rows, "hidden": hidden}
-        options.json.write_text(json.dumps(found, indent=2) + "\n")
+    write_json(options, {"torch": torch.__version__, "throughput": rows, "hidden": hidden})
 
 
 if __name__ == "__main__":

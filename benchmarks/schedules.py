@@ -5,15 +5,13 @@ python -m benchmarks.schedules [--json FILE]
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command_line import parser_of, write_json
 from pipermoe.schedule.action import Schedule
 from pipermoe.schedule.builders import build
 from pipermoe.schedule.checker import check
@@ -56,6 +54,7 @@ def measure(name: str, pipeline_parallel: int, microbatches: int, virtual_stages
 
 
 def main() -> None:
+    options = parser_of(__doc__).parse_args()
     rows = [measure(*case) for case in CASES]
     table = Table(title=f"Schedules of a {LAYERS}-layer model, CPU time", title_justify="left")
     for key in rows[0]:
@@ -63,8 +62,7 @@ def main() -> None:
     for row in rows:
         table.add_row(*(f"{value:.1f}" if isinstance(value, float) else str(value) for value in row.values()))
     Console(width=100).print(table)
-    if "--json" in sys.argv:
-        Path(sys.argv[sys.argv.index("--json") + 1]).write_text(json.dumps(rows, indent=2) + "\n")
+    write_json(options, rows)
 
 
 if __name__ == "__main__":

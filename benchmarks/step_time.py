@@ -10,14 +10,14 @@ runs. About 5 minutes a pass on two cores.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from statistics import fmean, median
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.demo_machine import MODEL, RANKS, Demo, ThisMachine, demo_options, write_json
+from benchmarks.command_line import parser_of, write_json
+from benchmarks.demo_machine import MODEL, RANKS, Demo, ThisMachine, demo_options
 from pipermoe.specs.plan import Plan
 from pipermoe.specs.report import TERMS, StepReport
 from pipermoe.specs.units import format_seconds
@@ -110,7 +110,7 @@ def print_rows(rows: list[dict], summary: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     demo_options(parser, steps=12)
     parser.add_argument("--only", default="")
     options = parser.parse_args()
@@ -121,7 +121,7 @@ def main() -> None:
     rows = [row_of(plan, measured[plan.name], machine.stolen[plan.name]) for plan in plans]
     summary = summary_of(rows)
     print_rows(rows, summary)
-    write_json(options, summary, rows)
+    write_json(options, {"summary": summary, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -10,14 +10,12 @@ is not published is assumed: 1,024 sequences a step for all; for Super the mappi
 
 from __future__ import annotations
 
-import argparse
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command_line import parser_of, write_json
 from pipermoe.planner.candidate import candidate, model_flops
 from pipermoe.planner.find import searched
 from pipermoe.planner.job import Job
@@ -104,15 +102,13 @@ def print_rows(rows: list[dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--only", default="")
     parser.add_argument("--runtime", choices=[*RUNTIMES, "any"], default="pipermoe")
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows = [compare(case, options.runtime) for case in CASES if options.only in case.model]
     print_rows(rows)
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+    write_json(options, rows)
 
 
 if __name__ == "__main__":
