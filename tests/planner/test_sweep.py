@@ -20,6 +20,16 @@ def test_a_case_is_the_plan_of_its_job():
     assert "ranks = 7" in result.cases[2].reason
 
 
+def test_a_case_is_planned_for_the_runtime_that_is_asked_for():
+    for compared in (
+        sweep(MODEL, machine(), TRAIN, {"gpus": [2]}, runtime="megatron"),
+        compare_platforms(MODEL, [machine()], TRAIN, [2], precision=TRAIN.precision, runtime="megatron"),
+    ):
+        assert compared.cases[0].best == find_plan(MODEL, machine(), TRAIN, world_size=2, runtime="megatron").chosen
+    [refused] = sweep(MODEL, machine(), TRAIN, {"gpus": [2]}, runtime="torchtitan").cases
+    assert "torchtitan 0.3.0: registers" in refused.reason
+
+
 def test_machines_are_compared_on_the_same_job():
     slow = machine(compute_slots=1).model_copy(update={"name": "slow"})
     result = compare_platforms(MODEL, [machine(), slow], TRAIN, [4])

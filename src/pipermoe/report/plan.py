@@ -104,7 +104,8 @@ def _header(result: PlanningResult) -> Table:
         grid.add_row("Run", campaign_text(result.campaign, result.world_size))
     if counts:
         found = (
-            f"{counts.considered:,} strategies in {format_seconds(result.search_seconds)}: {counts.illegal:,} illegal, "
+            f"{counts.considered:,} strategies in {format_seconds(result.search_seconds)}: "
+            f"{counts.illegal:,} illegal or not for this runtime, "
             f"{counts.redundant:,} redundant, {counts.not_fitting:,} do not fit, {counts.pruned:,} pruned by bound, "
             f"{counts.simulated:,} simulated"
         )
@@ -214,7 +215,9 @@ def reason(other: Alternative, step_seconds: float) -> str:
 def _what_if(result: PlanningResult) -> Table:
     grid = _grid("default", "default", "default", right=(1,))
     for change in result.explanation.what_ifs:
-        lack = f"does not fit: {format_bytes(change.peak_bytes)}" if not change.fits else ""
+        inside = change.peak_bytes <= result.memory_budget_bytes
+        lack = f"leaves less than {result.headroom:.0%} free" if inside else "does not fit"
+        lack = "" if change.fits else f"{lack}: {format_bytes(change.peak_bytes)}"
         other = f"with {strategy_text(change.strategy)}" if change.strategy else ""
         notes = "; ".join(filter(None, [change.way, lack, other]))
         grid.add_row(f"  {change.name}", f"{change.gain:+.0%} tokens/s", notes)
