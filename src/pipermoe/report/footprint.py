@@ -117,10 +117,9 @@ def _actions(footprint: Footprint) -> Table:
 
 
 def _span(values: list[int], show) -> str:
-    low, high = min(values), max(values)
-    if high == 0:
+    if not any(values):
         return ""
-    return show(high) if low == high else f"{show(low)} to {show(high)}"
+    return " to ".join(dict.fromkeys((show(min(values)), show(max(values)))))  # one where both look the same
 
 
 def _grid(*styles: str, right: tuple[int, ...] = ()) -> Table:
