@@ -25,13 +25,14 @@ TRAIN = TrainConfig(
     z_loss=0.3,
     optimizer=Optimizer(learning_rate=1e-2, gradient_clip=0.5, epsilon=1e-4),
 )
-SCHEDULES = tuple(name for name in RECIPES if name != "dualpipe")  # it holds every stage twice, which is refused
+SCHEDULES = tuple(RECIPES)
 # (pipeline, data, expert parallel)
 ARRANGEMENTS = (
     *((1, 2, 1), (1, 2, 2), (1, 4, 1), (1, 4, 2), (1, 4, 4), (1, 8, 4)),
     *((2, 1, 1), (2, 2, 1), (2, 2, 2), (2, 4, 2), (2, 4, 4)),
     *((4, 1, 1), (4, 2, 1), (4, 2, 2)),
 )
+PIPELINES = ((2, 3, 1), (2, 4, 1), (6, 1, 1), (8, 1, 1))  # more of them, for what needs one
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "recompute": ("none", "full", "selective"),
     "zero_dense": (0, 1, 2, 3),
@@ -80,7 +81,8 @@ def cases() -> list[Case]:
     values = {option: [value for value in values if _runs(option, value)] for option, values in OPTIONS.items()}
     rows = [
         (schedule, arrangement)
-        for schedule, arrangement in itertools.product(SCHEDULES, ARRANGEMENTS)
+        for schedule in SCHEDULES
+        for arrangement in (*ARRANGEMENTS, *(PIPELINES if RECIPES[schedule].ranks_step > 1 else ()))
         if not illegal(schedule, arrangement[0], 2 * arrangement[0], _chunks(schedule))
     ]
     return [_case(schedule, arrangement, options) for (schedule, arrangement), options in covering(rows, values)]
@@ -137,7 +139,7 @@ def _runs(option: str, value: Any) -> bool:
 
 def place(strategy: Strategy) -> tuple[int, ...]:
     """What the process groups of a strategy follow from."""
-    degrees = ("pipeline_parallel", "data_parallel", "expert_parallel", "ranks_per_copy")
+    degrees = ("pipeline_parallel", "stage_homes", "data_parallel", "expert_parallel", "ranks_per_copy")
     return strategy.world_size, *(getattr(strategy, degree) for degree in degrees)
 
 

@@ -22,11 +22,13 @@ STRATEGIES = {
         sharded(2, 2, "interleaved-1f1b", 2, pp=2, dp=2),
         sharded(3, 3, "zb-v", 2, pp=2, dp=2, recompute="selective", recompute_modules=("norm", "attention")),
         sharded(3, 2, "zb-h2-overlap", pp=2, dp=2, ep=2),
+        sharded(2, 3, "dualpipe", pp=2, dp=2, ep=2),
     ],
     "tied": [
         arrangement(pp=4, schedule="zb-h2"),
         sharded(1, 1, "zb-v", 2, pp=2, dp=2),
         sharded(3, 3, pp=2, dp=2, ep=2),
+        sharded(1, 1, "dualpipe", pp=4),
     ],
 }
 

@@ -20,6 +20,7 @@ from pipermoe.modules.names import is_expert
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.optimizer.adamw import Optimizer
 from pipermoe.runtime.optimizer.sharding import flatten
+from pipermoe.schedule.traits import schedule_traits
 from pipermoe.specs.errors import MachineError, UserError
 from pipermoe.specs.plan import Plan
 from pipermoe.specs.strategy import Strategy
@@ -44,7 +45,8 @@ def state(groups: ProcessGroups, plan: Plan, *, filled: bool):
     def local(name: str, kind: str) -> torch.Tensor:
         return values(name, kind)[experts] if is_expert(name) else values(name, kind)
 
-    held = [name for name in SHAPES if int(name.split(".")[1]) // (2 // strategy.pipeline_parallel) == here.pp]
+    stages = schedule_traits(strategy.schedule, strategy.pipeline_parallel, 1).stages_of[here.pp]
+    held = [name for name in SHAPES if int(name.split(".")[1]) // (2 // strategy.pipeline_parallel) in stages]
     weights = {name: Parameter(local(name, "weights") * filled) for name in held}
     optimizer = Optimizer(flatten(weights.items(), groups, strategy), plan.train.optimizer)
     if filled:
@@ -80,6 +82,7 @@ ARRANGEMENTS = [
     Strategy(data_parallel=4, expert_parallel=4, zero_dense=1),
     Strategy(pipeline_parallel=2, data_parallel=2, expert_data_parallel=2, zero_dense=1, zero_expert=1),
     Strategy(),
+    Strategy(pipeline_parallel=2, data_parallel=2, expert_parallel=2, schedule="dualpipe", zero_dense=1, zero_expert=2),
     Strategy(data_parallel=3, expert_data_parallel=3, zero_expert=1),
     Strategy(data_parallel=4, expert_parallel=2, expert_data_parallel=2, zero_dense=3, zero_expert=3),
     Strategy(data_parallel=4, expert_parallel=4, zero_dense=2),

@@ -27,6 +27,8 @@ slow = pytest.mark.slow
 CASES = [
     pytest.param("plain", "pp2 dp2 ep2 z1 1f1b", "lognormal:max=1.8"),
     pytest.param("rich", "pp2 vpp2 dp2 ep2 z0/1 interleaved-1f1b full", "balanced"),
+    pytest.param("rich", "pp2 dp2 ep2 dualpipe z1/3", "lognormal:sigma=0.5"),
+    pytest.param("latent", "pp4 dp1 ep1 dualpipe z2 full", "balanced", marks=slow),
     pytest.param("sigmoid", "pp4 dp1 ep1 zb-h1 split:1,1,1,1", "balanced", marks=slow),
     pytest.param("rich", "pp2 dp2 ep1 z1 mbs2 gpipe split:1,3", "lognormal:sigma=1", marks=slow),
     pytest.param("sigmoid", "pp1 dp4 ep4 z1/0 mbs2 full", "lognormal:max=2", marks=slow),

@@ -67,7 +67,10 @@ def written_by(run: Path) -> dict[str, torch.Tensor]:
     return {name: value for path in (run / "weights").glob("*.safetensors") for name, value in load_file(path).items()}
 
 
-def test_a_run_starts_from_published_weights_resumes_exactly_and_writes_them_again(tmp_path: Path):
+@pytest.mark.parametrize(
+    "arrangement", ["pp2 dp2 ep2 1f1b z1/0 full", pytest.param("pp2 dp2 ep2 dualpipe z3", marks=pytest.mark.slow)]
+)
+def test_a_run_starts_from_published_weights_resumes_exactly_and_writes_them_again(arrangement: str, tmp_path: Path):
     start = tmp_path / "start"
     start.mkdir()
     (start / "config.json").write_text(
@@ -76,8 +79,7 @@ def test_a_run_starts_from_published_weights_resumes_exactly_and_writes_them_aga
     model = ModelSpec.from_hf_config(start)
     shapes = expected_shapes(model, FAMILIES["deepseek_v3"])
     save_file({name: numbers(name, shape) for name, shape in shapes.items()}, start / SINGLE)
-    strategy = Strategy(pipeline_parallel=2, data_parallel=2, expert_parallel=2, zero_dense=1, recompute="full")
-    plan = tiny_plan(strategy, steps=4, checkpoint_every=2, balance_rate=0.01)
+    plan = tiny_plan(Strategy.parse(arrangement), steps=4, checkpoint_every=2, balance_rate=0.01)
     plan = plan.model_copy(update={"model": model})
     whole = launch(plan, Run(tmp_path / "whole", weights=start, quiet=True))
     launch(plan, Run(tmp_path / "parts", steps=2, weights=start, quiet=True))
@@ -93,7 +95,7 @@ def test_a_run_starts_from_published_weights_resumes_exactly_and_writes_them_aga
     bias = "model.layers.1.mlp.gate.e_score_correction_bias"
     moved = (trained[bias] - numbers(bias, shapes[bias])) / 0.01
     torch.testing.assert_close(moved, moved.round(), rtol=0, atol=1e-3)
-    again = tiny_plan(strategy, steps=1).model_copy(update={"model": model})
+    again = tiny_plan(plan.strategy, steps=1).model_copy(update={"model": model})
     assert launch(again, Run(tmp_path / "again", weights=tmp_path / "whole" / "weights", quiet=True)) is not None
     (start / SINGLE).unlink()
     with pytest.raises(UserError, match="holds neither"):

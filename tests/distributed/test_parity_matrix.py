@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.distributed.harness import run_ranks
-from tests.distributed.parity_cases import ARRANGEMENTS, SCHEDULES, Case, Job, cases, place, portions
+from tests.distributed.parity_cases import ARRANGEMENTS, PIPELINES, SCHEDULES, Case, Job, cases, place, portions
 from tests.runtime.tiny import batch_for, engine_for, lowered
 
 from pipermoe.modules.names import is_expert
@@ -112,4 +112,4 @@ def test_every_schedule_meets_twelve_arrangements_at_least():
         strategies = [case.strategy for case in cases() if case.strategy.schedule == schedule]
         met = {(each.pipeline_parallel, each.data_parallel, each.expert_parallel) for each in strategies}
         assert len(met) >= 12
-        assert met <= set(ARRANGEMENTS)
+        assert met <= {*ARRANGEMENTS, *PIPELINES}

@@ -28,6 +28,7 @@ SCHEDULES = {
     "zb-v": (2, "latent"),
     "zb-v-overlap": (2, "rich"),
     "v-min": (2, "rich"),
+    "dualpipe": (1, "rich"),
     "dualpipe-v": (2, "grouped"),
 }
 

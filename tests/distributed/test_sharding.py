@@ -33,6 +33,7 @@ STRATEGIES = {
         sharded(3, 3, "zb-h2-overlap", pp=2, dp=2),
         sharded(2, 3, "interleaved-1f1b", 2, pp=2, dp=2, micro_batch_size=1),
         sharded(3, 1, "dualpipe-v", 2, pp=2, dp=2, ep=2),
+        sharded(3, 3, "dualpipe", pp=4, recompute="full"),
     ],
     "latent": [
         sharded(3, 3, "zb-v", 2, pp=2, dp=2, recompute="full"),

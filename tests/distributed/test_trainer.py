@@ -22,6 +22,7 @@ from pipermoe.training.run import Run
 
 pytestmark = pytest.mark.distributed
 HYBRID = Strategy(pipeline_parallel=2, data_parallel=2, expert_parallel=2, zero_dense=1, zero_expert=1)
+MIRRORED = Strategy.parse("pp2 dp2 ep2 dualpipe z2/3")
 FASTER = {"optimizer": {"learning_rate": 0.01, "warmup_steps": 2}}
 
 
@@ -76,9 +77,16 @@ def test_a_hybrid_run_learns_what_one_process_learns_and_reports_it(tmp_path, te
             assert sum(rank.memory_bytes.values()) == rank.peak_bytes
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
-def test_a_run_that_stopped_and_resumed_equals_one_that_did_not(tmp_path, text, precision):
-    plan = tiny_plan(HYBRID, data=text, checkpoint_every=2, precision=precision, **FASTER)
+@pytest.mark.parametrize(
+    ("strategy", "precision"),
+    [
+        (HYBRID, "fp32"),
+        pytest.param(HYBRID, "bf16", marks=pytest.mark.slow),
+        pytest.param(MIRRORED, "bf16", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_stopped_and_resumed_equals_one_that_did_not(tmp_path, text, strategy, precision):
+    plan = tiny_plan(strategy, data=text, checkpoint_every=2, precision=precision, **FASTER)
     whole = launch(plan, Run(tmp_path / "whole", quiet=True))
     launch(plan, Run(tmp_path / "parts", steps=4, quiet=True), resume=True)  # there is nothing yet: it begins
     rest = launch(plan, Run(tmp_path / "parts", quiet=True), resume=True)
@@ -221,6 +229,10 @@ def test_what_does_not_move_is_refused_with_its_key(tmp_path, text):
         r"balance\.spill_above = 1\.1: experts have nowhere to move": (Strategy(), {"spill_above": 1.1}),
         r"strategy\.dispatcher = 'deduplicated': experts that move need": (
             parallel.model_copy(update={"dispatcher": "deduplicated"}),
+            {"spill_above": 1.1},
+        ),
+        r"strategy\.schedule = 'dualpipe': holds every stage on two ranks": (
+            Strategy(pipeline_parallel=2, data_parallel=2, expert_parallel=2, schedule="dualpipe"),
             {"spill_above": 1.1},
         ),
         r"strategy\.zero_expert = 1: .* \"bound\" have at most 0": (

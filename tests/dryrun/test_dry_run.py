@@ -104,7 +104,6 @@ def test_the_rank_with_more_rows_holds_more():
         ("pp2 dp2 ep2", {"rank": 0, "world_size": 8}, "must equal the number of ranks = 8; pipeline_parallel = 4"),
         ("pp1 dp3 ep3", {"rank": 0}, "strategy.expert_parallel = 3: must divide num_experts = 8"),
         ("pp2 tp2 dp1 ep2", {"rank": 0}, "strategy.tensor_parallel = 2: this runtime executes 1 only"),
-        ("pp2 dp1 ep1 dualpipe", {"rank": 0}, "holds every stage on two ranks"),
         ("pp2 dp2 ep2 zb-v", {"rank": 0}, "virtual_stages = 1: zb-v needs exactly 2"),
         ("pp1 dp2 ep2", {"rank": 0, "routing": "skewed"}, "--routing = 'skewed': accepted: balanced"),
         ("pp1 dp2 ep2", {"rank": 0, "routing": "lognormal:max=5"}, "between 1 and num_experts / top_k = 4"),

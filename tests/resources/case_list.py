@@ -35,7 +35,7 @@ def _grown(model: ModelSpec) -> ModelSpec:
 
 
 FAMILIES = {model.name: _grown(model) for model in (PLAIN, RICH, LATENT, SINKS, GROUPED)}
-SCHEDULES = tuple(name for name in RECIPES if name != "dualpipe")  # it holds every stage twice, which is refused
+SCHEDULES = tuple(RECIPES)
 # (pipeline, data, expert parallel)
 ARRANGEMENTS = ((1, 4, 4), (1, 4, 2), (2, 2, 1), (2, 2, 2), (2, 4, 2), (4, 1, 1), (4, 2, 2))
 OPTIONS: dict[str, tuple[Any, ...]] = {

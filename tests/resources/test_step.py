@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from tests.resources.cases import MODEL, TRAIN, machine
 
 from pipermoe.resources.step import predict, shared_seconds, step_costs
-from pipermoe.schedule.builders import RECIPES
+from pipermoe.schedule.builders import RECIPES, illegal
 from pipermoe.specs.report import TERMS
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.strategy_table import StrategyTable
@@ -14,13 +14,15 @@ from pipermoe.specs.train import TrainConfig
 
 @st.composite
 def strategies(draw):
-    name = draw(st.sampled_from([name for name in RECIPES if name != "dualpipe"]))
+    name = draw(st.sampled_from(list(RECIPES)))
     chunks = RECIPES[name].virtual_stages[0]
+    fewest = 6  # micro-batches of any strategy here
+    pipelines = [ranks for ranks in range(1, 6 // chunks + 1) if not illegal(name, ranks, fewest, chunks)]
     cp, tp = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 2]))
     ep, edp, etp = (draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 2])))
     recompute = draw(st.sampled_from(["none", "full", "selective"]))
     return Strategy(
-        pipeline_parallel=draw(st.integers(1, 6 // chunks)),
+        pipeline_parallel=draw(st.sampled_from(pipelines)),
         virtual_stages=chunks,
         data_parallel=ep * edp * etp,
         context_parallel=cp,

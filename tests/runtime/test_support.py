@@ -28,7 +28,6 @@ SELECTING = LatentAttention(
     ("change", "strategy", "message"),
     [
         ({}, Strategy(tensor_parallel=2, expert_data_parallel=2), "strategy.tensor_parallel = 2: "),
-        ({}, Strategy(pipeline_parallel=2, schedule="dualpipe"), "strategy.schedule = 'dualpipe': holds every"),
         ({}, Strategy(pipeline_parallel=2, schedule="zb-v"), "virtual_stages = 1: zb-v needs exactly 2"),
         ({}, Strategy(schedule="zb"), "schedule = 'zb': unknown"),
         ({"norms_per_layer": 4}, Strategy(), "norms_per_layer = 4: "),

@@ -108,6 +108,13 @@ def test_dualpipe_idles_for_half_the_ranks(p, m, weight):  # DualPipe README: (P
     assert hidden.exchange_seconds[0] < simulate(build("1f1b", p, m), times).exchange_seconds[0] == 2.0 * m
 
 
+@pytest.mark.parametrize(("p", "m"), [(2, 4), (4, 20), (6, 12)])
+def test_both_homes_of_a_dualpipe_stage_do_the_same_in_the_same_order(p, m):
+    schedule = build("dualpipe", p, m)
+    work = [[(part.kind, part.stage, part.microbatch // 2) for part in schedule.parts(rank)] for rank in range(p)]
+    assert work == work[::-1]
+
+
 @pytest.mark.parametrize(("p", "m"), [(2, 4), (3, 6), (4, 12)])
 def test_dualpipe_v_idles_as_dualpipe_on_twice_the_ranks(p, m):  # same README, "DualPipeV"
     assert (

@@ -78,6 +78,14 @@ def test_experts_on_all_ranks_of_a_stage_have_one_order():
     assert [coordinates(orders[0], rank) for rank in range(8)] == [coordinates(orders[1], rank) for rank in range(8)]
 
 
+def test_where_every_stage_has_two_homes_the_replicas_of_both_are_one_group():
+    strategy = Strategy.parse("pp4 dp2 ep2 dualpipe")
+    assert groups(strategy, "dp") == [(0, 1, 6, 7), (2, 3, 4, 5)]
+    assert groups(strategy, "edp") == [(0, 6), (1, 7), (2, 4), (3, 5)]
+    assert groups(strategy, "ep") == [(0, 1), (2, 3), (4, 5), (6, 7)]
+    assert (strategy.dense_replicas, strategy.expert_replicas) == (4, 2)
+
+
 def test_a_group_that_shares_copies_falls_into_blocks_and_the_ranks_at_one_place_of_each():
     strategy = Strategy.parse("dp8 ep4 etp2 deduplicated:2")
     assert groups(strategy, "ep") == [(0, 2, 4, 6), (1, 3, 5, 7)]

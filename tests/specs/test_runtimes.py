@@ -114,7 +114,8 @@ def test_a_runtime_that_lacks_the_model_is_refused_and_any_leaves_it_out():
     [
         ("pp2 dp4 ep4 mbs1 1f1b", "qwen3-30b-a3b", ("pipermoe", "megatron")),
         ("pp1 dp8 ep8 mbs1 1f1b z2", "qwen3-30b-a3b", ("pipermoe", "megatron", "torchtitan", "deepspeed")),
-        ("pp2 dp4 ep4 mbs1 dualpipe", "qwen3-30b-a3b", ()),
+        ("pp2 dp4 ep4 mbs1 dualpipe", "qwen3-30b-a3b", ("pipermoe",)),
+        ("pp2 dp4 ep4 tp2 etp2 mbs1 dualpipe", "qwen3-30b-a3b", ()),
         ("pp2 vpp2 dp4 ep4 mbs1 zb-v z2", "deepseek-v3", ("pipermoe", "torchtitan")),
         ("pp1 dp4 tp2 ep4 edp2 mbs1 1f1b", "mixtral-8x7b", ("megatron", "deepspeed")),
     ],

@@ -3,6 +3,7 @@
 from collections import Counter
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.specs.test_mesh import folded
@@ -34,6 +35,16 @@ def test_a_group_has_its_ranks_inside_of_its_span(strategy, axis):
     for group in listed(strategy, axis):
         assert len(group) == np.squeeze(found.ranks)
         assert len({rank // span for rank in group}) == 1
+
+
+@pytest.mark.parametrize("text", ["pp2 dp4 ep2 dualpipe", "pp4 dp2 ep2 dualpipe", "pp4 dp4 ep2 dualpipe pp-dp"])
+@pytest.mark.parametrize("axis", ["dp", "edp"])
+def test_replicas_at_both_homes_of_a_stage_lie_inside_of_one_span(text, axis):
+    strategy = Strategy.parse(text)
+    found = spread(StrategyTable.of([strategy]), axis)
+    for group in groups(strategy, axis):
+        assert len(group) == found.ranks.item()
+        assert len({rank // found.span.item() for rank in group}) == 1
 
 
 @settings(deadline=None, max_examples=60)

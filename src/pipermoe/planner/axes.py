@@ -137,7 +137,7 @@ def redundant_pipelines(bodies: StrategyTable, pipelines: StrategyTable, platfor
 
 def redundant_tails(bodies: StrategyTable, tails: StrategyTable) -> np.ndarray:
     """(bodies, tails) that do as another does: sharding over one rank, exchanging with nobody."""
-    alone, experts_alone = bodies.data_parallel * bodies.context_parallel == 1, bodies.expert_data_parallel == 1
+    alone, experts_alone = bodies.dense_replicas == 1, bodies.expert_replicas == 1
     here = bodies.expert_parallel == 1
     mixed, shards = tails.zero_dense != tails.zero_expert, tails.zero_dense > 0
     return (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from pipermoe.resources.rates import collective_seconds, level_send_seconds
 from pipermoe.resources.shared_cores import carried_share, meeting_work
 from pipermoe.resources.stages import StageShapes
 from pipermoe.resources.states import StateElements
+from pipermoe.schedule.traits import ways
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.network import Collective
 from pipermoe.specs.platform import Platform
@@ -245,13 +247,12 @@ def arrival_work(platform: Platform, table: StrategyTable, stages_of: StagesOf) 
 def hop_levels(levels: Sequence[int], stride: Any, runs: Any, stages_of: StagesOf) -> NDArray[np.int64]:
     """The level of the network between each stage and the next, -1 on one rank: (rows, stages - 1), a column at least.
 
-    Stages lie `stride` (rows,) ranks apart; of `runs` (rows,) pipelines behind each other that one counts whose stages
-    are farthest. `levels[i]` ranks meet on level i.
+    Stages lie `stride` (rows,) ranks apart; of `runs` (rows,) pipelines behind each other, and of the two ways where
+    stages have two homes, that one counts whose stages are farthest. `levels[i]` ranks meet on level i.
     """
-    home = {stage: rank for rank, stages in enumerate(stages_of) for stage in stages}
-    hops = [(home[stage], home[stage + 1]) for stage in range(len(home) - 1)] or [(0, 0)]
-    low, high = (np.array([pick(hop) for hop in hops]) for pick in (min, max))
-    stride, several = np.asarray(stride)[:, None], np.asarray(runs)[:, None] > 1
+    hops = np.array([list(pairwise(way)) or [(0, 0)] for way in ways(stages_of)])  # (ways, stages - 1, 2)
+    low, high = hops.min(axis=2), hops.max(axis=2)
+    stride, several = np.asarray(stride)[:, None, None], np.asarray(runs)[:, None, None] > 1
     pipeline = stride * len(stages_of)
     first, last = low * stride, (high + 1) * stride - 1
     outermost = len(levels) - 1
@@ -260,7 +261,7 @@ def hop_levels(levels: Sequence[int], stride: Any, runs: Any, stages_of: StagesO
         # Where pipelines begin at any multiple of their length, what they have in common with a block counts.
         size = np.where(several, np.gcd(levels[index], pipeline), levels[index])
         level = np.where(first // size == last // size, index, level)
-    return np.where(high > low, level, -1)
+    return np.where(high > low, level, -1).max(axis=1)
 
 
 def sync_calls(
@@ -275,18 +276,18 @@ def sync_calls(
     Multi-token prediction uses embedding and head again. The gradients of an embedding at both ends of the pipeline are
     summed over the two ends as well.
     """
-    state, microbatches = train.recipe.state, table.microbatches(train.global_batch_size)[:, None]
+    state, microbatches = train.recipe.state, table.stage_microbatches(train.global_batch_size)[:, None]
     apart = (states.copied > 0).astype(np.int64)
     copies = apart * shapes.has_head
     units = shapes.routed_layers + shapes.dense_layers + shapes.has_embedding + shapes.has_head + copies
     # Multi-token prediction comes back to the head and to the embedding, which the copy is counted for once.
     again = 2 * shapes.predictions - copies * (shapes.predictions > 0)
-    size, zero = table.data_parallel * table.context_parallel, table.zero_dense[:, None]
+    size, zero = table.dense_replicas, table.zero_dense[:, None]
     over_ends = states.copied // np.where(zero >= 1, size[:, None], 1)
     reducing, gathering = [Call("all_reduce", "ends", apart, over_ends * state.gradient)], []
     routed = shapes.routed_layers
     dense = ("dp", states.dense, states.again, units, units + again, size, zero)
-    expert = ("edp", states.expert, 0, routed, routed, table.expert_data_parallel, table.zero_expert[:, None])
+    expert = ("edp", states.expert, 0, routed, routed, table.expert_replicas, table.zero_expert[:, None])
     for axis, elements, more, held, uses, group, level in (dense, expert):
         shared = ((group > 1)[:, None] & (elements > 0)).astype(np.int64)
         replicated = shared * (level == 0)
@@ -335,7 +336,7 @@ def traffic(
     """All calls of one step on one rank of every pipeline rank; `shapes` and `sends` (messages per micro-batch that
     leave the rank) are per rank, `ep_rank` its place among those that share the experts.
     """
-    microbatches = table.microbatches(train.global_batch_size)[:, None]
+    microbatches = table.stage_microbatches(train.global_batch_size)[:, None]
     inside = exchanges(sizes, shapes, ep_rank)
     reducing, gathering = sync_calls(train, shapes, table, states)
     sent = microbatches * sends
@@ -355,8 +356,8 @@ def traffic(
 
 
 def _load_counts(model: ModelSpec, shapes: StageShapes, table: StrategyTable) -> Call:
-    """Correction biases move by the load of the whole batch: one sum of all layers' int64 counts over a stage."""
-    several = (table.data_parallel * table.context_parallel > 1)[:, None]
+    """Correction biases move by the load of the whole batch: one sum of all layers' int64 counts over its replicas."""
+    several = (table.dense_replicas > 1)[:, None]
     counted = several & (shapes.routed_layers > 0) & (model.moe.router.correction_bias != "none")
     size = shapes.routed_layers * model.moe.num_experts * COUNT_BYTES
     return Call("all_reduce", "dp", counted.astype(np.int64), counted * size)

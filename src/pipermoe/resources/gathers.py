@@ -29,7 +29,7 @@ USES_WEIGHTS = (Kind.FORWARD, Kind.BACKWARD, Kind.INPUT_GRAD)
 def weight_gathers(model: ModelSpec, train: TrainConfig, strategy: Strategy) -> dict[str, Call]:
     """The gathers of dense and of expert weights at ZeRO-3, calls and bytes (1, pipeline ranks) by `Call.key`."""
     table = StrategyTable.of([strategy])
-    dense_copies, expert_copies = strategy.data_parallel * strategy.context_parallel, strategy.expert_data_parallel
+    dense_copies, expert_copies = strategy.dense_replicas, strategy.expert_replicas
     padded = units_of(model, table).padded(dense_copies, expert_copies)
     routed = {f"layers.{layer}": int(padded.experts.item()) for layer in model.routers}
     dense = {f"layers.{layer}": int(padded.dense_layer.item()) for layer in range(model.num_layers)}

@@ -68,5 +68,5 @@ def least_whole_bytes(
 
 def _sharded_from(level: int, table: StrategyTable) -> tuple[Any, Any]:
     """Whether dense and expert parameters are sharded at this ZeRO level: (rows,) each."""
-    dense = (table.zero_dense >= level) & (table.data_parallel * table.context_parallel > 1)
-    return dense, (table.zero_expert >= level) & (table.expert_data_parallel > 1)
+    dense = (table.zero_dense >= level) & (table.dense_replicas > 1)
+    return dense, (table.zero_expert >= level) & (table.expert_replicas > 1)

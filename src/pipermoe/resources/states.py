@@ -1,8 +1,8 @@
 """Parameters, gradients and optimizer state that a rank holds: elements and bytes, array (rows, stages or ranks).
 
-Dense parameters are divided over tp and shared by the dp * cp ranks of a group, routed experts are divided over ep and
-etp and shared by edp ranks; those of each layer, embedding and head lie in a flat buffer padded to a multiple of its
-group (`runtime/optimizer/flat_parameters.py`).
+Dense parameters are divided over tp and shared by `dense_replicas` ranks, routed experts are divided over ep and etp
+and shared by `expert_replicas`; those of each layer, embedding and head lie in a flat buffer padded to a multiple of
+its group (`runtime/optimizer/flat_parameters.py`).
 ZeRO: Rajbhandari et al. 2020, section 5.
 """
 
@@ -85,7 +85,7 @@ class Units:
 
 def state_elements(model: ModelSpec, shapes: StageShapes, table: StrategyTable) -> StateElements:
     """Elements on one rank for every row of a table and every column of `shapes`."""
-    copies = (table.data_parallel * table.context_parallel)[:, None], table.expert_data_parallel[:, None]
+    copies = table.dense_replicas[:, None], table.expert_replicas[:, None]
     levels = table.zero_dense[:, None], table.zero_expert[:, None]
     padded = units_of(model, table).padded(*copies)
     wholes = padded.on(shapes, copied=model.embeds_twice)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import chain, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +36,7 @@ from pipermoe.schedule.builders import schedule_of
 from pipermoe.schedule.durations import Durations, WorkTable
 from pipermoe.schedule.shared_host import simulate_shared_host
 from pipermoe.schedule.timeline import Timeline, simulate
-from pipermoe.schedule.traits import stages_of_ranks
+from pipermoe.schedule.traits import stages_of_ranks, ways
 from pipermoe.specs.mesh import coordinates, split_layers
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.platform import Platform
@@ -353,20 +354,19 @@ def _of_rank(calls: dict[str, Call], pp: int) -> dict[str, Traffic]:
 
 
 def messages_sent(stages_of: Sequence[Sequence[int]]) -> NDArray:
-    """Messages of one micro-batch that leave each pipeline rank: to a neighbouring stage on another rank."""
-    home = {stage: rank for rank, stages in enumerate(stages_of) for stage in stages}
-    return np.array(
-        [
-            sum(home.get(s + step, rank) != rank for s in stages for step in (-1, 1))
-            for rank, stages in enumerate(stages_of)
-        ]
-    )
+    """Messages of one micro-batch of every stage that leave each pipeline rank: results to the next rank on the way,
+    gradients to the one before.
+    """
+    sent = np.zeros(len(stages_of), dtype=np.int64)
+    for here, following in chain.from_iterable(map(pairwise, ways(stages_of))):
+        sent[[here, following]] += here != following
+    return sent
 
 
 def step_flops(model: ModelSpec, train: TrainConfig, strategy: Strategy) -> list[int]:
     """FLOPs that one rank executes for each stage in a step, exactly: full attention square, recompute included."""
     inner = strategy.context_parallel * strategy.tensor_parallel
-    microbatches = train.global_batch_size // (strategy.data_parallel * strategy.micro_batch_size)
+    microbatches = strategy.stage_microbatches(train.global_batch_size)
     tokens = train.seq_len * strategy.micro_batch_size // inner
     ranges = split_layers(model.num_layers, strategy.num_stages, strategy.layer_split)
     return [

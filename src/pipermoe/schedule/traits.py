@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -34,6 +35,15 @@ def schedule_traits(name: str, pipeline_parallel: int, virtual_stages: int) -> T
 def stages_of_ranks(name: str, pipeline_parallel: int, virtual_stages: int) -> Homes:
     """The stages of every pipeline rank."""
     return RECIPES[name].homes(pipeline_parallel, virtual_stages)
+
+
+def ways(stages_of: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    """The rank of every stage on the way of a micro-batch; where stages have two homes, both ways."""
+    home = {stage: rank for rank, stages in enumerate(stages_of) for stage in stages}
+    if len(home) == sum(map(len, stages_of)):
+        return (tuple(home[stage] for stage in range(len(home))),)
+    there = tuple(range(len(stages_of)))
+    return there, there[::-1]
 
 
 @lru_cache(maxsize=len(RECIPES))

@@ -16,7 +16,7 @@ paper's ep = dp) have one order only. Where tp * cp = etp * ep, "pp-dp" is Megat
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pipermoe.specs.strategy import Strategy
@@ -57,6 +57,7 @@ def coordinates(strategy: Strategy, rank: int) -> Coordinates:
 def groups(strategy: Strategy, axis: Axis) -> list[tuple[int, ...]]:
     """All rank groups along `axis`, each in the order of its coordinate; together they hold every rank once.
 
+    "dp" and "edp" are the ranks that hold the same parameters: where every stage has two homes, those of both.
     The axis "stage" is all ranks of one pipeline stage (dp x cp x tp, equally edp x ep x etp), "ends" the first and the
     last rank of a pipeline, each rank between them alone. A group along "ep" falls into blocks of `ranks_per_copy`:
     "ep_inside" is such a block, "ep_across" those that stand at the same place in every block.
@@ -80,6 +81,8 @@ def groups(strategy: Strategy, axis: Axis) -> list[tuple[int, ...]]:
     members: dict[tuple[int, ...], list[int]] = {}
     for rank in range(strategy.world_size):
         here = coordinates(strategy, rank)
+        if strategy.stage_homes > 1 and axis in ("dp", "edp"):
+            here = replace(here, pp=min(here.pp, strategy.pipeline_parallel - 1 - here.pp))
         key = tuple(getattr(here, name) for name in family if name not in varying)
         members.setdefault(key, []).append(rank)
     return [tuple(ranks) for ranks in members.values()]

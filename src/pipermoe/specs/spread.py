@@ -45,7 +45,7 @@ def spread(table: StrategyTable, axis: Axis) -> Spread:
     """The groups of every row along `axis`; "dp" is dp and cp together: the ranks with the same dense parameters."""
     tp, etp, block = table.tensor_parallel, table.expert_tensor_parallel, table.ranks_per_copy
     stride, runs = table.stage_stride, table.runs_per_stage
-    pipeline = table.pipeline_parallel * stride
+    pipeline, homes = table.pipeline_parallel * stride, table.stage_homes  # two lie half a pipeline apart on average
     experts = table.expert_parallel * etp
     match axis:
         case "tp":
@@ -61,9 +61,9 @@ def spread(table: StrategyTable, axis: Axis) -> Spread:
         case "ep_inside":
             return Spread(block, block * etp)
         case "dp":
-            return Spread(stride // tp, stride, runs, pipeline)
+            return Spread(stride // tp, stride, runs * homes, pipeline // homes)
         case "edp":
-            return Spread(stride // experts, stride, runs, pipeline)
+            return Spread(stride // experts, stride, runs * homes, pipeline // homes)
         case "ends":
             return Spread(2, pipeline)
         case "world":

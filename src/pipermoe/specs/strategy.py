@@ -32,6 +32,11 @@ RECOMPUTE_MODULES: tuple[RecomputeModule, ...] = (
 )
 
 
+# Schedules of `schedule.builders`, which this package stands below, that run from both ends of the pipeline: position r
+# and the one as far from the other end hold the same stages.
+MIRRORED = frozenset({"dualpipe"})
+
+
 class Strategy(Frozen):
     """Two arrangements of the same ranks (parallel folding).
 
@@ -40,8 +45,9 @@ class Strategy(Frozen):
     `layer_split` gives the layers of each of the `pipeline_parallel * virtual_stages` stages; empty: as even as can be.
     Deduplicated dispatch sends a token once to every `ranks_per_copy` consecutive ranks of an expert group, which pass
     the copy on among themselves: 1 each rank for itself, more the ranks of a node.
-    `zero_dense` and `zero_expert` are ZeRO levels over dp and edp: 1 shards optimizer state, 2 also gradients, 3 also
-    weights. `recompute_modules` are those of "selective" recomputation, in the order of `RECOMPUTE_MODULES`.
+    `zero_dense` and `zero_expert` are ZeRO levels over `dense_replicas` and `expert_replicas`: 1 shards optimizer
+    state, 2 also gradients, 3 also weights. `recompute_modules` are those of "selective" recomputation, in the order of
+    `RECOMPUTE_MODULES`.
     """
 
     pipeline_parallel: PositiveInt = 1
@@ -114,18 +120,34 @@ class Strategy(Frozen):
         """Model chunks in the whole pipeline."""
         return self.pipeline_parallel * self.virtual_stages
 
+    @property
+    def stage_homes(self) -> int:
+        """Pipeline ranks that hold every stage, each for its share of the micro-batches."""
+        return 1 + (self.schedule in MIRRORED)
+
+    @property
+    def dense_replicas(self) -> int:
+        """Ranks over which the same dense parameters are reduced and sharded; those of one sequence are among them."""
+        return self.data_parallel * self.context_parallel * self.stage_homes
+
+    @property
+    def expert_replicas(self) -> int:
+        """Ranks over which the same routed experts are reduced and sharded."""
+        return self.expert_data_parallel * self.stage_homes
+
     def microbatches(self, global_batch_size: int) -> int:
         """Micro-batches that one data-parallel rank runs in a step (M); rounded down where they do not divide."""
         return global_batch_size // (self.data_parallel * self.micro_batch_size)
 
+    def stage_microbatches(self, global_batch_size: int) -> int:
+        """Of these, how many a rank takes through each stage that it holds."""
+        return self.microbatches(global_batch_size) // self.stage_homes
+
     @property
     def sharding_levels(self) -> set[int]:
-        """The ZeRO levels in effect: over one replica no level shards anything.
-
-        Ranks of one sequence hold the same dense parameters, so these are sharded over dp and cp together.
-        """
-        levels = {self.zero_dense} if self.data_parallel * self.context_parallel > 1 else set()
-        return levels | ({self.zero_expert} if self.expert_data_parallel > 1 else set())
+        """The ZeRO levels in effect: over one replica no level shards anything."""
+        levels = {self.zero_dense} if self.dense_replicas > 1 else set()
+        return levels | ({self.zero_expert} if self.expert_replicas > 1 else set())
 
     @staticmethod
     def parse(text: str) -> Strategy:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from pipermoe.specs.strategy import RECOMPUTE_MODULES, RecomputeModule, Strategy
+from pipermoe.specs.strategy import MIRRORED, RECOMPUTE_MODULES, RecomputeModule, Strategy
 
 # The names of schedule.builders, which this package stands below.
 SCHEDULE_NAMES: tuple[str, ...] = (
@@ -21,6 +21,7 @@ EXCHANGE_NAMES: tuple[str, ...] = ("library", "planned")
 RECOMPUTE_NAMES: tuple[str, ...] = ("none", "selective", "full")
 RANK_ORDERS: tuple[str, ...] = ("dp-pp", "pp-dp")
 UNKNOWN = -1  # the code of a name that is not in the tuples above
+_STAGE_HOMES = np.array([1 + (name in MIRRORED) for name in (*SCHEDULE_NAMES, "unknown")])
 
 Column = NDArray[np.int64]
 
@@ -126,6 +127,18 @@ class StrategyTable:
     def num_stages(self) -> Column:
         return self.pipeline_parallel * self.virtual_stages
 
+    @property
+    def stage_homes(self) -> Column:
+        return _STAGE_HOMES[self.schedule]
+
+    @property
+    def dense_replicas(self) -> Column:
+        return self.data_parallel * self.context_parallel * self.stage_homes
+
+    @property
+    def expert_replicas(self) -> Column:
+        return self.expert_data_parallel * self.stage_homes
+
     def rebuilds(self, module: RecomputeModule) -> NDArray[np.bool_]:
         """Which rows name `module` for selective recomputation."""
         return (self.recompute_modules >> RECOMPUTE_MODULES.index(module)) & 1 > 0
@@ -133,6 +146,9 @@ class StrategyTable:
     def microbatches(self, global_batch_size: int) -> Column:
         """Micro-batches that one data-parallel rank runs in a step (M); rounded down where they do not divide."""
         return global_batch_size // (self.data_parallel * self.micro_batch_size)
+
+    def stage_microbatches(self, global_batch_size: int) -> Column:
+        return self.microbatches(global_batch_size) // self.stage_homes
 
 
 COLUMNS: tuple[str, ...] = tuple(field.name for field in fields(StrategyTable) if field.name != "splits")

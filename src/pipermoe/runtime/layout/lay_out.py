@@ -96,6 +96,9 @@ def unlayable(strategy: Strategy, mechanism: Mechanism | None) -> str:
     if strategy.dispatcher != "all_to_all":
         rule = 'experts that move need dispatcher = "all_to_all"'
         return describe_value("", "strategy.dispatcher", strategy.dispatcher, rule)
+    if strategy.stage_homes > 1:
+        rule = "holds every stage on two ranks, whose experts do not move together; use dualpipe-v"
+        return describe_value("", "strategy.schedule", strategy.schedule, rule)
     sharded = strategy.zero_expert if strategy.expert_data_parallel > 1 else 0
     most = {"bound": 0, "decoupled": 1, "sparse": 1, None: 3}[mechanism]
     if sharded > most:

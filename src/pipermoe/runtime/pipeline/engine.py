@@ -94,10 +94,11 @@ class Engine:
         self.balance = Balance(train.auxiliary_loss_level, train.seq_len, groups.dp, self.meter)
         self.sharding = Sharding(self.meter)
         self.stages = self._build_stages(schedule, dispatcher)
-        ends = schedule.stage_rank[0], schedule.stage_rank[-1]
-        if model.embeds_twice and schedule.num_stages > 1 and ends == (groups.coordinates.pp,) * 2:
-            self.stages[schedule.num_stages - 1].model.share_embedding(self.stages[0].model)
-        self.copied = {EMBEDDING} if model.embeds_twice and ends[0] != ends[1] else set()
+        last = schedule.num_stages - 1
+        together = last in schedule.stages_of(schedule.stage_rank[0])  # of every rank that holds an end
+        if model.embeds_twice and together and 0 < last in self.stages:
+            self.stages[last].model.share_embedding(self.stages[0].model)
+        self.copied = {EMBEDDING} if model.embeds_twice and not together else set()
         draw = partial(initialize, seed=train.seed, num_layers=model.num_layers)
         draw(self.named_parameters(), self.experts_of)
         self.flats = self._flatten(laid_out.mechanism if laid_out else None, carrier, draw)
@@ -151,7 +152,8 @@ class Engine:
         fixed = [each for each in self.named_parameters() if not (moving and is_expert(each[0]))]
         flats = flatten(fixed, self.groups, self.strategy, self.copied)
         tied = self.model.tie_word_embeddings
-        filled = [unit for stage in self.stages.values() for unit in stage.units] * self.microbatches
+        forwards = [part for part in self.training.parts if part.kind is Kind.FORWARD]
+        filled = [unit for part in forwards for unit in self.stages[part.stage].units]
         self.sharding.reduce_early(flats, filled, tied=tied)
         visitors: list[Unit] = []
         if mechanism is not None and self.placement is not None:
@@ -266,5 +268,3 @@ def _check_schedule(schedule: Schedule, strategy: Strategy) -> None:
             f"schedule {schedule.name} is for {schedule.num_ranks} pipeline ranks, "
             f"the strategy has pipeline_parallel = {strategy.pipeline_parallel}"
         )
-    if schedule.mirror_rank:
-        raise UserError(f"schedule {schedule.name} holds every stage twice, which this runtime does not execute")

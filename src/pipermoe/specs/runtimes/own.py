@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from pipermoe.specs.legality import Job
 from pipermoe.specs.model import LatentAttention, ModelSpec
-from pipermoe.specs.runtimes.limits import job_limit, limit, parts_limit, scheduled
+from pipermoe.specs.runtimes.limits import job_limit, limit, parts_limit
 
 TARGET = "pipermoe"
 PRECISIONS = ("fp32", "bf16")
@@ -50,11 +50,6 @@ EXECUTABLE = (
     *(
         limit(key, lambda table, job, key=key: getattr(table, key) == 1, "this runtime executes 1 only")
         for key in ("context_parallel", "tensor_parallel", "expert_tensor_parallel")
-    ),
-    limit(
-        "schedule",
-        lambda table, job: ~scheduled(table, ["dualpipe"]),
-        "holds every stage on two ranks, which this runtime does not keep equal; use dualpipe-v",
     ),
     job_limit(
         "train.precision",

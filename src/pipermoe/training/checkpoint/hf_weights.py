@@ -27,7 +27,7 @@ def save_weights(folder: Path, model: ModelSpec, like: Path, state: State, group
     rules, here = rules_of(like), groups.coordinates
     held: dict[str, Tensor] = {}
     for name, tensor in state:
-        value, writes = tensor.detach(), here.edp == 0 if is_expert(name) else here.dp == 0
+        value, writes = tensor.detach(), (groups.edp if is_expert(name) else groups.dp).rank() == 0
         writes = writes and not (name == EMBEDDING and groups.ends.rank())  # the last stage may hold a copy
         if is_expert(name) and not place_of(name, model, rules).rule.by_expert:
             value, writes = _all_experts(value, groups), writes and here.ep == 0

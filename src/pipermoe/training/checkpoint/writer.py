@@ -66,7 +66,7 @@ class CheckpointWriter:
         """
         self.finish()
         pieces = pieces_of(optimizer.owned_parts())
-        if self._groups.coordinates.dp == 0:
+        if self._groups.dp.rank() == 0:
             pieces |= pieces_of_biases(biases)
         copies = {name: replace(piece, values=piece.values.to("cpu", copy=True)) for name, piece in pieces.items()}
         self._thread = Thread(target=self._write, args=(step, copies, layout), name=f"checkpoint {step}", daemon=True)
