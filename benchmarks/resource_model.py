@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The resource model beside the dry run, case by case, and its Megatron profile beside measured runs.
+"""The resource model beside the dry run, case by case, its Megatron profile beside measured runs, and its speed.
 
     python -m benchmarks.resource_model [--only WORD] [--json FILE]
 
@@ -18,6 +18,8 @@ from tests.resources.compared import compare
 
 from benchmarks.command_line import parser_of, write_json
 from benchmarks.megatron_memory import evaluate, evaluate_points, summarise, table
+from benchmarks.million_rows import MILLION, speed_of, text_of
+from benchmarks.planner import JOBS
 from pipermoe.specs.units import format_bytes
 
 LOWEST, HIGHEST = -0.01, 0.02  # the error of a peak that is good enough
@@ -87,8 +89,11 @@ def main() -> None:
     print(*table(runs), sep="\n")
     megatron = asdict(summarise(runs, points))
     print("\nMegatron-Core:", json.dumps(megatron))
+    speeds = [speed_of(*job, MILLION) for job in JOBS]
+    print(*map(text_of, speeds), sep="\n")
     cells = [asdict(row) | {"peak_error": row.peak_error} for row in rows]
-    write_json(options, {"summary": summary, "cases": cells, "megatron": megatron})
+    found = {"summary": summary, "cases": cells, "megatron": megatron, "speed": list(map(asdict, speeds))}
+    write_json(options, found)
 
 
 if __name__ == "__main__":

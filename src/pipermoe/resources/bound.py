@@ -69,19 +69,20 @@ def _chain_seconds(
     shares = _shares(platform, combos)
 
     def seconds(rows: NDArray, g: int) -> NDArray[np.float64]:
-        chain, microbatches = found[g], groups.microbatches[rows, None]
-        paths = _sums(price[rows], chain.once) + microbatches * _sums(price[rows], chain.each)
-        together = microbatches * _sums(price[rows], chain.computed[None]) * shares[rows, None]
-        return np.concatenate([together, np.maximum.reduceat(paths, chain.starts, axis=1)], axis=1)
+        chain, microbatches = found[g], groups.microbatches[rows]
+        each = price[rows].T.copy()  # rows last, one beside the other for every path
+        paths = _sums(each, chain.once) + microbatches * _sums(each, chain.each)
+        together = microbatches * _sums(each, chain.computed[None]) * shares[rows]
+        return np.concatenate([together, np.maximum.reduceat(paths, chain.starts)]).T
 
     return per_group(pipe.of, len(found), 1 + max(len(each.holds) for each in found), seconds)
 
 
 def _sums(price: NDArray[np.float64], counts: NDArray[np.float64]) -> NDArray[np.float64]:
-    """price (rows, U) times counts (paths, U), summed over U in its order: (rows, paths)."""
-    total = np.zeros((len(price), len(counts)))
+    """price (U, rows) times counts (paths, U), summed over U in its order: (paths, rows)."""
+    total = np.zeros((len(counts), price.shape[1]))
     for column in np.flatnonzero(counts.any(axis=0)):
-        total += price[:, column, None] * counts[None, :, column]
+        total += price[column] * counts[:, column, None]
     return total
 
 

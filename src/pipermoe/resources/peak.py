@@ -127,7 +127,7 @@ def _states(
     shapes = StageShapes(*holds.T)
     held = state_bytes(state_elements(model, shapes, table), train.recipe.state)
     moving = balancing_bytes(model, train, table, shapes)
-    return sum(held.values()) + sum(moving.values())
+    return np.asarray(sum(held.values()) + sum(moving.values()), dtype=np.float64)
 
 
 class _Floor(NamedTuple):
