@@ -60,10 +60,10 @@ def chains(
     traits = schedule_traits(schedule, pipeline_parallel, virtual_stages)
     count = np.array(parts, dtype=np.int64)
     ranks = _ranks(schedule, pipeline_parallel, virtual_stages, microbatches)
-    holds, class_of, alike = np.unique(ranks.held @ count, axis=0, return_inverse=True, return_counts=True)
+    holds, class_of, alike = _classes(traits.stages_of, parts)
     stages = _Stages.of(count, hops, levels, splits=traits.splits_backward)
     ends, once, each = (np.concatenate(found) for found in zip(*_paths(traits, stages, ranks), strict=True))
-    owner, once, each = _longest(class_of.ravel()[ends], once, each)
+    owner, once, each = _longest(class_of[ends], once, each)
     return Chains(
         once=once,
         each=each,
@@ -162,6 +162,15 @@ class _Ranks:
             alone_backward=spread(ramp.alone_backward for ramp in found),
             never_paired=spread(ramp.never_paired for ramp in found),
         )
+
+
+@lru_cache(maxsize=8192)
+def _classes(stages_of: Homes, parts: tuple[tuple[int, ...], ...]) -> tuple[NDArray, NDArray, NDArray]:
+    """What the classes of ranks hold (classes, parts), the class of each rank, and how many ranks each class has."""
+    count = np.array(parts, dtype=np.int64)
+    held = np.array([count[list(stages)].sum(axis=0) for stages in stages_of])
+    holds, class_of, alike = np.unique(held, axis=0, return_inverse=True, return_counts=True)
+    return holds, class_of.ravel(), alike
 
 
 @lru_cache(maxsize=8192)
