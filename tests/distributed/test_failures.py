@@ -62,6 +62,14 @@ def fail() -> None:
     raise ValueError("a bug on this rank")
 
 
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
 @pytest.mark.parametrize(
     ("act", "message"),
     [
@@ -71,11 +79,11 @@ def fail() -> None:
             r"\(traceback in .*rank-1\.error\.txt\)$",
         ),
         (
-            lambda: os.kill(os.getpid(), signal.SIGKILL),
+            die,
             r"^rank 1 \(step 2, action 1F1 \(stage 1, micro-batch 1\)\) was killed by SIGKILL without a word",
         ),
         (
-            lambda: os.kill(os.getpid(), signal.SIGSTOP),
+            stop,
             r"^rank 1 \(step 2, action 1F1 \(stage 1, micro-batch 1\)\) stalled: no answer within 3 s \(step 2: rank 0",
         ),
     ],
@@ -239,6 +247,7 @@ def wait_forever() -> None:
     Event().wait()
 
 
+SLOW = pytest.mark.slow  # each waits until the timeout is over, and for signs of life
 PLACE = r"step 2, action 1F1 \(stage 1, micro-batch 1\)"
 GONE = r"has given no sign of life for 3 s: killed or stopped, or its machine is gone$"
 HOST = "rank 0, which keeps the store that the ranks have met in, (is gone|does not answer): killed or stopped"
@@ -248,12 +257,12 @@ HOST = "rank 0, which keeps the store that the ranks have met in, (is gone|does 
     ("environment", "rank", "act", "message"),
     [
         (by_torchrun, 1, fail, r"step 2: rank 1: action 1F1 \(.*\) failed: ValueError: a bug on this rank \(trace"),
-        (by_srun, 0, fail, r"step 2: rank 0: action 0F1 \(.*\) failed: ValueError: a bug on this rank \(traceback"),
-        (by_srun, 1, lambda: os.kill(os.getpid(), signal.SIGKILL), rf"rank 1 \({PLACE}\) {GONE}"),
-        (by_srun, 0, lambda: os.kill(os.getpid(), signal.SIGKILL), HOST),
-        (by_torchrun, 1, lambda: os.kill(os.getpid(), signal.SIGSTOP), rf"rank 1 \({PLACE}\) {GONE}"),
-        (by_srun, 0, lambda: os.kill(os.getpid(), signal.SIGSTOP), HOST),
-        (by_srun, 1, wait_forever, rf"rank 1 \({PLACE}\) stalled: no answer within 3 s \(step 2: rank"),
+        pytest.param(by_srun, 0, fail, r"step 2: rank 0: action 0F1 \(.*\) failed: ValueError: ", marks=SLOW),
+        pytest.param(by_srun, 1, die, rf"rank 1 \({PLACE}\) {GONE}", marks=SLOW),
+        pytest.param(by_srun, 0, die, HOST, marks=SLOW),
+        pytest.param(by_torchrun, 1, stop, rf"rank 1 \({PLACE}\) {GONE}", marks=SLOW),
+        pytest.param(by_srun, 0, stop, HOST, marks=SLOW),
+        pytest.param(by_srun, 1, wait_forever, rf"rank 1 \({PLACE}\) stalled: no answer within 3 s", marks=SLOW),
     ],
     ids=["raises", "the first raises", "killed", "the first is killed", "stopped", "the first is stopped", "stalls"],
 )
