@@ -54,16 +54,16 @@ def test_a_strategy_among_many_weighs_the_same_and_its_bound_holds(name, depths,
 def test_full_experts_cost_no_more_however_uneven_the_routing():
     model, strategy = MODELS["shared"], Strategy.parse("pp1 dp4 ep4 mbs1 1f1b")
 
-    def cost(imbalance: float, **job: float) -> tuple[float, int]:
-        train = TrainConfig(seq_len=64, global_batch_size=8, **job)
+    def cost(imbalance: float, capacity_factor: float = 0.0) -> tuple[float, int]:
+        train = TrainConfig(seq_len=64, global_batch_size=8, capacity_factor=capacity_factor)
         found = predict(model, machine(), train, strategy, imbalance)
         return found.step_seconds, found.ranks[0].peak_bytes
 
-    full, uneven, without = cost(1.25, capacity_factor=1.25), cost(3.0, capacity_factor=1.25), cost(3.0)
+    full, uneven, without = cost(1.25, 1.25), cost(3.0, 1.25), cost(3.0)
     assert full == uneven
     assert uneven[0] < without[0]
     assert uneven[1] < without[1]
-    assert cost(1.0, capacity_factor=1.25)[0] < full[0]
+    assert cost(1.0, 1.25)[0] < full[0]
 
 
 def test_only_the_last_stage_gets_slower():

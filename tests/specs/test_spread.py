@@ -13,7 +13,7 @@ from pipermoe.specs.spread import Axis, spread
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.strategy_table import StrategyTable
 
-AXES: tuple[Axis, ...] = ("tp", "cp", "etp", "ep", "dp", "edp", "ends", "world")
+AXES: tuple[Axis, ...] = ("tp", "cp", "etp", "ep", "dp", "edp", "pp", "ends", "world")
 
 
 def listed(strategy: Strategy, axis: Axis) -> list[tuple[int, ...]]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from pipermoe.specs.strategy_table import StrategyTable
 
-Axis = Literal["tp", "cp", "etp", "ep", "ep_across", "ep_inside", "dp", "edp", "ends", "world"]
+Axis = Literal["tp", "cp", "etp", "ep", "ep_across", "ep_inside", "dp", "edp", "pp", "ends", "world"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,8 @@ def spread(table: StrategyTable, axis: Axis) -> Spread:
             return Spread(stride // tp, stride, runs * homes, pipeline // homes)
         case "edp":
             return Spread(stride // experts, stride, runs * homes, pipeline // homes)
+        case "pp":
+            return Spread(table.pipeline_parallel, pipeline)
         case "ends":
             return Spread(2, pipeline)
         case "world":

@@ -21,7 +21,7 @@ def _block(
     for work in works:
         backward(work)
         work.end_step()
-    return BlockMemory(kept, *(tuple(work.steps) for work in (forward, *works)), Held(temporary=product))
+    return BlockMemory(kept, *(tuple(work.steps) for work in (forward, *works)), product=Held(temporary=product))
 
 
 def embedding_memory(sizes: Sizes) -> BlockMemory:

@@ -78,7 +78,7 @@ def moe_layer(sizes: Sizes, recompute: Recompute) -> BlockMemory:
 def _moe_layer(sizes: Sizes, recompute: Recompute, way: Plain | Deduplicated) -> BlockMemory:
     forward = _moe_forward(sizes, recompute, way)
     backward = (_moe_backward(sizes, recompute, way, forward.now, defers=defers) for defers in (False, True))
-    return BlockMemory(forward.now, *(tuple(work.steps) for work in (forward, *backward)), _moe_product(sizes))
+    return BlockMemory(forward.now, *(tuple(work.steps) for work in (forward, *backward)), product=_moe_product(sizes))
 
 
 def _moe_product(sizes: Sizes) -> Held:
@@ -250,7 +250,7 @@ def dense_layer(sizes: Sizes, recompute: Recompute) -> BlockMemory:
     backward = (_dense_backward(sizes, recompute, forward.now, defers=defers) for defers in (False, True))
     widest = sizes.model.hidden_size * (sizes.model.dense_matrices - 1) * sizes.model.dense_width / sizes.tp
     product = Held(temporary=product_bytes(sizes, widest, *attention_matrices(sizes)))
-    return BlockMemory(forward.now, *(tuple(work.steps) for work in (forward, *backward)), product)
+    return BlockMemory(forward.now, *(tuple(work.steps) for work in (forward, *backward)), product=product)
 
 
 def _mlp(sizes: Sizes, recompute: Recompute) -> FeedForward:

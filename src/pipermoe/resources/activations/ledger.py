@@ -143,7 +143,7 @@ class BlockMemory:
             tuple(a.where(mask, b) for a, b in zip(getattr(self, name), getattr(other, name), strict=True))
             for name in ("forward", "full", "deferring")
         )
-        return BlockMemory(self.kept.where(mask, other.kept), *steps, self.product.where(mask, other.product))
+        return BlockMemory(self.kept.where(mask, other.kept), *steps, product=self.product.where(mask, other.product))
 
 
 def alone(steps: tuple[Step, ...]) -> Held:
