@@ -8,6 +8,7 @@ from tests.resources.cases import MODEL, machine
 
 from pipermoe.resources.bound import step_bound
 from pipermoe.resources.evaluate import evaluate
+from pipermoe.resources.groups import Groups
 from pipermoe.resources.peak import memory_floor, peak_bytes
 from pipermoe.resources.step import predict
 from pipermoe.schedule.builders import RECIPES
@@ -133,6 +134,18 @@ def test_a_strategy_is_judged_alone_as_among_others(case):
         alone = evaluate(model, machine_, train, table.take(np.array([row])))
         assert alone.bound[0] == together.bound[row]
         assert alone.peak_bytes[0] == together.peak_bytes[row]
+
+
+@settings(deadline=None, max_examples=10)
+@given(cases())
+def test_sums_over_a_path_are_exact_in_any_order(case):
+    """Of whole ticks, 2^-34 s: below 2^53 of them, which is 2^19 s."""
+    name, platform, table = case
+    if len(table):
+        _, found = Groups(model_of(name), JOBS[name], table).chains(platform_of(platform))
+        counts = np.concatenate([count for each in found for count in (each.once, each.each, each.computed[None])])
+        assert (2 * counts == np.rint(2 * counts)).all()
+        assert np.abs(counts).sum(axis=1).max() < 1 << 14
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])

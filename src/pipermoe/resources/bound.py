@@ -21,6 +21,8 @@ from pipermoe.specs.platform import Platform
 from pipermoe.specs.strategy_table import StrategyTable
 from pipermoe.specs.train import TrainConfig
 
+TICKS = float(1 << 34)  # a second: prices are rounded down to whole ticks, whose sums are exact in any order below 2^53
+
 
 def step_bound(
     model: ModelSpec,
@@ -65,25 +67,18 @@ def _chain_seconds(
     """Seconds of the longest chain of every combo: first of what its cores compute, then of every class of ranks."""
     combos = groups.combos
     insides = combos.take(groups.inside.rows)
-    price = price_of(in_each(ways, insides)).reshape(len(ways), len(insides), -1).min(axis=0)[groups.inside.of]
-    shares = _shares(platform, combos)
+    least = price_of(in_each(ways, insides)).reshape(len(ways), len(insides), -1).min(axis=0)
+    price, inside, share = np.floor(least * TICKS), groups.inside.of, _shares(platform, combos)
 
     def seconds(rows: NDArray, g: int) -> NDArray[np.float64]:
         chain, microbatches = found[g], groups.microbatches[rows]
-        each = price[rows].T.copy()  # rows last, one beside the other for every path
-        paths = _sums(each, chain.once) + microbatches * _sums(each, chain.each)
-        together = microbatches * _sums(each, chain.computed[None]) * shares[rows]
-        return np.concatenate([together, np.maximum.reduceat(paths, chain.starts)]).T
+        counts = np.concatenate([chain.once, chain.each, chain.computed[None]])
+        once, each, computed = np.split(counts @ price[inside[rows]].T, [len(chain.once), -1])  # rows last
+        paths = (once + microbatches * each) / chain.over
+        together = microbatches * computed * share[rows]
+        return np.concatenate([together, np.maximum.reduceat(paths, chain.starts)]).T / TICKS
 
     return per_group(pipe.of, len(found), 1 + max(len(each.holds) for each in found), seconds)
-
-
-def _sums(price: NDArray[np.float64], counts: NDArray[np.float64]) -> NDArray[np.float64]:
-    """price (U, rows) times counts (paths, U), summed over U in its order: (paths, rows)."""
-    total = np.zeros((len(counts), price.shape[1]))
-    for column in np.flatnonzero(counts.any(axis=0)):
-        total += price[column] * counts[:, column, None]
-    return total
 
 
 def _shares(platform: Platform, table: StrategyTable) -> NDArray[np.float64]:

@@ -29,13 +29,15 @@ Counts = NDArray[np.float64]  # over the prices of resources.unit_seconds, in th
 class Chains:
     """The longest paths by the class of ranks on which they end; ranks with equal layers are one class.
 
-    A path counts `once` and, for every micro-batch, `each`: both (paths, prices), sorted by class, of which class c
-    begins at `starts[c]`. `computed` (prices,) is the computing of one micro-batch on all stages. `holds` (classes,
-    parts) is what the ranks of a class hold, `ranks` (classes,) how many there are.
+    A path counts `once` and, for every micro-batch, `each`, both (paths, prices), and all that `over` (paths, 1). Paths
+    are sorted by class, of which class c begins at `starts[c]`. Counts are whole numbers or halves: their sums are
+    exact. `computed` (prices,) is the computing of one micro-batch on all stages. `holds` (classes, parts) is what the
+    ranks of a class hold, `ranks` (classes,) how many there are.
     """
 
     once: Counts
     each: Counts
+    over: NDArray[np.int64]
     starts: NDArray[np.int64]
     computed: Counts
     holds: NDArray[np.int64]
@@ -62,12 +64,13 @@ def chains(
     ranks = _ranks(schedule, pipeline_parallel, virtual_stages, microbatches)
     holds, class_of, alike = _classes(traits.stages_of, parts)
     stages = _Stages.of(count, hops, levels, splits=traits.splits_backward)
-    ends, once, each = (np.concatenate(found) for found in zip(*_paths(traits, stages, ranks), strict=True))
-    owner, once, each = _longest(class_of[ends], once, each)
+    ends, once, each, over = (np.concatenate(found) for found in zip(*_paths(traits, stages, ranks), strict=True))
+    owner, paths = class_of[ends], _longest(class_of[ends], once, each, over)
     return Chains(
-        once=once,
-        each=each,
-        starts=np.searchsorted(owner, np.arange(len(holds))),
+        once=once[paths],
+        each=each[paths],
+        over=over[paths, None],
+        starts=np.searchsorted(owner[paths], np.arange(len(holds))),
         computed=(stages.computed_forward + stages.computed_backward + stages.postponed).sum(axis=0),
         holds=holds,
         ranks=alike,
@@ -183,25 +186,26 @@ def _before(each: Counts) -> Counts:
     return np.cumsum(each, axis=0) - each
 
 
-def _paths(traits: Traits, stages: _Stages, ranks: _Ranks) -> Iterator[tuple[NDArray[np.int64], Counts, Counts]]:
-    """(ranks on which they end, counts of a step, counts of every micro-batch) of paths through every rank."""
+def _paths(traits: Traits, stages: _Stages, ranks: _Ranks) -> Iterator[tuple[NDArray, Counts, Counts, NDArray]]:
+    """(ranks on which they end, counts of a step and of every micro-batch, divisors) of paths through every rank."""
     first = ranks.first
     share = 0.5 if traits.mirrored else 1.0  # of the micro-batches that a rank works through
-    here, first_home = np.arange(len(first)), np.full(len(first), first.argmin())
+    here, first_home, undivided = np.arange(len(first)), np.full(len(first), first.argmin()), np.ones_like(first)
     # The first action of a rank is a forward of its first stage, the last but weight gradients a backward of that.
     there_and_back = stages.fill[first] + stages.drain[first] + stages.postponed[0]
     for once, each, later in _work(traits, stages, ranks):
-        yield here, stages.fill[first] + once, share * (each + later)
-        yield first_home, there_and_back + once, share * each
+        yield here, stages.fill[first] + once, share * (each + later), undivided
+        yield first_home, there_and_back + once, share * each, undivided
     known = ranks.most > 0
-    trips = share / ranks.most[known, None] * stages.round_trip[first[known]]
-    yield first_home[known], there_and_back[known], trips
+    most = ranks.most[known]
+    trips = share * stages.round_trip[first[known]]
+    yield first_home[known], most[:, None] * there_and_back[known], trips, most
     known = ranks.returning > 0
     way = stages.way_back(ranks.final[known], first[known])
-    back, last = way / ranks.returning[known, None], ranks.last[known, None]
+    returning, last = ranks.returning[known, None], ranks.last[known, None]
     # One after the other, beside the first or the last micro-batch's other stages.
-    alone = stages.round_trip[0] + stages.postponed[0] - np.where(last > 0, last * back, way)
-    yield first_home[known], alone, back
+    alone = returning * (stages.round_trip[0] + stages.postponed[0]) - np.where(last > 0, last, returning) * way
+    yield first_home[known], alone, way, ranks.returning[known]
 
 
 def _work(traits: Traits, stages: _Stages, ranks: _Ranks) -> Iterator[tuple[Counts, Counts, Counts]]:
@@ -229,14 +233,13 @@ def _work(traits: Traits, stages: _Stages, ranks: _Ranks) -> Iterator[tuple[Coun
         yield once, ranks.held @ each + always, ranks.held @ later
 
 
-def _longest(owner: NDArray[np.int64], once: Counts, each: Counts) -> tuple[NDArray[np.int64], Counts, Counts]:
-    """The paths, sorted by owner, without those that are contained in the longest of the same owner and `each`."""
+def _longest(owner: NDArray[np.int64], once: Counts, each: Counts, over: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The paths, sorted by owner, without those contained in the longest of the same owner, `each` and `over`."""
     kind: dict[bytes, int] = {}
-    of = np.array([kind.setdefault(bytes(path), len(kind)) for path in np.column_stack([owner, each])])
+    of = np.array([kind.setdefault(bytes(path), len(kind)) for path in np.column_stack([owner, over, each])])
     longest = np.empty(len(kind), dtype=np.int64)
     order = np.argsort(once.sum(axis=1), kind="stable")
     longest[of[order]] = order  # of equal ones the last stays
     reaches_out = (once > once[longest[of]]).any(axis=1)
     rows = np.union1d(np.flatnonzero(reaches_out), longest)
-    rows = rows[np.argsort(owner[rows], kind="stable")]
-    return owner[rows], once[rows], each[rows]
+    return rows[np.argsort(owner[rows], kind="stable")]
