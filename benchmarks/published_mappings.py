@@ -25,7 +25,6 @@ from pipermoe.planner.search import Field
 from pipermoe.report.plan import WORDS
 from pipermoe.resources.bound import step_bound
 from pipermoe.resources.evaluate import evaluate
-from pipermoe.resources.step import predict
 from pipermoe.schedule.legality import POSSIBLE
 from pipermoe.specs.legality import legal_mask
 from pipermoe.specs.report import TERMS
@@ -94,7 +93,7 @@ def compare(row_id: str, recipe: Recipe, options: argparse.Namespace) -> dict:
     """One row of the table."""
     strategy, model, platform, train = recipe.strategy, recipe.model, recipe.platform, recipe.train
     job = Job(model, platform, train, strategy.world_size, platform.memory_budget_bytes, runtimes=((),))
-    published = candidate(job, strategy, predict(model, platform, train, strategy))
+    published = candidate(job, strategy)
     bound = float(step_bound(model, platform, train, StrategyTable.of([strategy]), job.imbalance)[0])
     below, fitting = rank_of(job, drawn(job, strategy, options.sample), bound)
     row = {
@@ -115,7 +114,7 @@ def compare(row_id: str, recipe: Recipe, options: argparse.Namespace) -> dict:
     if not ranking.best:
         return row
     chosen = field.space.strategy(ranking.best[0].place)
-    best = candidate(job, chosen, predict(model, platform, train, chosen))
+    best = candidate(job, chosen)
     saved = {term: published.seconds[term] - best.seconds[term] for term in TERMS}
     term = max(TERMS, key=saved.__getitem__)
     return row | {"best": strategy_text(chosen), "best_seconds": best.step_seconds, "term": term}

@@ -20,7 +20,6 @@ from pipermoe.planner.candidate import candidate, model_flops
 from pipermoe.planner.find import searched
 from pipermoe.planner.job import Job
 from pipermoe.planner.result import Candidate
-from pipermoe.resources.step import predict
 from pipermoe.specs.catalogue import load_model
 from pipermoe.specs.platform_file import load_platform
 from pipermoe.specs.runtimes import RUNTIMES, Choice
@@ -66,7 +65,7 @@ def compare(case: Case, runtime: Choice) -> dict:
     budget = platform.memory_budget_bytes
     mapping = Strategy.parse(case.mapping)
     theirs_job = Job(model, platform, train, case.xmoe_gcds, budget)
-    theirs = candidate(theirs_job, mapping, predict(model, platform, train, mapping))
+    theirs = candidate(theirs_job, mapping)
     field = searched(model, platform, train, case.gcds, headroom=0, runtime=runtime)
     row = {
         "model": case.model,
@@ -83,7 +82,7 @@ def compare(case: Case, runtime: Choice) -> dict:
     if not ranking.best:
         return row | {"plan": None}
     chosen = field.space.strategy(ranking.best[0].place)
-    ours = candidate(field.job, chosen, predict(model, platform, train, chosen))
+    ours = candidate(field.job, chosen)
     return row | {"plan": strategy_text(chosen), "tflops": tflops(field.job, ours), "peak_bytes": ours.peak_bytes}
 
 

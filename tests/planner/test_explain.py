@@ -66,7 +66,7 @@ def test_a_what_if_is_the_same_strategy_under_another_condition():
 def test_memory_is_the_wall_when_what_does_not_fit_would_save_most():
     job = Job(MODEL, machine(), TRAIN, 4, BUDGET)
     strategy = Strategy.parse("pp1 dp4 ep4 mbs1 z1")
-    chosen = candidate(job, strategy, predict(MODEL, machine(), TRAIN, strategy))
+    chosen = candidate(job, strategy)
     assert explain(job, chosen).wall != "memory"
     explanation = explain(job, chosen, unlimited=(strategy, 0.01 * chosen.step_seconds))
     assert explanation.wall == "memory"

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipermoe.specs.mesh import coordinates, group_of, groups, split_layers
+from pipermoe.specs.mesh import coordinates, group_of, groups, pipeline_ranks, split_layers
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.strategy_table import RANK_ORDERS
 
@@ -41,6 +41,12 @@ def test_a_group_is_ordered_by_the_coordinate_of_its_axis(strategy):
     for axis in ("pp", "dp", "cp", "tp", "edp", "ep", "etp"):
         for group in groups(strategy, axis):
             assert [getattr(coordinates(strategy, rank), axis) for rank in group] == list(range(len(group)))
+
+
+@given(folded())
+@settings(deadline=None, max_examples=50)
+def test_the_pipeline_rank_of_every_rank_is_its_coordinate(strategy):
+    assert pipeline_ranks(strategy) == [coordinates(strategy, rank).pp for rank in range(strategy.world_size)]
 
 
 def test_two_stages_of_expert_data_parallelism_are_the_mesh_of_the_paper():

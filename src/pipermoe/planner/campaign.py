@@ -13,7 +13,6 @@ from pipermoe.planner.result import Campaign, Candidate
 from pipermoe.planner.search import Field
 from pipermoe.resources.goodput import Reliability, checkpoint_interval, goodput
 from pipermoe.resources.parameters import total_parameters
-from pipermoe.resources.step import predict
 from pipermoe.specs.base import Frozen
 from pipermoe.specs.errors import NoPlanFits, UserError
 
@@ -118,6 +117,4 @@ def best_by_size(job: Job, wanted: Callable[[int], bool] = lambda size: True) ->
         field = Field.of(sized)
         ranking = field.best() if len(field.space.heads) else None
         if ranking and ranking.best:
-            strategy = field.space.strategy(ranking.best[0].place)
-            prediction = predict(job.model, job.platform, job.train, strategy, job.imbalance)
-            yield sized, candidate(sized, strategy, prediction)
+            yield sized, candidate(sized, field.space.strategy(ranking.best[0].place))

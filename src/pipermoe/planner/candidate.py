@@ -5,17 +5,19 @@ from __future__ import annotations
 from pipermoe.planner.job import Job
 from pipermoe.planner.result import Candidate
 from pipermoe.resources.flops import training_forward_flops
-from pipermoe.resources.step import peak_flops_per_rank
+from pipermoe.resources.memory import worst
+from pipermoe.resources.step import outline, peak_flops_per_rank
+from pipermoe.specs.mesh import pipeline_ranks
 from pipermoe.specs.model import ModelSpec
-from pipermoe.specs.report import TERMS, RankReport, StepReport
+from pipermoe.specs.report import TERMS
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.train import TrainConfig
 
 
-def candidate(job: Job, strategy: Strategy, prediction: StepReport) -> Candidate:
-    """What a predicted strategy costs."""
-    worst = worst_rank(prediction)
-    seconds = prediction.step_seconds
+def candidate(job: Job, strategy: Strategy) -> Candidate:
+    """What a strategy costs; its worst rank is the first of equals."""
+    found = outline(job.model, job.platform, job.train, strategy, job.imbalance)
+    place_of, tightest, seconds = pipeline_ranks(strategy), worst(found.memory_bytes), found.step_seconds
     peak = peak_flops_per_rank(job.platform, job.train, job.world_size) * job.world_size
     return Candidate(
         strategy=strategy,
@@ -23,16 +25,11 @@ def candidate(job: Job, strategy: Strategy, prediction: StepReport) -> Candidate
         step_seconds=seconds,
         tokens_per_second=job.train.tokens_per_step / seconds,
         model_flops_utilization=model_flops(job.model, job.train) / (seconds * peak),
-        seconds={term: prediction.mean_seconds(term) for term in TERMS},
-        worst_rank=worst.rank,
-        peak_bytes=worst.peak_bytes,
-        memory_bytes=worst.memory_bytes,
+        seconds={term: sum(found.seconds[place][term] for place in place_of) / len(place_of) for term in TERMS},
+        worst_rank=place_of.index(tightest),
+        peak_bytes=sum(found.memory_bytes[tightest].values()),
+        memory_bytes=found.memory_bytes[tightest],
     )
-
-
-def worst_rank(prediction: StepReport) -> RankReport:
-    """The rank with the largest peak, the first of equals."""
-    return max(prediction.ranks, key=lambda rank: (rank.peak_bytes, -rank.rank))
 
 
 def model_flops(model: ModelSpec, train: TrainConfig) -> float:

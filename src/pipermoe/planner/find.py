@@ -69,9 +69,8 @@ def find_plan(
     ranking = OBJECTIVES[objective](field, top)
     if not ranking.best:
         raise nothing_fits(field)
-    strategies = [field.space.strategy(found.place) for found in ranking.best]
-    predictions = [predict(model, platform, train, strategy, imbalance) for strategy in strategies]
-    ranked = tuple(candidate(job, *pair) for pair in zip(strategies, predictions, strict=True))
+    ranked = tuple(candidate(job, field.space.strategy(found.place)) for found in ranking.best)
+    chosen = ranked[0]
     search_seconds = time.perf_counter() - started
     memory = memory_budget_bytes or platform.memory_budget_bytes
     return PlanningResult(
@@ -89,8 +88,8 @@ def find_plan(
         counts=_counts(field, ranking),
         ranked=ranked,
         error_band=error_band(platform, world_size),
-        explanation=_explained(field, ranked[0]),
-        campaign=campaign(job, ranked[0], goal) if goal else None,
+        explanation=_explained(field, chosen),
+        campaign=campaign(job, chosen, goal) if goal else None,
         pareto=pareto_front(field) if pareto else (),
         plan=Plan(
             name=f"{model.name} on {world_size} ranks of {platform.name}",
@@ -98,9 +97,9 @@ def find_plan(
             memory_budget_bytes=memory,
             model=model,
             train=train,
-            strategy=ranked[0].strategy,
-            prediction=predictions[0],
-            runs_on=runs_on(model, train, ranked[0].strategy),
+            strategy=chosen.strategy,
+            prediction=predict(model, platform, train, chosen.strategy, imbalance),
+            runs_on=runs_on(model, train, chosen.strategy),
             inputs=plan_inputs(model, platform, train, world_size, memory_budget_bytes, headroom, imbalance),
         ),
         search_seconds=search_seconds,

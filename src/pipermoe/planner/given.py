@@ -62,7 +62,7 @@ def explain_given(
     model, train, strategy = given.model, given.train, given.strategy
     budget = without_headroom(plan.memory_budget_bytes, headroom)
     job = Job(model, platform, train, strategy.world_size, budget, imbalance, headroom=headroom)
-    chosen = candidate(job, strategy, plan.prediction)
+    chosen = candidate(job, strategy)
     return PlanningResult(
         model=model,
         platform=platform.name,

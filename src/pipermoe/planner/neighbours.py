@@ -17,7 +17,6 @@ from pipermoe.planner.candidate import candidate
 from pipermoe.planner.job import Job
 from pipermoe.planner.result import Alternative, Candidate
 from pipermoe.resources.bound import step_bound
-from pipermoe.resources.step import predict
 from pipermoe.schedule.builders import RECIPES
 from pipermoe.schedule.legality import POSSIBLE
 from pipermoe.specs.legality import legal_mask
@@ -123,7 +122,7 @@ def compare(job: Job, neighbour: Neighbour, chosen: Candidate) -> Alternative | 
     strategy = neighbour.strategy
     row = StrategyTable.of([strategy])
     runs = any(legal_mask(row, job.model, job.train, job.world_size, rules)[0] for rules in job.runtimes)
-    other = candidate(job, strategy, predict(job.model, job.platform, job.train, strategy, job.imbalance))
+    other = candidate(job, strategy)
     if other.peak_bytes > job.memory_budget_bytes:
         more = {name: other.memory_bytes[name] - chosen.memory_bytes[name] for name in MEMORY_CATEGORIES}
         return Alternative(

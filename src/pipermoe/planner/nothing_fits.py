@@ -9,7 +9,6 @@ from dataclasses import replace
 from pipermoe.planner.candidate import candidate
 from pipermoe.planner.job import Job, without_headroom
 from pipermoe.planner.search import Field
-from pipermoe.resources.step import predict
 from pipermoe.specs.errors import NoPlanFits
 from pipermoe.specs.report import MEMORY_CATEGORIES
 from pipermoe.specs.strategy_text import strategy_text
@@ -21,7 +20,7 @@ DOUBLINGS = 6  # of the ranks, or halvings of the sequence, that are tried
 def nothing_fits(field: Field) -> NoPlanFits:
     """The error that says so: one line for the lack, one for each relaxation and its cost."""
     job, strategy = field.job, field.space.strategy(field.smallest())
-    closest = candidate(job, strategy, predict(job.model, job.platform, job.train, strategy, job.imbalance))
+    closest = candidate(job, strategy)
     largest = max(MEMORY_CATEGORIES, key=closest.memory_bytes.__getitem__)
     lines = [
         f"no strategy for {job.world_size} ranks fits {format_bytes(job.memory_budget_bytes)} per rank{_spared(job)}; "

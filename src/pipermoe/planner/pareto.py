@@ -5,7 +5,6 @@ from __future__ import annotations
 from pipermoe.planner.candidate import candidate
 from pipermoe.planner.result import Candidate
 from pipermoe.planner.search import Field
-from pipermoe.resources.step import predict
 
 STEP = 0.02  # points nearer to each other in memory are one
 
@@ -18,8 +17,6 @@ def pareto_front(field: Field) -> tuple[Candidate, ...]:
     job, front, budget = field.job, [], float(field.job.memory_budget_bytes)
     while (ranking := field.best(memory_budget_bytes=budget)).best:
         [found] = ranking.best
-        strategy = field.space.strategy(found.place)
-        prediction = predict(job.model, job.platform, job.train, strategy, job.imbalance)
-        front.append(candidate(job, strategy, prediction))
+        front.append(candidate(job, field.space.strategy(found.place)))
         budget = (1 - STEP) * found.peak_bytes
     return tuple(front)

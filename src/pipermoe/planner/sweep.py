@@ -11,7 +11,6 @@ from pipermoe.planner.find import searched
 from pipermoe.planner.job import HEADROOM
 from pipermoe.planner.result import Candidate
 from pipermoe.planner.search import Field
-from pipermoe.resources.step import predict
 from pipermoe.specs.base import Frozen
 from pipermoe.specs.errors import UserError
 from pipermoe.specs.model import ModelSpec
@@ -104,8 +103,7 @@ def _case(values: dict[str, Value], world_size: int, search: Callable[[], Field]
     if not ranking.best:
         return Case(values=values, world_size=world_size, reason="nothing fits")
     job, strategy = field.job, field.space.strategy(ranking.best[0].place)
-    best = candidate(job, strategy, predict(job.model, job.platform, job.train, strategy, job.imbalance))
-    return Case(values=values, world_size=world_size, best=best)
+    return Case(values=values, world_size=world_size, best=candidate(job, strategy))
 
 
 def _with_experts(model: ModelSpec, experts: int | None) -> ModelSpec:

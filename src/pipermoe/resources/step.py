@@ -1,7 +1,8 @@
 """The cost of one training step: durations per stage, and the exact StepReport.
 
-`step_costs` prices many strategies of one pipeline at once, `report` simulates one of them; resources/bound.py
-bounds any number. One strategy costs the same alone as among others. Arrays are (rows, stages) unless said.
+`step_costs` prices many strategies of one pipeline at once, `outline` simulates one of them, `predict` reports all its
+ranks; resources/bound.py bounds any number. One strategy costs the same alone as among others. Arrays are (rows,
+stages) unless said.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from pipermoe.schedule.traits import stages_of_ranks, ways
 from pipermoe.specs.mesh import coordinates, split_layers
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.platform import Platform
-from pipermoe.specs.report import RankReport, StepReport, Term, Traffic
+from pipermoe.specs.report import MemoryCategory, RankReport, StepReport, Term, Traffic
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.strategy_table import SCHEDULE_NAMES, StrategyTable
 from pipermoe.specs.train import TrainConfig
@@ -82,6 +83,15 @@ class StepCosts(ClosingCosts):
     backward_carried: NDArray
     send: NDArray
     arrival: NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """A step, and of every pipeline rank the seconds by term and the bytes at the peak: all its ranks are alike."""
+
+    step_seconds: float
+    seconds: list[dict[Term, float]]
+    memory_bytes: list[dict[MemoryCategory, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,28 +312,24 @@ def shared_seconds(work: list[float], ranks_per_stage: int, slots: float) -> lis
     return finish
 
 
+def outline(
+    model: ModelSpec, platform: Platform, train: TrainConfig, strategy: Strategy, imbalance: float = 1.0
+) -> Outline:
+    """What one step of `strategy` takes and holds; `imbalance` is the busiest rank's rows over the mean."""
+    table = StrategyTable.of([strategy])
+    costs = step_costs(model, platform, train, table, imbalance)
+    step, terms = step_seconds_by_term(platform, train, strategy, costs)
+    states = state_elements(model, placement_of(model, table).ranks, table)
+    return Outline(step, terms, rank_memory(model, train, table, states, imbalance=imbalance))
+
+
 def predict(
     model: ModelSpec, platform: Platform, train: TrainConfig, strategy: Strategy, imbalance: float = 1.0
 ) -> StepReport:
     """What one step of `strategy` costs, rank by rank; `imbalance` is the busiest rank's rows over the mean."""
-    table = StrategyTable.of([strategy])
-    return report(model, platform, train, strategy, step_costs(model, platform, train, table, imbalance), imbalance)
-
-
-def report(
-    model: ModelSpec,
-    platform: Platform,
-    train: TrainConfig,
-    strategy: Strategy,
-    costs: StepCosts,
-    imbalance: float = 1.0,
-) -> StepReport:
-    """The report of a strategy whose costs (one row) are known."""
-    table = StrategyTable.of([strategy])
-    place = placement_of(model, table)
+    table, found = StrategyTable.of([strategy]), outline(model, platform, train, strategy, imbalance)
+    place, memory = placement_of(model, table), found.memory_bytes
     states = state_elements(model, place.ranks, table)
-    step, terms = step_seconds_by_term(platform, train, strategy, costs)
-    memory = rank_memory(model, train, table, states, imbalance=imbalance)
     sizes, sends = sizes_of(model, train, table, imbalance=imbalance), messages_sent(place.stages_of)
     gathers, flops = weight_gathers(model, train, strategy), step_flops(model, train, strategy)
     stages = []  # by place in the expert group, where that matters, and pipeline rank
@@ -337,14 +343,14 @@ def report(
                     memory_bytes=memory[pp],
                     flops=sum(flops[stage] for stage in held),
                     traffic=_of_rank(calls, pp),
-                    seconds=terms[pp],
+                    seconds=found.seconds[pp],
                 )
                 for pp, held in enumerate(place.stages_of)
             ]
         )
     where = [coordinates(strategy, rank) for rank in range(strategy.world_size)]
     ranks = [stages[at.ep % len(stages)][at.pp].model_copy(update={"rank": rank}) for rank, at in enumerate(where)]
-    return StepReport(step_seconds=step, ranks=tuple(ranks))
+    return StepReport(step_seconds=found.step_seconds, ranks=tuple(ranks))
 
 
 def _of_rank(calls: dict[str, Call], pp: int) -> dict[str, Traffic]:

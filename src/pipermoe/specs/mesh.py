@@ -54,6 +54,12 @@ def coordinates(strategy: Strategy, rank: int) -> Coordinates:
     return Coordinates(pp, dp, cp, tp, edp, ep, etp)
 
 
+def pipeline_ranks(strategy: Strategy) -> list[int]:
+    """The coordinate `pp` of every rank."""
+    stride = strategy.stage_stride
+    return [rank // stride % strategy.pipeline_parallel for rank in range(strategy.world_size)]
+
+
 def groups(strategy: Strategy, axis: Axis) -> list[tuple[int, ...]]:
     """All rank groups along `axis`, each in the order of its coordinate; together they hold every rank once.
 
