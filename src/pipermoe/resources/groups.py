@@ -19,7 +19,7 @@ from pipermoe.resources.chains import Chains, chains
 from pipermoe.resources.communication import hop_levels
 from pipermoe.resources.kinds import BLOCK, Kinds, distinct
 from pipermoe.resources.stages import StageShapes, stage_shapes
-from pipermoe.resources.unit_seconds import COMPUTED, EXCHANGED
+from pipermoe.resources.unit_seconds import COMPUTED, EXCHANGED, SHAPE
 from pipermoe.schedule.traits import schedule_traits, stages_of_ranks
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.platform import Platform
@@ -29,9 +29,8 @@ from pipermoe.specs.train import TrainConfig
 # What the formulas read.
 INSIDE = (*COMPUTED, *(name for name in EXCHANGED if name not in COMPUTED))
 PIPELINE = ("schedule", "pipeline_parallel", "virtual_stages", "layer_split")
-DEGREES = ("data_parallel", "context_parallel", "tensor_parallel", "expert_parallel", "expert_tensor_parallel")
-PLACE = ("data_parallel", "rank_order")  # how ranks lie
-STATES = ("expert_data_parallel", "zero_dense", "zero_expert")
+PLACE = ("data_parallel", "expert_data_parallel", "rank_order")  # how ranks lie
+DEGREES = ("pipeline_parallel", *PLACE, *SHAPE[1:])
 
 Ways = Sequence[Mapping[str, int]]  # values of columns that a row may have instead of its own
 Parts = tuple[tuple[int, ...], ...]  # of every stage, in the order of StageShapes
@@ -104,14 +103,14 @@ class Groups:
     @cached_property
     def state(self) -> Kinds:
         """The rows by what states, and their reduction, read: from ZeRO-2 on also the number of micro-batches."""
-        degrees = [self.layout, *(getattr(self.combos, name) for name in ("pipeline_parallel", "rank_order", *DEGREES))]
-        once = distinct(degrees)
+        once = distinct([self.layout, *(getattr(self.combos, name) for name in DEGREES)])
         per_microbatch = distinct([once.of, self.microbatches])
-        repeats = (self.table.zero_dense >= 2) | (self.table.zero_expert >= 2)
+        levels = self.table.zero_dense, self.table.zero_expert
+        repeats = (levels[0] >= 2) | (levels[1] >= 2)
         repeats |= any(level >= 2 for each in self.levels for level in each.values())
         both = self.both.of
         column = np.where(repeats, (len(once.rows) + per_microbatch.of)[both], once.of[both])
-        return distinct([column, *(getattr(self.table, name) for name in STATES)])
+        return distinct([column, *levels])
 
     def largest_sum(self, by_combo: NDArray[np.float64], by_state: NDArray[np.float64]) -> NDArray[np.float64]:
         """The maximum over classes of (combos, classes) and (states, classes), both gathered: (rows,)."""
