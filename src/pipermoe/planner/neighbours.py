@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import ValidationError
@@ -16,7 +16,9 @@ from pydantic import ValidationError
 from pipermoe.planner.candidate import candidate
 from pipermoe.planner.job import Job
 from pipermoe.planner.result import Alternative, Candidate
+from pipermoe.planner.search import ROUNDING
 from pipermoe.resources.bound import step_bound
+from pipermoe.resources.peak import memory_floor
 from pipermoe.schedule.builders import RECIPES
 from pipermoe.schedule.legality import POSSIBLE
 from pipermoe.specs.legality import legal_mask
@@ -43,6 +45,14 @@ class Neighbour:
         return f"recompute {said}" if said in RECOMPUTE_NAMES else said
 
 
+class Promise(NamedTuple):
+    """A neighbour, and the seconds and bytes that its step and its peak do not undercut."""
+
+    neighbour: Neighbour
+    bound: float
+    floor: float
+
+
 def alternatives(job: Job, chosen: Candidate) -> tuple[Alternative, ...]:
     """The legal neighbours of the chosen strategy that promise most, of each kind, beside the chosen one.
 
@@ -51,20 +61,25 @@ def alternatives(job: Job, chosen: Candidate) -> tuple[Alternative, ...]:
     found = list(_neighbours(chosen.strategy, job.platform.levels[0].ranks))
     table = StrategyTable.of([each.strategy for each in found])
     legal = np.flatnonzero(legal_mask(table, job.model, job.train, job.world_size, POSSIBLE))
-    bounds = step_bound(job.model, job.platform, job.train, table.take(legal), job.imbalance)
-    bound = dict(zip(legal.tolist(), bounds.tolist(), strict=True))
-    kinds: dict[str, list[Neighbour]] = {}
-    for row in sorted(bound, key=bound.__getitem__):
-        kinds.setdefault(found[row].axis, []).append(found[row])
+    table = table.take(legal)
+    bounds = step_bound(job.model, job.platform, job.train, table, job.imbalance)
+    floors = memory_floor(job.model, job.train, table, job.imbalance)
+    promises = sorted(zip(bounds.tolist(), legal.tolist(), floors.tolist(), strict=True))
+    kinds: dict[str, list[Promise]] = {}
+    for bound, row, floor in promises:
+        kinds.setdefault(found[row].axis, []).append(Promise(found[row], bound, floor))
     compared = [one for kind in kinds.values() for one in _most_promising(job, kind[:CONSIDERED], chosen)]
     return tuple(sorted(compared, key=lambda one: (not one.fits, one.slower_seconds)))
 
 
-def _most_promising(job: Job, neighbours: Sequence[Neighbour], chosen: Candidate) -> Iterator[Alternative]:
+def _most_promising(job: Job, promises: Sequence[Promise], chosen: Candidate) -> Iterator[Alternative]:
     fitting, tight = 0, 0
-    for neighbour in neighbours:
+    for neighbour, bound, floor in promises:
         if fitting == MOST:
             return
+        slower = bound * (1 - ROUNDING) >= chosen.step_seconds
+        if floor > job.memory_budget_bytes and (tight or (fitting and slower)):
+            continue  # it does not fit, and would not be told
         other = compare(job, neighbour, chosen)
         if other is None or (tight and not other.fits):
             continue
