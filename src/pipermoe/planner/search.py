@@ -8,24 +8,19 @@ that of simulating every strategy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipermoe.planner.axes import LEVEL_COLUMNS, WAY_COLUMNS
 from pipermoe.planner.exact import schedule_kinds
 from pipermoe.planner.job import Job
 from pipermoe.planner.judge import Judge
 from pipermoe.planner.pool import Pool
 from pipermoe.planner.space import Selection, Space, job_space
 from pipermoe.planner.splits import balanced_splits
-from pipermoe.resources.groups import Ways
-from pipermoe.resources.kinds import distinct
 from pipermoe.resources.peak import memory_floor, peak_bytes
-from pipermoe.specs.strategy_table import StrategyTable
 
 ROUNDING = 1e-9  # bounds and simulations add up in different orders
 HEADS, BRANCHES = 1024, 256  # that are taken at once
@@ -68,8 +63,7 @@ class Field:
     def of(cls, job: Job) -> Field:
         space = job_space(job, balanced_splits(job.model, job.platform, job.train, job.world_size))
         judge = Judge(job, space)
-        ways, levels = (_values(space.tails, names) for names in (WAY_COLUMNS, LEVEL_COLUMNS))
-        return cls(job, space, judge.bound(space.heads, ways, levels), judge)
+        return cls(job, space, judge.head_bounds(), judge)
 
     def best(
         self, count: int = 1, selection: Selection | None = None, memory_budget_bytes: float | None = None
@@ -116,8 +110,6 @@ class _Search:
 
     def __init__(self, field: Field, selection: Selection, budget: float, count: int) -> None:
         self.job, self.space, self.judge = field.job, field.space, field.judge
-        tails = field.space.tails.take(selection.tails)
-        self.ways, self.levels = _values(tails, WAY_COLUMNS), _values(tails, LEVEL_COLUMNS)
         self.selection, self.budget, self.count = selection, budget, count
         chosen = np.flatnonzero(selection.heads)
         self.heads = Pool.of(chosen, field.bound[chosen] * (1 - ROUNDING))
@@ -162,20 +154,16 @@ class _Search:
     def _divide(self, heads: NDArray) -> None:
         """The branches of `heads`, but those that would not fit with any tail."""
         branches, strategies = self.space.branches(heads, self.selection)
-        table = self.space.table(branches * self.space.tails_of_branch)
-        fits = self.judge.floor(table, self.ways, self.levels) <= self.budget
+        fits = self.judge.branch_floors(branches) <= self.budget
         self.not_fitting += int(strategies[~fits].sum())
-        bound = self.judge.bound(table.take(fits), self.ways, self.levels)
-        self.branches.add(branches[fits], bound * (1 - ROUNDING))
+        self.branches.add(branches[fits], self.judge.branch_bounds(branches[fits]) * (1 - ROUNDING))
 
     def _write_out(self, branches: NDArray) -> None:
         """The strategies of `branches`, but those that no order of the schedule could make fit."""
         places = self.space.places_of(branches, self.selection)
-        table = self.space.table(places)
-        fits = self.judge.floor(table) <= self.budget
+        fits = self.judge.floors(places) <= self.budget
         self.not_fitting += int(np.count_nonzero(~fits))
-        bound = np.maximum(self.judge.bound(table.take(fits)), self.judge.at_least(places[fits]))
-        self.places.add(places[fits], bound * (1 - ROUNDING))
+        self.places.add(places[fits], self.judge.bounds(places[fits]) * (1 - ROUNDING))
 
     def _weigh(self) -> None:
         """Weigh the first place, and with it those of the same schedule that could win."""
@@ -196,9 +184,3 @@ class _Search:
         seconds, peaks = self.judge.seconds(places), self.judge.peaks(places)
         found = map(Found, seconds.tolist(), peaks.tolist(), places.tolist())
         self.found = sorted([*self.found, *found])
-
-
-def _values(tails: StrategyTable, names: Sequence[str]) -> Ways:
-    """The different values that tails have in the columns `names`."""
-    rows = distinct([getattr(tails, name) for name in names]).rows
-    return [{name: int(getattr(tails, name)[row]) for name in names} for row in rows]
