@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +20,11 @@ from benchmarks.command_line import parser_of, write_json
 from benchmarks.planner import JOBS
 from pipermoe.planner.job import Job
 from pipermoe.planner.search import Field
-from pipermoe.resources.bound import step_bound
-from pipermoe.resources.peak import memory_floor
+from pipermoe.resources.bound import grouped_bound, step_bound
+from pipermoe.resources.groups import Groups
+from pipermoe.resources.memory import prices
+from pipermoe.resources.peak import grouped_floor, memory_floor
+from pipermoe.resources.unit_seconds import unit_seconds
 from pipermoe.specs.catalogue import load_model
 from pipermoe.specs.platform_file import load_platform
 from pipermoe.specs.strategy_table import StrategyTable
@@ -58,7 +62,9 @@ def speed_of(model: str, platform: str, ranks: int, batch: int, rows: int) -> Sp
     table = rows_of(Job(spec, machine, train, ranks, machine.memory_budget_bytes), rows)
 
     def both(table: StrategyTable) -> tuple[NDArray, NDArray]:
-        return memory_floor(spec, train, table), step_bound(spec, machine, train, table)
+        groups = Groups(spec, train, table)
+        memory = grouped_floor(spec, train, groups, partial(prices, spec, train))
+        return memory, grouped_bound(spec, machine, train, groups, partial(unit_seconds, spec, machine, train))
 
     few = np.linspace(0, len(table) - 1, ONE_BY_ONE).astype(np.int64)
     memory, bound = both(table)

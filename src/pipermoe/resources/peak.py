@@ -90,7 +90,18 @@ def memory_floor(
     if not len(table):
         return np.zeros(0)
     price_of = price_of or partial(prices, model, train, imbalance=imbalance)
-    groups = Groups(model, train, table)
+    return grouped_floor(model, train, Groups(model, train, table), price_of, ways, levels)
+
+
+def grouped_floor(
+    model: ModelSpec,
+    train: TrainConfig,
+    groups: Groups,
+    price_of: Price,
+    ways: Ways = ({},),
+    levels: Ways = ({},),
+) -> NDArray[np.float64]:
+    """`memory_floor` of the rows of `groups`, `price_of` being `memory.prices`."""
     combos, pipe = groups.combos, distinct([groups.pipe.of, groups.microbatches])
     pipelines = combos.take(pipe.rows)
     parts, microbatches = groups.pipe.of[pipe.rows], groups.microbatches[pipe.rows]
