@@ -162,6 +162,11 @@ def test_known_points_assemble_to_the_machine_that_they_came_from():
         assert cost.bandwidth_bytes_per_s == pytest.approx(1e9)
 
 
+def test_ranks_compute_on_no_more_than_the_cores_of_their_host():
+    disturbed = synthetic_rank() | {"alone": [Point(2, 1, 1.5e-2)]}  # 4 ranks x 50 calls/s x 15 ms are 3
+    assert assemble([disturbed] * 4).host.compute_slots == 2.0
+
+
 def test_evidence_tells_how_well_even_curves_price_uneven_work():
     platform = assemble([synthetic_rank()] * 4)
     grouped, uneven = (platform.evidence_for(key) for key in ("device.grouped_gemm", "levels.host.cost.all_to_all"))

@@ -104,12 +104,13 @@ class Assembly:
     def _host(self, inside: Level) -> Host:
         """Slots = calls per second that a host's ranks make together x seconds of a call on a core of its own.
 
+        They are no more than the cores, one for each rank that was alone: what exceeds them is noise of the machine.
         Ranks with devices of their own share none. What a meeting takes contains the latency of the call itself.
         """
         ranks, hosts = self.settings.ranks_per_host, self.settings.ranks // self.settings.ranks_per_host
         crowd = [points["crowd"][0] for points in self.per_rank]
         alone = self.points["alone"][0]
-        slots = min(float(ranks), sum(point.rate for point in crowd) / hosts * alone.seconds)
+        slots = min(alone.size, sum(point.rate for point in crowd) / hosts * alone.seconds)
         walls = [point.seconds for points in self.per_rank for point in points.get("noise", ())]
         low, median, high = np.percentile(walls, [10, 50, 90])
         self._record("host.compute_slots", "measured", f"a fixed kernel on {int(alone.size)} and on all {ranks} ranks")

@@ -134,11 +134,12 @@ def searched(
 def _explained(field: Field, chosen: Candidate) -> Explanation:
     """With what only a search can say: what more memory, or a flat network, would choose."""
     rough = replace(field, job=replace(field.job, tolerance=max(ROUGHLY, field.job.tolerance)))
+    roomier, seconds = _fastest(rough, field.job.memory_budget_bytes * MORE_MEMORY)
     return explain(
         field.job,
         chosen,
         unlimited=_fastest(rough, math.inf),
-        roomier=_fastest(rough, field.job.memory_budget_bytes * MORE_MEMORY)[0],
+        roomier=roomier if seconds < chosen.step_seconds else chosen.strategy,  # it fits there, too
         blind=_fastest(Field.of(flat(rough.job)))[0],
     )
 
