@@ -15,7 +15,7 @@ from pipermoe.resources.kinds import Kinds, distinct
 from pipermoe.resources.price_list import Price, in_each
 from pipermoe.resources.stages import StageShapes
 from pipermoe.resources.step import closing_costs, compute_slots
-from pipermoe.resources.unit_seconds import unit_seconds
+from pipermoe.resources.unit_seconds import SENDS, unit_seconds
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.platform import Platform
 from pipermoe.specs.strategy_table import StrategyTable
@@ -52,7 +52,7 @@ def grouped_bound(
     model: ModelSpec, platform: Platform, train: TrainConfig, groups: Groups, price_of: Price, ways: Ways = ({},)
 ) -> NDArray[np.float64]:
     """`step_bound` of the rows of `groups`, `price_of` being `unit_seconds`."""
-    pipe, found = groups.chains(platform)
+    pipe, found = groups.chains()
     ends = _chain_seconds(platform, groups, pipe, found, price_of, ways)
     states, levels = groups.state.rows, groups.levels
     shapes, ranks = classes_of_rows(found, np.tile(pipe.of[groups.both.of[states]], len(levels)))
@@ -68,12 +68,15 @@ def _chain_seconds(
     combos = groups.combos
     insides = combos.take(groups.inside.rows)
     least = price_of(in_each(ways, insides)).reshape(len(ways), len(insides), -1).min(axis=0)
-    price, inside, share = np.floor(least * TICKS), groups.inside.of, _shares(platform, combos)
+    hop, share = groups.nearest_hops(platform), _shares(platform, combos)
+    kinds = distinct([groups.inside.of, hop])
+    of_hop = least[groups.inside.of[kinds.rows], SENDS + hop[kinds.rows]]
+    price = np.floor(np.column_stack([least[groups.inside.of[kinds.rows], :SENDS], of_hop]) * TICKS)
 
     def seconds(rows: NDArray, g: int) -> NDArray[np.float64]:
         chain, microbatches = found[g], groups.microbatches[rows]
         counts = np.concatenate([chain.once, chain.each, chain.computed[None]])
-        once, each, computed = np.split(counts @ price[inside[rows]].T, [len(chain.once), -1])  # rows last
+        once, each, computed = np.split(counts @ price[kinds.of[rows]].T, [len(chain.once), -1])  # rows last
         paths = (once + microbatches * each) / chain.over
         together = microbatches * computed * share[rows]
         return np.concatenate([together, np.maximum.reduceat(paths, chain.starts)]).T / TICKS

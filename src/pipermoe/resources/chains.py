@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from pipermoe.resources.unit_seconds import SENDS, Work, columns
 from pipermoe.schedule.builders import Homes
 from pipermoe.schedule.ramps import Chunks, Ramp, ramps
-from pipermoe.schedule.traits import Traits, schedule_traits
+from pipermoe.schedule.traits import Traits, schedule_traits, ways
 
-Counts = NDArray[np.float64]  # over the prices of resources.unit_seconds, in the last axis
+Counts = NDArray[np.float64]  # over the prices of resources.unit_seconds, of messages one, in the last axis
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,20 +50,17 @@ def chains(
     pipeline_parallel: int,
     virtual_stages: int,
     parts: tuple[tuple[int, ...], ...],
-    hops: tuple[int, ...],
-    levels: int,
     microbatches: int,
 ) -> Chains:
     """The chains of a pipeline whose stages hold `parts[stage]`, in the order of StageShapes.
 
-    `hops` are the levels of the network, of so many, between each stage and the next: -1 on one rank. The chains hold
-    for `microbatches` or more.
+    They hold for `microbatches` or more. All messages count alike, whichever level of the network they cross.
     """
     traits = schedule_traits(schedule, pipeline_parallel, virtual_stages)
     count = np.array(parts, dtype=np.int64)
     ranks = _ranks(schedule, pipeline_parallel, virtual_stages, microbatches)
     holds, class_of, alike = _classes(traits.stages_of, parts)
-    stages = _Stages.of(count, hops, levels, splits=traits.splits_backward)
+    stages = _Stages.of(count, _crossing(traits.stages_of), splits=traits.splits_backward)
     ends, once, each, over = (np.concatenate(found) for found in zip(*_paths(traits, stages, ranks), strict=True))
     owner, paths = class_of[ends], _longest(class_of[ends], once, each, over)
     return Chains(
@@ -94,9 +91,9 @@ class _Stages:
     drain: Counts
 
     @classmethod
-    def of(cls, count: NDArray[np.int64], hops: tuple[int, ...], levels: int, *, splits: bool) -> _Stages:
+    def of(cls, count: NDArray[np.int64], crossing: NDArray[np.bool_], *, splits: bool) -> _Stages:
         def work(kind: Work) -> Counts:
-            counts = np.zeros((len(count), SENDS + levels))
+            counts = np.zeros((len(count), SENDS + 1))
             counts[:, columns(kind)] = count
             return counts
 
@@ -105,8 +102,7 @@ class _Stages:
         weight_grad = work(Work.WEIGHT_GRAD)
         backward, postponed = (backward, weight_grad) if splits else (backward + weight_grad, 0 * weight_grad)
         messages = np.zeros_like(forward)
-        for stage, level in enumerate(hops[: len(count) - 1]):
-            messages[stage, SENDS + level] = level >= 0
+        messages[:-1, SENDS] = crossing
         return cls(
             computed_forward=forward,
             exchanged_forward=exchanged_forward,
@@ -165,6 +161,11 @@ class _Ranks:
             alone_backward=spread(ramp.alone_backward for ramp in found),
             never_paired=spread(ramp.never_paired for ramp in found),
         )
+
+
+def _crossing(stages_of: Homes) -> NDArray[np.bool_]:
+    """Whether what each stage hands to the next goes to another rank: (stages - 1,)."""
+    return np.any([np.diff(way) != 0 for way in ways(stages_of)], axis=0)
 
 
 @lru_cache(maxsize=8192)

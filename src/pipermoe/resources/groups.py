@@ -51,30 +51,28 @@ class Groups:
         self.inside = distinct([getattr(self.combos, name) for name in INSIDE])
         self.pipe = distinct([getattr(self.combos, name) for name in PIPELINE])
 
-    def chains(self, platform: Platform) -> tuple[Kinds, list[Chains]]:
-        """The chains of every pipeline, which depend on how near its ranks lie and on few micro-batches."""
+    def chains(self) -> tuple[Kinds, list[Chains]]:
+        """The chains of every pipeline, which depend on few micro-batches."""
         few = np.minimum(self.microbatches, 2 * self.combos.pipeline_parallel)  # what ramps up
-        levels = tuple(level.ranks for level in platform.levels)
-        number, hops = self._hops(levels)
-        pipe = distinct([self.pipe.of, number, few])
+        pipe = distinct([self.pipe.of, few])
         pipelines = self.combos.take(pipe.rows)
-        found = []
-        for row, combo in enumerate(pipe.rows.tolist()):
-            parts, between = self.parts[int(self.pipe.of[combo])], hops[number[combo]]
-            found.append(chains(*pipeline_numbers(pipelines, row), parts, between, len(levels), int(few[combo])))
+        found = [
+            chains(*pipeline_numbers(pipelines, row), self.parts[int(self.pipe.of[combo])], int(few[combo]))
+            for row, combo in enumerate(pipe.rows.tolist())
+        ]
         return pipe, found
 
-    def _hops(self, levels: tuple[int, ...]) -> tuple[NDArray[np.int64], list[tuple[int, ...]]]:
-        """What `_nearest_hops` says of each combo: a number, and the hops of every number."""
+    def nearest_hops(self, platform: Platform) -> NDArray[np.int64]:
+        """The lowest level of the network that lies between two stages of each combo; 0 where there is none."""
+        levels = tuple(level.ranks for level in platform.levels)
         columns = (self.combos.stage_stride, self.combos.runs_per_stage)
         kinds = distinct([self.pipe.of, *columns])
-        pipelines, (stride, runs) = self.combos.take(kinds.rows), (column[kinds.rows].tolist() for column in columns)
-        known: dict[tuple[int, ...], int] = {}
-        number = [
-            known.setdefault(_nearest_hops(*pipeline_numbers(pipelines, row), *lying, levels), len(known))
-            for row, lying in enumerate(zip(stride, runs, strict=True))
+        pipelines, lying = self.combos.take(kinds.rows), (column[kinds.rows].tolist() for column in columns)
+        nearest = [
+            _nearest_hop(*pipeline_numbers(pipelines, row), stride, runs, levels)
+            for row, (stride, runs) in enumerate(zip(*lying, strict=True))
         ]
-        return np.array(number)[kinds.of], list(known)
+        return np.array(nearest)[kinds.of]
 
     @cached_property
     def parts(self) -> list[Parts]:
@@ -118,16 +116,10 @@ class Groups:
 
 
 @lru_cache(maxsize=8192)
-def _nearest_hops(
-    name: str, ranks: int, chunks: int, stride: int, runs: int, levels: tuple[int, ...]
-) -> tuple[int, ...]:
-    """The level of the network between each stage and the next, -1 on one rank; all as near as the nearest.
-
-    Where some are farther the bound is lower by so much; pipelines that lie in many ways have few chains for that.
-    """
+def _nearest_hop(name: str, ranks: int, chunks: int, stride: int, runs: int, levels: tuple[int, ...]) -> int:
+    """Where some are farther the bound is lower by so much."""
     [found] = hop_levels(levels, np.array([stride]), np.array([runs]), stages_of_ranks(name, ranks, chunks))
-    nearest = min((hop for hop in found.tolist() if hop >= 0), default=-1)
-    return tuple(np.minimum(found, nearest).tolist())
+    return min((hop for hop in found.tolist() if hop >= 0), default=0)
 
 
 def _layout(model: ModelSpec, pipelines: StrategyTable, row: int) -> tuple:
