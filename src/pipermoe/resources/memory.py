@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from pipermoe.resources.activations.ends import embedding_memory, head_memory, join_memory
 from pipermoe.resources.activations.layers import dense_layer, moe_layer
-from pipermoe.resources.activations.ledger import BIRTHS, Held, alone
-from pipermoe.resources.activations.sizes import RUNTIME, MemoryProfile, Recompute, sizes_of
+from pipermoe.resources.activations.ledger import BIRTHS, BlockMemory, Held, alone
+from pipermoe.resources.activations.sizes import RUNTIME, MemoryProfile, Recompute, Sizes, sizes_of
 from pipermoe.resources.instants import (
     DEFERRED,
     DEFERRING,
@@ -29,15 +29,24 @@ from pipermoe.resources.instants import (
     Pipeline,
     instants,
 )
+from pipermoe.resources.kinds import distinct
 from pipermoe.resources.sharded_units import shardings, unit_bytes
 from pipermoe.resources.spare_slots import balancing_bytes
 from pipermoe.resources.stages import StageShapes
 from pipermoe.resources.states import StateElements, state_bytes
+from pipermoe.resources.turns import Part
 from pipermoe.resources.whole_units import NOTHING_SHARDED, Sharded
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.report import MemoryCategory
+from pipermoe.specs.strategy import RECOMPUTE_MODULES
 from pipermoe.specs.strategy_table import SCHEDULE_NAMES, StrategyTable
 from pipermoe.specs.train import TrainConfig
+
+# What each part of a stage reads of a strategy.
+ENDS = ("micro_batch_size", "context_parallel", "tensor_parallel")
+JOIN = (*ENDS, "recompute")
+LAYER = (*JOIN, "recompute_modules")
+EXPERTS = (*LAYER, "expert_parallel", "expert_tensor_parallel", "dispatcher", "ranks_per_copy")
 
 
 def prices(
@@ -45,40 +54,55 @@ def prices(
     train: TrainConfig,
     table: StrategyTable,
     profile: MemoryProfile = RUNTIME,
-    imbalance: Any = 1.0,
+    imbalance: float = 1.0,
 ) -> NDArray[np.float64]:
     """Bytes per unit of every feature: (rows, features). They depend on the micro-batch, the degrees inside a stage and
-    on recomputation only.
+    on recomputation only, most of them on fewer: each part is worked out for the rows that differ for it.
     """
-    held = _held(model, train, table, profile, imbalance)
-    each = [np.broadcast_to(held[feature].total, len(table)) for feature in Feature]
-    return np.stack(each, axis=1).astype(np.float64)
+    price = np.zeros((len(table), len(Feature)))
+    for part, names, modules in _PARTS:
+        rebuilt = table.recompute_modules & sum(1 << RECOMPUTE_MODULES.index(module) for module in modules)
+        kinds = distinct([rebuilt if name == "recompute_modules" else getattr(table, name) for name in names])
+        chosen = table.take(kinds.rows)
+        held = part(sizes_of(model, train, chosen, profile, imbalance), Recompute.of(chosen))
+        total = np.stack([np.broadcast_to(each.total, len(chosen)) for each in held.values()], axis=1)
+        price[:, list(held)] = total[kinds.of]
+    return price
 
 
-def _held(
-    model: ModelSpec, train: TrainConfig, table: StrategyTable, profile: MemoryProfile, imbalance: Any
-) -> dict[Feature, Held]:
+def _held(sizes: Sizes, recompute: Recompute) -> dict[Feature, Held]:
     """What a unit of every feature holds."""
-    sizes, recompute = sizes_of(model, train, table, profile, imbalance), Recompute.of(table)
-    hidden, moe = sizes.hidden, moe_layer(sizes, recompute)
-    # In the order of `turns.Part`.
-    parts = (moe, dense_layer(sizes, recompute), head_memory(sizes), embedding_memory(sizes))
-    parts = (*parts, join_memory(sizes, recompute))
-    found = {
+    return {feature: held for part, *_ in _PARTS for feature, held in part(sizes, recompute).items()}
+
+
+def _of_ends(sizes: Sizes, _: Recompute) -> dict[Feature, Held]:
+    hidden = sizes.hidden
+    return {
         Feature.OUTPUT: Held(activations=hidden),
         Feature.GRADIENT: Held(temporary=hidden),
         Feature.INCOMING: Held(communication=hidden),
         Feature.RECEIVED: Held(activations=-hidden, communication=hidden),
         Feature.STREAM: Held(activations=hidden),
+        **_of_block(Part.HEAD, head_memory(sizes)),
+        **_of_block(Part.EMBEDDING, embedding_memory(sizes)),
     }
-    for part, block in enumerate(parts):
-        found[KEPT[part]], found[DEFERRED[part]], found[WEIGHTS[part]] = block.kept, block.deferred, block.product
-        for features, work in ((FORWARD, block.forward), (FULL, block.full), (DEFERRING, block.deferring)):
-            found[features[part]] = alone(work)
+
+
+def _of_join(sizes: Sizes, recompute: Recompute) -> dict[Feature, Held]:
+    return _of_block(Part.JOIN, join_memory(sizes, recompute))
+
+
+def _of_dense(sizes: Sizes, recompute: Recompute) -> dict[Feature, Held]:
+    return _of_block(Part.DENSE, dense_layer(sizes, recompute))
+
+
+def _of_moe(sizes: Sizes, recompute: Recompute) -> dict[Feature, Held]:
+    moe = moe_layer(sizes, recompute)
     legs = (*moe.forward, *moe.deferring)
-    found |= {feature: step.peak for feature, step in zip(LEGS, legs, strict=True)}
     attend, route, compute, _, split, compute_back, attend_back = legs
-    return found | {
+    return {
+        **_of_block(Part.MOE, moe),
+        **{feature: step.peak for feature, step in zip(LEGS, legs, strict=True)},
         Feature.AFTER_ATTEND: attend.held,
         Feature.AFTER_ROUTE: route.held,
         Feature.AFTER_COMPUTE: compute.held,
@@ -87,6 +111,26 @@ def _held(
         Feature.DEFERRED_COMPUTE_BACK: compute_back.deferred,
         Feature.DEFERRED_ATTEND_BACK: attend_back.deferred,
     }
+
+
+def _of_block(part: Part, block: BlockMemory) -> dict[Feature, Held]:
+    """What every part has: what stays of it, and its work when nothing comes between the steps."""
+    return {
+        KEPT[part]: block.kept,
+        DEFERRED[part]: block.deferred,
+        WEIGHTS[part]: block.product,
+        FORWARD[part]: alone(block.forward),
+        FULL[part]: alone(block.full),
+        DEFERRING[part]: alone(block.deferring),
+    }
+
+
+_PARTS = (
+    (_of_ends, ENDS, ()),
+    (_of_join, JOIN, ()),
+    (_of_dense, LAYER, ("norm", "attention", "dense_mlp")),
+    (_of_moe, EXPERTS, ("norm", "attention", "moe_act", "experts", "shared_experts")),
+)
 
 
 def pipeline_of(
@@ -124,7 +168,7 @@ def rank_memory(
     imbalance: Any = 1.0,
 ) -> list[dict[MemoryCategory, int]]:
     """Bytes by category at the peak of every pipeline rank of a single strategy; their sum is the peak."""
-    priced = _held(model, train, table, profile, imbalance)
+    priced = _held(sizes_of(model, train, table, profile, imbalance), Recompute.of(table))
     births = np.array([[np.ravel(getattr(priced[feature], birth))[0] for feature in Feature] for birth in BIRTHS])
     found = instants(pipeline_of(model, train, table, sharded=shardings(table).each[0]), by_rank=True)
     held = {name: np.asarray(each)[0] for name, each in state_bytes(states, train.recipe.state).items()}

@@ -68,11 +68,13 @@ class FeedForward:
 
 def moe_layer(sizes: Sizes, recompute: Recompute) -> BlockMemory:
     """Attention and a mixture of experts, by the dispatcher of each strategy; within a single rank all is plain."""
-    plain = _moe_layer(sizes, recompute, Plain(sizes, recompute))
     once = (sizes.ep > 1) & np.asarray(sizes.deduplicated)
-    if not np.any(once):
-        return plain
-    return _moe_layer(sizes, recompute, Deduplicated(sizes, recompute)).where(once, plain)
+    by_way = [
+        _moe_layer(sizes, recompute, way(sizes, recompute))
+        for way, taken in ((Deduplicated, np.any(once)), (Plain, not np.all(once)))
+        if taken
+    ]
+    return by_way[0] if len(by_way) == 1 else by_way[0].where(once, by_way[1])
 
 
 def _moe_layer(sizes: Sizes, recompute: Recompute, way: Plain | Deduplicated) -> BlockMemory:
