@@ -69,7 +69,7 @@ def _evaluate(record: dict[str, Any]) -> Row:
         return Row(
             **measured, predicted_static=None, predicted_peak=None, rows_needed=None, not_covered="; ".join(reasons)
         )
-    job = read_job(arguments, record["world_size"], record["compute_capability"])
+    job = read_job(arguments, record["world_size"], record["compute_capability"], record["release"])
     machine = Machine.of(record["compute_capability"], record["cublas_workspace_bytes"])
     peak = peak_memory(job, machine, job.strategy.pipeline_parallel - 1)
     loaded = record["result"].endswith("_2nd")

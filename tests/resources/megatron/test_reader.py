@@ -48,6 +48,26 @@ def test_the_attention_core_is_what_transformer_engine_picks(capability, core):
     assert read("--attention-backend unfused", compute_capability=capability).options.attention_core == "unfused"
 
 
+def test_on_blackwell_deterministic_attention_with_dropout_is_flash_attention():
+    deterministic = "--deterministic-mode --attention-dropout "
+    assert read(deterministic + "0.1", compute_capability=10).options.attention_core == "flash"
+    assert read(deterministic + "0.0", compute_capability=10).options.attention_core == "cudnn"
+    assert read(deterministic + "0.1", compute_capability=9).options.attention_core == "cudnn"
+
+
+def test_deterministic_mode_keeps_returned_rows_since_release_0_15_unless_the_kernel_is_fused():
+    sums = [read("--deterministic-mode", release=release).options.index_add for release in ("0.14", "0.15", "0.19")]
+    assert sums == [False, True, True]
+    assert not read("--deterministic-mode --moe-permute-fusion").options.index_add
+    assert not read().options.index_add
+
+
+def test_releases_0_14_to_0_16_hold_the_predicted_logits_during_the_loss():
+    releases = ("0.13", "0.14", "0.15", "0.16", "0.17")
+    stay = [read(release=release).options.predicted_logits_stay for release in releases]
+    assert stay == [False, True, True, True, False]
+
+
 def test_block_recomputation_covers_the_first_layers_of_each_stage():
     job = read("--recompute-granularity full --recompute-method block --recompute-num-layers 3")
     assert job.options.recomputed_layers == 3

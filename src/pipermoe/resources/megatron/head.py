@@ -27,7 +27,8 @@ def stage_modules(job: MegatronJob, stage: StageLayout) -> tuple[Module, ...]:
         modules += prediction_modules(job, own_embedding=not stage.embedding)
     if stage.loss:
         modules.append(final_norm(job))
-        modules += [loss(job)] * (1 + stage.mtp_layers)
+        modules += [loss(job)] * stage.mtp_layers
+        modules.append(loss(job, after_prediction=stage.mtp_layers > 0))
         modules.append(output_layer(job, shared=stage.embedding and job.model.tie_word_embeddings))
     return tuple(modules)
 
@@ -66,12 +67,18 @@ def output_layer(job: MegatronJob, *, shared: bool) -> Module:
     return Module("output_layer", () if shared else (_vocabulary_matrix(job, "output_layer.weight", fused=True),))
 
 
-def loss(job: MegatronJob) -> Module:
-    """Cross entropy over T x V / tp: softmax in fp32, or with TransformerEngine's kernel the bf16 logits themselves."""
-    element = BF16 if job.options.cross_entropy == "te" else FP32
+def loss(job: MegatronJob, *, after_prediction: bool = False) -> Module:
+    """Cross entropy over T x V / tp: softmax in fp32, or with TransformerEngine's kernel the bf16 logits themselves.
+
+    `after_prediction`: the logits of a prediction module may still be there (`release.predicted_logits_stay`).
+    """
+    options = job.options
+    in_place = options.cross_entropy == "te"
     # The bf16 logits; compiled ("native") the fp32 copy too, because the in-place exponential writes a new tensor.
-    extra = {"te": 0, "unfused": BF16, "native": BF16 + FP32}[job.options.cross_entropy]
-    kept = (Saved("softmax of the logits", _logits(job) * element),)
+    extra = {"te": 0, "unfused": BF16, "native": BF16 + FP32}[options.cross_entropy]
+    if after_prediction and options.predicted_logits_stay and not in_place:
+        extra += BF16
+    kept = (Saved("softmax of the logits", _logits(job) * (BF16 if in_place else FP32)),)
     return Module(LOSS, saved=kept, forward_extra=_logits(job) * extra)
 
 
@@ -90,6 +97,7 @@ def prediction_modules(job: MegatronJob, *, own_embedding: bool) -> tuple[Module
         (
             Saved.of("inputs of both norms", 2, shard, hidden),
             Saved.of("joined input", shard, 2 * hidden),
+            Saved.of("gathered result, of which the layer's input is a slice", job.tokens - shard, hidden),
             Saved.of("final norm, input and output", 2, shard, hidden),
         ),
     )

@@ -30,9 +30,10 @@ class Options:
     attention_dropout: float = 0.1
     hidden_dropout: float = 0.1
     cross_entropy: CrossEntropy = "unfused"
+    predicted_logits_stay: bool = False  # a prediction module's logits, through the loss of the model
     moe_dispatcher: Dispatcher = "allgather"
     moe_permute_fusion: bool = False
-    deterministic: bool = False
+    index_add: bool = False  # returned rows are summed by `index_add`, which keeps them
     grouped_gemm: bool = False
     swiglu_fusion: bool = True
     attention_mask: bool = True  # the data loader makes a mask of s x s booleans for every sequence

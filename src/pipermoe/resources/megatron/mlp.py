@@ -82,7 +82,7 @@ def _dispatcher(job: MegatronJob) -> Iterator[Saved]:
         yield Saved.of("sorted positions", tokens, columns, element=INT64)
         yield Saved.of("token of each row", job.rows, element=INT64)
     yield Saved.of("probability of each row", job.rows, element=FP32)
-    if options.deterministic and not options.moe_permute_fusion:
+    if options.index_add:
         returned = job.rows if options.moe_dispatcher == "allgather" else job.sent_rows
         yield Saved.of("returned rows, which index_add keeps", returned, job.model.hidden_size)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pipermoe.resources.megatron.head import EMBEDDING, LOSS, stage_modules
 from pipermoe.resources.megatron.job import Machine, MegatronJob
 from pipermoe.resources.megatron.static import StaticMemory, rank_stages, static_memory
-from pipermoe.resources.megatron.tensors import BOOL, Module
-from pipermoe.schedule.action import Kind, Schedule
+from pipermoe.resources.megatron.tensors import BF16, BOOL, Module
+from pipermoe.schedule.action import Action, Kind, Schedule
 from pipermoe.schedule.builders import build
 from pipermoe.schedule.memory import ends_life
 
@@ -78,15 +78,42 @@ def _instants(job: MegatronJob, pipeline_rank: int) -> Iterator[tuple[float, flo
         for number, stage in enumerate(rank_stages(job, pipeline_rank))
     }
     held = 0.0
-    for part in schedule_of(job).parts(pipeline_rank):
-        chunk = chunks[part.stage]
+    parts = tuple(schedule_of(job).parts(pipeline_rank))
+    boundary = job.shard * job.model.hidden_size * BF16
+    for part, tensors in zip(parts, boundary_tensors(job, parts), strict=True):
+        chunk, beside = chunks[part.stage], tensors * boundary
         if part.kind is Kind.FORWARD:
             held += chunk.layers
-            yield held, chunk.forward_extra
+            yield held, chunk.forward_extra + beside
             held += chunk.loss
-            yield held, chunk.loss_extra
+            yield held, chunk.loss_extra + beside
         elif ends_life(part):
             held -= chunk.loss
-            yield held, chunk.backward_extra
+            yield held, chunk.backward_extra + beside
             held -= chunk.layers
-            yield held, chunk.embedding_gradient
+            yield held, chunk.embedding_gradient + beside
+
+
+def boundary_tensors(job: MegatronJob, parts: Sequence[Action]) -> Iterator[int]:
+    """How many inputs and gradients of stages the schedule's own variables hold during each of a rank's `parts`.
+
+    From the first backward on: the gradient that the last one sent, until the next has ended; and what the next
+    backward, or this one, starts from. Interleaved, a backward also has the input of the next forward, which is
+    received ahead. Source: pipeline_parallel/schedules.py, `input_tensor_grad` and the buffers of both receives.
+    """
+    last, interleaved = job.strategy.num_stages - 1, job.strategy.virtual_stages > 1
+    coming: list[int] = []
+    gradient = ahead = False
+    for part in reversed(parts):
+        if part.kind is Kind.FORWARD:
+            ahead = interleaved and part.stage > 0
+            coming.append(gradient)
+        else:
+            gradient = part.stage < last
+            coming.append(gradient + ahead)
+    sent, begun = False, False
+    for part, received in zip(parts, reversed(coming), strict=True):
+        begun = begun or part.kind is not Kind.FORWARD
+        yield (sent + received) * begun
+        if part.kind is not Kind.FORWARD:
+            sent = part.stage > 0

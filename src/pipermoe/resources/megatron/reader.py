@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from pipermoe.resources.megatron.job import AttentionCore, CrossEntropy, MegatronJob, Options
 from pipermoe.resources.megatron.layout import StageLayout, split_stages, stages_of
+from pipermoe.resources.megatron.release import NEWEST, Release, has_index_add, predicted_logits_stay
 from pipermoe.specs.megatron.arguments import Arguments
 from pipermoe.specs.megatron.model import read_model
 from pipermoe.specs.megatron.patterns import read_layout
@@ -52,10 +53,13 @@ def undescribed(arguments: Arguments) -> Iterator[str]:
         yield "moe_expert_capacity_factor without padding"
 
 
-def read_job(arguments: Arguments, world_size: int, compute_capability: int = 9) -> MegatronJob:
+def read_job(
+    arguments: Arguments, world_size: int, compute_capability: int = 9, release: Release = NEWEST
+) -> MegatronJob:
     """The job that Megatron runs with `arguments` on `world_size` ranks. Raises UserError for what is not one.
 
-    `compute_capability` (8 Ampere, 9 Hopper, 10 Blackwell) decides which attention core TransformerEngine picks.
+    `compute_capability` (8 Ampere, 9 Hopper, 10 Blackwell) decides which attention core TransformerEngine picks,
+    `release` what Megatron-Core keeps (resources/megatron/release.py).
     """
     model, train = read_model(arguments), read_train(arguments)
     strategy, _ = read_strategy(arguments, world_size, model.num_layers)
@@ -65,7 +69,7 @@ def read_job(arguments: Arguments, world_size: int, compute_capability: int = 9)
         seq_len=train.seq_len,
         global_batch_size=train.global_batch_size,
         stages=_read_stages(arguments, model, strategy),
-        options=_read_options(arguments, model, strategy, compute_capability),
+        options=_read_options(arguments, model, strategy, compute_capability, release),
     )
 
 
@@ -76,7 +80,9 @@ def _read_stages(arguments: Arguments, model: ModelSpec, strategy: Strategy) -> 
     return split_stages(model.num_layers, strategy.num_stages, strategy.layer_split, model.mtp_layers)
 
 
-def _read_options(arguments: Arguments, model: ModelSpec, strategy: Strategy, compute_capability: int) -> Options:
+def _read_options(
+    arguments: Arguments, model: ModelSpec, strategy: Strategy, compute_capability: int, release: Release
+) -> Options:
     precise = arguments["use_precision_aware_optimizer"]
     moments = [STATE_BYTES[arguments[name]] if precise else 4 for name in ("exp_avg_dtype", "exp_avg_sq_dtype")]
     learned = arguments["position_embedding_type"] == "learned_absolute" and model.attention.kind == "gqa"
@@ -92,9 +98,10 @@ def _read_options(arguments: Arguments, model: ModelSpec, strategy: Strategy, co
         attention_dropout=arguments["attention_dropout"],
         hidden_dropout=arguments["hidden_dropout"],
         cross_entropy=_cross_entropy(arguments),
+        predicted_logits_stay=predicted_logits_stay(release),
         moe_dispatcher=arguments["moe_token_dispatcher_type"],
         moe_permute_fusion=arguments["moe_permute_fusion"],
-        deterministic=arguments["deterministic_mode"],
+        index_add=_sums_by_index_add(arguments, release),
         grouped_gemm=arguments["moe_grouped_gemm"],
         swiglu_fusion=arguments["bias_swiglu_fusion"],
         attention_mask=arguments["create_attention_mask_in_dataloader"],
@@ -115,9 +122,18 @@ def _rotary_tables(arguments: Arguments, model: ModelSpec) -> int:
 
 
 def _attention_core(arguments: Arguments, compute_capability: int) -> AttentionCore:
-    """The named backend; else FlashAttention on Ampere, cuDNN's on later GPUs (TE pytorch/attention)."""
+    """The named backend; else cuDNN's from Hopper on, FlashAttention on Ampere (TE pytorch/attention `get_attention_backend`).
+
+    On Blackwell cuDNN's backward with dropout is not deterministic (TE common/fused_attn/fused_attn.cpp).
+    """
     named: dict[str, AttentionCore] = {"unfused": "unfused", "flash": "flash", "fused": "cudnn"}
-    return named.get(arguments["attention_backend"], "cudnn" if compute_capability >= 9 else "flash")
+    refused = compute_capability >= 10 and arguments["deterministic_mode"] and arguments["attention_dropout"] > 0
+    return named.get(arguments["attention_backend"], "cudnn" if compute_capability >= 9 and not refused else "flash")
+
+
+def _sums_by_index_add(arguments: Arguments, release: Release) -> bool:
+    """Deterministic mode, unless TransformerEngine's fused kernel sums."""
+    return arguments["deterministic_mode"] and not arguments["moe_permute_fusion"] and has_index_add(release)
 
 
 def _cross_entropy(arguments: Arguments) -> CrossEntropy:
