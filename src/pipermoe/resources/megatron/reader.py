@@ -122,9 +122,9 @@ def _rotary_tables(arguments: Arguments, model: ModelSpec) -> int:
 
 
 def _attention_core(arguments: Arguments, compute_capability: int) -> AttentionCore:
-    """The named backend; else cuDNN's from Hopper on, FlashAttention on Ampere (TE pytorch/attention `get_attention_backend`).
+    """The named backend; else cuDNN's from Hopper on, FlashAttention on Ampere (TE `get_attention_backend`).
 
-    On Blackwell cuDNN's backward with dropout is not deterministic (TE common/fused_attn/fused_attn.cpp).
+    On Blackwell cuDNN has no deterministic backward with dropout (TE common/fused_attn/fused_attn.cpp).
     """
     named: dict[str, AttentionCore] = {"unfused": "unfused", "flash": "flash", "fused": "cudnn"}
     refused = compute_capability >= 10 and arguments["deterministic_mode"] and arguments["attention_dropout"] > 0
