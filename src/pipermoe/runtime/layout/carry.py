@@ -53,22 +53,22 @@ class Carrier:
     """Carries experts between the ranks of one group. Every rank of it knows all moves and calls the same."""
 
     def __init__(self, transport: Transport, rank: int, ranks: int, meter: Meter):
-        self.rank, self._transport, self._ranks, self._meter = rank, transport, ranks, meter
+        self.rank, self._transport, self._ranks, self.meter = rank, transport, ranks, meter
 
     def launch(self, moves: Sequence[Move], held: SlotTensors) -> Parcels:
         """Send the parcel of every move that starts here."""
         out = sorted((move for move in moves if move.source == self.rank), key=lambda move: move.destination)
         coming = sorted((move for move in moves if move.destination == self.rank), key=lambda move: move.source)
         if not moves:
-            return Parcels([], None, None, self._meter)
+            return Parcels([], None, None, self.meter)
         size, like = held.parcel_elements, held.tensors[0]
-        with self._meter.born("communication"):
+        with self.meter.born("communication"):
             sent_W = torch.cat([like.new_empty(0), *(held.take(move.expert) for move in out)])
             received_W = like.new_empty(len(coming) * size)
         leaving = [size * sum(move.destination == rank for move in out) for rank in range(self._ranks)]
         arriving = [size * sum(move.source == rank for move in coming) for rank in range(self._ranks)]
         work = self._transport.all_to_all(received_W, sent_W, arriving, leaving)
-        return Parcels(coming, work, (sent_W, received_W), self._meter)
+        return Parcels(coming, work, (sent_W, received_W), self.meter)
 
 
 class Parcels:

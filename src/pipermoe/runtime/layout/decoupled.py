@@ -20,6 +20,7 @@ from pipermoe.layout.expert_layout import EMPTY, ExpertLayout
 from pipermoe.modules.names import expert_name
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.layout.placement import Placement
+from pipermoe.runtime.meter import Meter
 from pipermoe.runtime.optimizer.flat_parameters import FlatParameters, Span, Stretch
 from pipermoe.runtime.pipeline.flight import Collective
 from pipermoe.specs.mesh import Coordinates
@@ -39,9 +40,10 @@ class DecoupledExperts(FlatParameters):
         placement: Placement,
         groups: ProcessGroups,
         stage: Sequence[Coordinates],
+        meter: Meter,
     ) -> None:
         super().__init__(parameters, groups.edp, 0)
-        self._layer, self._placement, self._stage = layer, placement, stage
+        self._layer, self._placement, self._stage, self._meter = layer, placement, stage, meter
         self._part, self._transport = groups.stage.rank(), Collective(groups.stage)
         self._num_experts = placement.layout.num_experts
         self._elements = [parameter[0].numel() for parameter in self._parameters]
@@ -96,11 +98,13 @@ class DecoupledExperts(FlatParameters):
         sent = torch.cat([part_EC[experts].flatten() for experts in experts_P for part_EC in parts])
         sizes = [experts.numel() * sum(self._columns) for experts in experts_P]
         received = self.weights.new_empty(slots.numel() * sum(self._columns) * len(self._stage))
-        self._transport.all_to_all(received, sent, [len(received) // len(self._stage)] * len(self._stage), sizes).wait()
+        self._exchange(received, sent, [len(received) // len(self._stage)] * len(self._stage), sizes)
+        del sent
         blocks = received.view(len(self._stage), -1).split([slots.numel() * columns for columns in self._columns], 1)
         for block, view, columns in zip(blocks, self.views(self._slot_weights), self._columns, strict=True):
             rows_HV = block.reshape(len(self._stage), slots.numel(), columns).transpose(0, 1).flatten(1)
             view[slots] = rows_HV[:, : view[0].numel()].reshape(slots.numel(), *view.shape[1:])
+        self._meter.release(received)
 
     def _collect(self, slot_tensors: Tensor, total: Tensor, layout: ExpertLayout, edp: Sequence[int]) -> None:
         """Add to `total` this rank's part of what lies in all slots of `layout` on the ranks with these edp places."""
@@ -117,12 +121,19 @@ class DecoupledExperts(FlatParameters):
         ]
         sizes = [experts.numel() * sum(self._columns) for experts in experts_P]
         received = sent.new_empty(sum(sizes))
-        self._transport.all_to_all(received, sent.flatten(), sizes, [sent.shape[1]] * len(self._stage)).wait()
+        self._exchange(received, sent.flatten(), sizes, [sent.shape[1]] * len(self._stage))
+        del sent
         parts = self._by_parameter(total)
         for experts, block in zip(experts_P, received.split(sizes), strict=True):
             rows = block.split([experts.numel() * columns for columns in self._columns])
             for part_EC, rows_HC in zip(parts, rows, strict=True):
                 part_EC[experts] += rows_HC.view(experts.numel(), part_EC.shape[1])
+        self._meter.release(received)
+
+    def _exchange(self, received: Tensor, sent: Tensor, received_sizes: list[int], sent_sizes: list[int]) -> None:
+        """All-to-all over the stage, waited for; the caller needs `sent` no longer."""
+        self._transport.all_to_all(received, sent, received_sizes, sent_sizes).wait()
+        self._meter.release(sent)
 
     def _by_parameter(self, part: Tensor) -> list[Tensor]:
         """The views (E, C) of a vector like `weights`, one for each parameter."""

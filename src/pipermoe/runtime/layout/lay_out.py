@@ -136,7 +136,7 @@ class Maker:
                 return BoundExperts(named, layer, placement, groups, self.carrier), None
             case "decoupled":
                 stage = [coordinates(self.strategy, rank) for rank in group_of(self.strategy, "stage", groups.rank)]
-                return DecoupledExperts(named, layer, placement, groups, stage), None
+                return DecoupledExperts(named, layer, placement, groups, stage, self.carrier.meter), None
             case "sparse":
                 experts = placement.at_home(layer)
                 named_homes = _homes(named, experts, draw)

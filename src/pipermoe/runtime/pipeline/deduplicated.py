@@ -92,9 +92,11 @@ class Copies:
     def back(self, y_BD: Tensor) -> Flying[Tensor]:
         return self._group.launch(y_BD, None, self._received, self._sent, None)
 
-    def sums(self, rows_CD: Tensor) -> Tensor:
-        """The sum over each token's copies (T, D)."""
-        return rows_CD.new_zeros(self._tokens, rows_CD.shape[1]).index_add_(0, self.token_C, rows_CD)
+    def summed(self, arrived_CD: Tensor) -> Tensor:
+        """The sum over each token's copies (T, D), of which the caller keeps none."""
+        sums_TD = arrived_CD.new_zeros(self._tokens, arrived_CD.shape[1]).index_add_(0, self.token_C, arrived_CD)
+        self._group.meter.release(arrived_CD)
+        return sums_TD
 
 
 class DeduplicatedJourney:
@@ -150,23 +152,30 @@ class DeduplicatedJourney:
             return torch.zeros_like(x_BD).index_add(0, copy_R, y_RD * weight_R[:, None])
 
         self._experts = Piece(weighted_sums, self._keep)
-        return self._copies.back(self._experts.forward(copies_BD, weight_R.to(self._dtype)))
+        returning = self._copies.back(self._experts.forward(copies_BD, weight_R.to(self._dtype)))
+        self._group.meter.release(slots_R2)
+        return returning
 
     def merge(self, combined: Flight[Tensor]) -> Tensor:
-        return self._copies.sums(combined.wait())
+        return self._copies.summed(combined.wait())
 
     def dispatch_gradient(self, gradient_TD: Tensor) -> Flight[Tensor]:
         return self._copies.out(gradient_TD)
 
     def compute_gradient(self, dispatched: Flight[Tensor]) -> Flight[tuple[Tensor, Tensor]]:
-        to_copies_BD, to_weight_R = self._experts.backward(dispatched.wait())
+        gradient_BD = dispatched.wait()
+        to_copies_BD, to_weight_R = self._experts.backward(gradient_BD)
+        self._group.meter.release(gradient_BD)
+        del gradient_BD
         weights = self._group.launch(to_weight_R, self._restore_R, self._received, self._sent, None)
         return Both(weights, self._copies.back(to_copies_BD))
 
     def merge_gradient(self, combined: Flight[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         to_weight_A, to_copies_CD = combined.wait()
         to_weights = to_weight_A.new_zeros(self._shape.numel()).index_copy_(0, self._order_A, to_weight_A)
-        return self._copies.sums(to_copies_CD), to_weights.view(self._shape)
+        to_x_TD = self._copies.summed(to_copies_CD)
+        self._group.meter.release(to_weight_A)
+        return to_x_TD, to_weights.view(self._shape)
 
 
 def _firsts(lengths: list[int], device: torch.device) -> Tensor:

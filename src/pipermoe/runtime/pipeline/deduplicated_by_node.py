@@ -134,7 +134,7 @@ class NodeJourney:
         return self._copies.back(self._within.merge(self._within.compute(inside)))
 
     def merge(self, combined: Flight[Tensor]) -> Tensor:
-        return self._copies.sums(combined.wait())
+        return self._copies.summed(combined.wait())
 
     def dispatch_gradient(self, gradient_TD: Tensor) -> Flight[Tensor]:
         return self._copies.out(gradient_TD)
@@ -151,4 +151,6 @@ class NodeJourney:
 
     def merge_gradient(self, combined: Flight[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         to_weights_CK, to_copies_CD = combined.wait()
-        return self._copies.sums(to_copies_CD), self._copies.sums(to_weights_CK)
+        to_x_TD = self._copies.summed(to_copies_CD)
+        del to_copies_CD
+        return to_x_TD, self._copies.summed(to_weights_CK)
