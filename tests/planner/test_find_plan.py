@@ -195,11 +195,11 @@ def test_every_relaxation_is_enough_and_costs_what_it_says():
     with pytest.raises(NoPlanFits) as caught:
         find_plan(MODEL, machine(ranks=16), TRAIN, world_size=4, memory_budget_bytes=budget)
     ways = dict(line.split(": ", 1) for line in str(caught.value).splitlines()[1:])
-    [gpus] = [int(way.removeprefix("--gpus ")) for way in ways if way.startswith("--gpus")]
-    relaxed = find_plan(MODEL, machine(ranks=16), TRAIN, world_size=gpus, memory_budget_bytes=budget)
-    assert f"{format_seconds(relaxed.chosen.step_seconds)} a step" in ways[f"--gpus {gpus}"]
+    [ranks] = [int(way.removeprefix("--ranks ")) for way in ways if way.startswith("--ranks")]
+    relaxed = find_plan(MODEL, machine(ranks=16), TRAIN, world_size=ranks, memory_budget_bytes=budget)
+    assert f"{format_seconds(relaxed.chosen.step_seconds)} a step" in ways[f"--ranks {ranks}"]
     with pytest.raises(NoPlanFits):
-        find_plan(MODEL, machine(ranks=16), TRAIN, world_size=gpus // 2, memory_budget_bytes=budget)
+        find_plan(MODEL, machine(ranks=16), TRAIN, world_size=ranks // 2, memory_budget_bytes=budget)
 
 
 @pytest.mark.slow

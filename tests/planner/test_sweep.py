@@ -13,20 +13,20 @@ from pipermoe.planner.sweep import compare_platforms, sweep
 
 
 def test_a_case_is_the_plan_of_its_job():
-    result = sweep(MODEL, machine(), TRAIN, {"gpus": [2, 7], "experts": [4, 8]})
-    assert result.axes == ("gpus", "experts")
-    assert [case.values for case in result.cases] == [{"gpus": g, "experts": e} for g in (2, 7) for e in (4, 8)]
+    result = sweep(MODEL, machine(), TRAIN, {"ranks": [2, 7], "experts": [4, 8]})
+    assert result.axes == ("ranks", "experts")
+    assert [case.values for case in result.cases] == [{"ranks": g, "experts": e} for g in (2, 7) for e in (4, 8)]
     assert result.cases[1].best == find_plan(MODEL, machine(), TRAIN, world_size=2).chosen
     assert "ranks = 7" in result.cases[2].reason
 
 
 def test_a_case_is_planned_for_the_runtime_that_is_asked_for():
     for compared in (
-        sweep(MODEL, machine(), TRAIN, {"gpus": [2]}, runtime="megatron"),
+        sweep(MODEL, machine(), TRAIN, {"ranks": [2]}, runtime="megatron"),
         compare_platforms(MODEL, [machine()], TRAIN, [2], precision=TRAIN.precision, runtime="megatron"),
     ):
         assert compared.cases[0].best == find_plan(MODEL, machine(), TRAIN, world_size=2, runtime="megatron").chosen
-    [refused] = sweep(MODEL, machine(), TRAIN, {"gpus": [2]}, runtime="torchtitan").cases
+    [refused] = sweep(MODEL, machine(), TRAIN, {"ranks": [2]}, runtime="torchtitan").cases
     assert "torchtitan 0.3.0: registers" in refused.reason
 
 

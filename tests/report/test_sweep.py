@@ -14,7 +14,7 @@ from pipermoe.report.sweep import render_sweep, sweep_picture
 
 
 def test_a_sweep_is_a_table_and_a_picture():
-    result = sweep(MODEL, machine(), TRAIN, {"gpus": [1, 2, 4, 7]})
+    result = sweep(MODEL, machine(), TRAIN, {"ranks": [1, 2, 4, 7]})
     stream = io.StringIO()
     render_sweep(result, Console(file=stream, width=100))
     text = stream.getvalue()

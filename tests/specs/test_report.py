@@ -41,3 +41,22 @@ def test_a_list_that_names_no_ranks_is_refused(text, tmp_path):
     path.write_text(to_toml(tiny_plan(Strategy.parse("pp1 dp2 ep2"))).replace('rank = "0-1"', f'rank = "{text}"'))
     with pytest.raises(UserError, match=r"plan.toml: prediction.ranks = .* must be runs of numbers below 1,048,576"):
         load(path, Plan)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ("rank = 0", "", r"plan.toml: prediction.ranks.1.rank: required key is missing"),
+        ('rank = "0-1"', 'rank = "1-2"', r"plan.toml: prediction.ranks = .* must name every rank once, from 0 on"),
+        ("rank = 0", "rank = 2", r"plan.toml: prediction.ranks = .* must name every rank once, from 0 on"),
+    ],
+    ids=["no number", "a rank twice", "a rank left out"],
+)
+def test_a_file_names_every_rank_once(first, second, message, tmp_path):
+    plan = tiny_plan(Strategy.parse("pp1 dp2 ep2"))
+    ranks = [rank.model_copy(update={"flops": rank.rank}) for rank in plan.prediction.ranks]
+    text = to_toml(plan.model_copy(update={"prediction": plan.prediction.model_copy(update={"ranks": tuple(ranks)})}))
+    path = tmp_path / "plan.toml"
+    path.write_text(text.replace("rank = 0", first).replace("rank = 1", second))
+    with pytest.raises(UserError, match=message):
+        load(path, Plan)

@@ -1,6 +1,14 @@
 import pytest
 
-from pipermoe.specs.units import format_bytes, format_seconds, parse_bandwidth, parse_bytes, parse_flops, parse_seconds
+from pipermoe.specs.units import (
+    format_bytes,
+    format_number,
+    format_seconds,
+    parse_bandwidth,
+    parse_bytes,
+    parse_flops,
+    parse_seconds,
+)
 
 
 @pytest.mark.parametrize(
@@ -47,3 +55,10 @@ def test_a_plain_number_stays_what_it_is():
 def test_numbers_are_printed_in_the_unit_a_reader_expects():
     assert [format_bytes(n) for n in (12, 1536, 21 * 2**30)] == ["12 B", "1.50 KiB", "21.00 GiB"]
     assert [format_seconds(n) for n in (2.5, 0.0123, 4e-6)] == ["2.5 s", "12.3 ms", "4 µs"]
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(1, "1 rank"), (0, "0 ranks"), (2048, "2,048 ranks"), (1.0, "1 rank"), (1.6283, "1.63 ranks")]
+)
+def test_one_thing_is_not_said_to_be_several(number, said):
+    assert format_number(number, "rank") == said

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -14,6 +14,9 @@ from pipermoe.specs.errors import UserError
 from pipermoe.specs.platform import Platform
 from pipermoe.specs.train import TrainConfig
 from pipermoe.specs.units import parse_bytes, parse_seconds
+
+if TYPE_CHECKING:
+    from pipermoe.planner.job import Limits
 
 
 def _drawable(_: object, path: Path | None) -> None:
@@ -66,14 +69,6 @@ class JobOptions:
         """The job, by default in the precision that is usual on `platform`. Raises `UserError`."""
         defaults = {} if platform is None else {"precision": platform.usual_precision}
         return training_job(self.job, self.seq_len, self.global_batch, self.precision, defaults)
-
-
-class Limits(TypedDict):
-    """What a plan has to reckon with, as the planner's functions take it."""
-
-    memory_budget_bytes: int | None
-    headroom: float
-    imbalance: float
 
 
 @Parameter(name="*")
@@ -164,9 +159,9 @@ def training_job(
 
 
 def number_of_ranks(platform: Platform, ranks: int | None, nodes: int | None) -> int:
-    """The value of `--gpus`, or all ranks of `--nodes` hosts; by default one host's. Raises `UserError`."""
+    """The value of `--ranks`, or all ranks of `--nodes` hosts; by default one host's. Raises `UserError`."""
     if ranks is not None and nodes is not None:
-        raise UserError(f"--gpus {ranks} and --nodes {nodes}: give one of them")
+        raise UserError(f"--ranks {ranks} and --nodes {nodes}: give one of them")
     if nodes is not None and nodes < 1:
         raise UserError(f"--nodes = {nodes}: must be at least 1")
     return platform.host.ranks * (nodes or 1) if ranks is None else ranks

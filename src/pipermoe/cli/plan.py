@@ -110,7 +110,7 @@ def plan(
         Number of hosts instead, all of their ranks.
     objective
         The fastest step; the most memory to spare among strategies at most 5 % slower; or, of all numbers of ranks up
-        to --gpus, the one that trains --tokens in the fewest device-hours.
+        to --ranks, the one that trains --tokens in the fewest device-hours.
     pareto
         Also the front of step time against memory.
     plot
@@ -137,7 +137,7 @@ def plan(
     machine, spec = load_platform(platform), load_model(model)
     task, case, goal = job.train(machine), limits.limits(), run.goal()
     if run.target is not None and (ranks is not None or nodes is not None):
-        raise UserError("--target finds the number of ranks: leave --gpus and --nodes out")
+        raise UserError("--target finds the number of ranks: leave --ranks and --nodes out")
     asked = number_of_ranks(machine, ranks, nodes)
     size = _size(spec, machine, task, asked, objective, goal, runtimes=executed_by(runtime, spec, task), **case)
     how = "memory" if objective == "memory" else "step-time"

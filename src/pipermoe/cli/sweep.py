@@ -37,7 +37,7 @@ def sweep(
     model: ModelName,
     *,
     platform: PlatformName,
-    gpus: Ranks,
+    ranks: Ranks,
     job: JobFile = None,
     global_batch: str | None = None,
     seq_len: str | None = None,
@@ -67,7 +67,7 @@ def sweep(
 
     machine = load_platform(platform)
     given = {"global_batch": global_batch, "seq_len": seq_len, "experts": experts}
-    axes = {"gpus": numbers("--gpus", gpus)}
+    axes = {"ranks": numbers("--ranks", ranks)}
     axes |= {axis: numbers(f"--{axis.replace('_', '-')}", text) for axis, text in given.items() if text is not None}
     first = {axis: values[0] for axis, values in axes.items()}
     defaults = {"precision": machine.usual_precision}
@@ -80,7 +80,7 @@ def compare_platforms(
     model: ModelName,
     *,
     platforms: str,
-    gpus: Ranks,
+    ranks: Ranks,
     job: JobOptions = NO_JOB,
     limits: LimitOptions = NO_LIMITS,
     runtime: Runtime = "pipermoe",
@@ -104,7 +104,7 @@ def compare_platforms(
     machines = [load_platform(name) for name in names]
     task = job.train()
     precision = job.precision if job.job is None else task.precision
-    sizes = numbers("--gpus", gpus)
+    sizes = numbers("--ranks", ranks)
     result = plan_all(load_model(model), machines, task, sizes, precision=precision, runtime=runtime, **limits.limits())
     _show(result, plot, as_json=json)
 

@@ -39,7 +39,7 @@ def tokenize(
 
     from pipermoe.data.prepare import prepare_tokens
     from pipermoe.specs.errors import UserError
-    from pipermoe.specs.units import format_bytes
+    from pipermoe.specs.units import format_bytes, format_number
 
     if not inputs:
         raise UserError("name at least one text file or folder")
@@ -48,8 +48,9 @@ def tokenize(
     header = prepare_tokens(
         inputs, output, tokenizer=tokenizer, json_field=json_field, workers=workers or len(os.sched_getaffinity(0))
     )
-    size = format_bytes(header.tokens * header.token_type.itemsize)
-    summary = f"{header.tokens:,} tokens of {header.documents:,} documents, {len(header.shards)} shards, {size}"
+    counts = {"token": header.tokens, "document": header.documents, "shard": len(header.shards)}
+    tokens, documents, shards = (format_number(count, noun) for noun, count in counts.items())
+    summary = f"{tokens} of {documents}, {shards}, {format_bytes(header.tokens * header.token_type.itemsize)}"
     if json:
         show(header, lambda console: None, as_json=True)
     else:

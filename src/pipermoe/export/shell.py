@@ -9,6 +9,7 @@ from pipermoe import __version__
 from pipermoe.specs.configuration import Configuration
 from pipermoe.specs.plan import Plan
 from pipermoe.specs.strategy_text import strategy_text
+from pipermoe.specs.units import format_number
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class Cluster:
 
 def title(plan: Configuration | Plan) -> str:
     """What the job is, in a line."""
-    return f"{plan.model.name} on {plan.strategy.world_size} ranks: {strategy_text(plan.strategy)}"
+    return f"{plan.model.name} on {format_number(plan.strategy.world_size, 'rank')}: {strategy_text(plan.strategy)}"
 
 
 def header(what: str, tested_with: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pipermoe.export.shell import Cluster, header, launch_script, title
 from pipermoe.specs.documents import to_toml
 from pipermoe.specs.plan import Plan
+from pipermoe.specs.units import format_number
 
 TESTED_WITH = "Slurm 22.05"
 
@@ -46,7 +47,10 @@ def batch_script(
     return (
         "#!/usr/bin/env bash\n"
         + lines
-        + header(f"{what} on {cluster.nodes} nodes; submit it from its folder: sbatch job.sbatch", TESTED_WITH)
+        + header(
+            f"{what} on {format_number(cluster.nodes, 'node')}; submit it from its folder: sbatch job.sbatch",
+            TESTED_WITH,
+        )
         + "set -euo pipefail\n"
         + 'cd "${SLURM_SUBMIT_DIR:?submit this script with sbatch}"\n'
         + ': "${MASTER_ADDR:=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}"\n'

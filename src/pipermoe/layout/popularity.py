@@ -1,21 +1,18 @@
-"""The popularity of experts as a distribution: log-normal, fitted to a load; what it makes of ranks and of capacities.
+"""The popularity of experts as a distribution: log-normal, fitted to a load.
 
 Log-normal fits the loads of trained routers better than a power law (docs/balance.md shows both). Its one number,
-sigma, is what `plan --imbalance` needs before there is a run to measure.
+sigma, is what `dryrun --routing lognormal:sigma=S` draws a load from before there is a run to measure.
 """
 
-# L MoE layers, E logical experts, N ranks, D draws
+# L MoE layers, E logical experts
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
-
-DRAWS, SEED = 2000, 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,21 +44,3 @@ def fit_popularity(load_LE: NDArray) -> Fit:
     if not sigmas:
         return Fit(0.0, 1.0, 1.0)
     return Fit(float(np.mean(sigmas)), float(np.mean(normal)), float(np.mean(zipf)))
-
-
-def static_imbalance(sigma: float, experts: int, ranks: int, quantile: float = 0.5) -> float:
-    """Rows of the busiest rank over the mean in a layer whose experts lie in order on the ranks: a quantile over draws
-    of the popularity (0.5: the usual layer, 0.95: one layer in twenty is worse). The same draws for every call.
-    """
-    share_DE = np.exp(sigma * np.random.default_rng(SEED).standard_normal((DRAWS, experts)))
-    first_N = np.concatenate([[0], np.cumsum([len(part) for part in np.array_split(np.arange(experts), ranks)])[:-1]])
-    load_DN = np.add.reduceat(share_DE, first_N, axis=1)
-    return float(np.quantile(load_DN.max(1) / load_DN.mean(1), quantile))
-
-
-def kept_share(sigma: float, capacity_factor: float) -> float:
-    """Share of the rows that capacities of `capacity_factor` times the even share leave: E[min(W, c)], W of mean 1."""
-    if sigma == 0:
-        return min(1.0, capacity_factor)
-    normal, edge = NormalDist(), math.log(capacity_factor) / sigma
-    return normal.cdf(edge - sigma / 2) + capacity_factor * (1 - normal.cdf(edge + sigma / 2))

@@ -14,6 +14,7 @@ from pipermoe.specs.device import PASSES, Device, GroupedCurve, Pass, PassRate, 
 from pipermoe.specs.errors import MachineError
 from pipermoe.specs.network import COLLECTIVES, Collective, Level, LinkCost
 from pipermoe.specs.platform import Evidence, Host, Platform
+from pipermoe.specs.units import format_number
 
 
 class Assembly:
@@ -203,7 +204,8 @@ def _quality(points: Sequence[Point]) -> str:
     """How the samples behind some points look, in words."""
     kept, dropped = sum(point.kept for point in points), sum(point.dropped for point in points)
     spread = float(np.median([point.spread for point in points]))
-    return f"{kept} samples, {dropped} outliers dropped, typical spread {spread:.0%}"
+    samples, outliers = format_number(kept, "sample"), format_number(dropped, "outlier")
+    return f"{samples}, {outliers} dropped, typical spread {spread:.0%}"
 
 
 def _round(value: float) -> float:

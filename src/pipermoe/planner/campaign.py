@@ -106,7 +106,7 @@ def fewest_device_hours(job: Job, goal: Goal) -> int:
         for sized, chosen in best_by_size(job, lambda size: size <= job.world_size)
     ]
     if not found:
-        raise NoPlanFits(f"no number of ranks up to {job.world_size} holds {job.model.name}; give more with --gpus")
+        raise NoPlanFits(f"no number of ranks up to {job.world_size} holds {job.model.name}; give more with --ranks")
     return min(found)[1]
 
 

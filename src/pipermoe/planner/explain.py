@@ -10,7 +10,7 @@ from pipermoe.planner.result import Candidate, Explanation, Wall
 from pipermoe.planner.what_if import what_ifs
 from pipermoe.resources.step import compute_slots
 from pipermoe.specs.strategy import Strategy
-from pipermoe.specs.units import format_seconds
+from pipermoe.specs.units import format_number, format_seconds
 
 WORDS: dict[Wall, str] = {
     "compute": "computing takes",
@@ -56,7 +56,7 @@ def _verdict(job: Job, chosen: Candidate, wall: Wall, seconds: float, unlimited:
     sentence = f"{WORDS[wall]} {seconds / chosen.step_seconds:.0%} of the step"
     slots = compute_slots(job.platform, job.world_size)
     if wall == "compute" and slots < job.world_size:
-        sentence += f", because {job.world_size} ranks share {slots:.3g} core{'s' * (slots != 1)}"
+        sentence += f", because {format_number(job.world_size, 'rank')} share {format_number(slots, 'core')}"
     if unlimited and unlimited[1] < chosen.step_seconds:
         strategy, without_limit = unlimited
         sentence += (

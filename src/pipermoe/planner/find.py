@@ -30,6 +30,7 @@ from pipermoe.specs.platform import Platform
 from pipermoe.specs.runtimes import Choice, executed_by, runs_on
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.train import TrainConfig
+from pipermoe.specs.units import format_number
 
 ROUGHLY = 0.02  # how nearly the best for more memory, or another machine, is found
 
@@ -92,7 +93,7 @@ def find_plan(
         campaign=campaign(job, chosen, goal) if goal else None,
         pareto=pareto_front(field) if pareto else (),
         plan=Plan(
-            name=f"{model.name} on {world_size} ranks of {platform.name}",
+            name=f"{model.name} on {format_number(world_size, 'rank')} of {platform.name}",
             platform=platform.name,
             memory_budget_bytes=memory,
             model=model,

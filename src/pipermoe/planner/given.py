@@ -20,6 +20,7 @@ from pipermoe.specs.legality import violations
 from pipermoe.specs.plan import Plan
 from pipermoe.specs.platform import Platform
 from pipermoe.specs.runtimes import runs_on
+from pipermoe.specs.units import format_number
 
 
 def plan_given(
@@ -36,7 +37,7 @@ def plan_given(
         raise UserError(broken[0])
     require_priced(model, platform, train, strategy.world_size)
     return Plan(
-        name=f"{model.name} on {strategy.world_size} ranks of {platform.name}, strategy given",
+        name=f"{model.name} on {format_number(strategy.world_size, 'rank')} of {platform.name}, strategy given",
         platform=platform.name,
         memory_budget_bytes=memory_budget_bytes or platform.memory_budget_bytes,
         model=model,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypedDict
 
 from pipermoe.specs.errors import UserError, describe_value
 from pipermoe.specs.legality import Rule
@@ -15,6 +16,16 @@ from pipermoe.specs.train import TrainConfig
 # The share of a rank's memory that plans leave free. Peaks are predicted for even routing, within 2 % of the dry run;
 # with the uneven routing of real text the worst rank of `pipermoe demo` then held 2 % more.
 HEADROOM = 0.05
+
+
+class Limits(TypedDict, total=False):
+    """What plans have to reckon with: the memory of a rank, the share of it that stays free, the busiest rank's rows
+    over the mean. Default: the platform's memory, `HEADROOM`, 1.
+    """
+
+    memory_budget_bytes: int | None
+    headroom: float
+    imbalance: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from pipermoe.planner.search import Field
 from pipermoe.specs.errors import NoPlanFits
 from pipermoe.specs.report import MEMORY_CATEGORIES
 from pipermoe.specs.strategy_text import strategy_text
-from pipermoe.specs.units import MIB, format_bytes, format_seconds
+from pipermoe.specs.units import MIB, format_bytes, format_number, format_seconds
 
 DOUBLINGS = 6  # of the ranks, or halvings of the sequence, that are tried
 
@@ -22,10 +22,11 @@ def nothing_fits(field: Field) -> NoPlanFits:
     job, strategy = field.job, field.space.strategy(field.smallest())
     closest = candidate(job, strategy)
     largest = max(MEMORY_CATEGORIES, key=closest.memory_bytes.__getitem__)
+    ranks, lack = format_number(job.world_size, "rank"), format_bytes(closest.peak_bytes - job.memory_budget_bytes)
     lines = [
-        f"no strategy for {job.world_size} ranks fits {format_bytes(job.memory_budget_bytes)} per rank{_spared(job)}; "
-        f"the closest, {strategy_text(strategy)}, misses {format_bytes(closest.peak_bytes - job.memory_budget_bytes)} "
-        f"on rank {closest.worst_rank} (most of it {largest}: {format_bytes(closest.memory_bytes[largest])})"
+        f"no strategy for {ranks} fits {format_bytes(job.memory_budget_bytes)} per rank{_spared(job)}; the closest, "
+        f"{strategy_text(strategy)}, misses {lack} on rank {closest.worst_rank} "
+        f"(most of it {largest}: {format_bytes(closest.memory_bytes[largest])})"
     ]
     for way, relaxed in _relaxations(job, closest.peak_bytes):
         lines.append(f"{way}: {_price(relaxed)}")
@@ -44,7 +45,7 @@ def _relaxations(job: Job, peak_bytes: int) -> Iterator[tuple[str, Field]]:
     sizes = [job.world_size << n for n in range(1, DOUBLINGS + 1)]
     more = (replace(job, world_size=size) for size in sizes if size <= job.platform.levels[-1].ranks)
     if field := _first_that_fits(more):
-        yield f"--gpus {field.job.world_size}", field
+        yield f"--ranks {field.job.world_size}", field
     lengths = [job.train.seq_len >> n for n in range(1, DOUBLINGS + 1)]
     shorter = (
         replace(job, train=job.train.model_copy(update={"seq_len": length})) for length in lengths if length >= 1

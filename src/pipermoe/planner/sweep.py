@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Unpack
 
 from pipermoe.planner.candidate import candidate
 from pipermoe.planner.find import searched
-from pipermoe.planner.job import HEADROOM
+from pipermoe.planner.job import Limits
 from pipermoe.planner.result import Candidate
 from pipermoe.planner.search import Field
 from pipermoe.specs.base import Frozen
@@ -49,20 +50,17 @@ def sweep(
     train: TrainConfig,
     axes: Mapping[str, Sequence[int]],
     *,
-    memory_budget_bytes: int | None = None,
-    headroom: float = HEADROOM,
-    imbalance: float = 1.0,
     runtime: Choice = "pipermoe",
+    **limits: Unpack[Limits],
 ) -> Sweep:
-    """Plan every combination of `axes`: "gpus" and, where given, "global_batch", "seq_len", "experts"."""
-    limits = {"memory_budget_bytes": memory_budget_bytes, "headroom": headroom, "imbalance": imbalance}
-    search = partial(searched, **limits, runtime=runtime)
+    """Plan every combination of `axes`: "ranks" and, where given, "global_batch", "seq_len", "experts"."""
+    search = partial(searched, runtime=runtime, **limits)
     cases = []
     for values in itertools.product(*axes.values()):
         point = dict(zip(axes, values, strict=True))
-        size, spec, task = point["gpus"], _with_experts(model, point.get("experts")), _with_job(train, point)
+        size, spec, task = point["ranks"], _with_experts(model, point.get("experts")), _with_job(train, point)
         cases.append(_case({**point}, size, partial(search, spec, platform, task, size)))
-    varying = tuple(axis for axis, values in axes.items() if len(values) > 1) or ("gpus",)
+    varying = tuple(axis for axis, values in axes.items() if len(values) > 1) or ("ranks",)
     return Sweep(model=model.name, title=f"{model.name} on {platform.name}", axes=varying, cases=tuple(cases))
 
 
@@ -70,28 +68,25 @@ def compare_platforms(
     model: ModelSpec,
     platforms: Sequence[Platform],
     train: TrainConfig,
-    gpus: Sequence[int],
+    ranks: Sequence[int],
     *,
     precision: str | None = None,
-    memory_budget_bytes: int | None = None,
-    headroom: float = HEADROOM,
-    imbalance: float = 1.0,
     runtime: Choice = "pipermoe",
+    **limits: Unpack[Limits],
 ) -> Sweep:
     """Plan the same job on every machine, each in `precision` or the one that is usual on it."""
-    limits = {"memory_budget_bytes": memory_budget_bytes, "headroom": headroom, "imbalance": imbalance}
-    search = partial(searched, **limits, runtime=runtime)
+    search = partial(searched, runtime=runtime, **limits)
     cases = []
-    for platform, size in itertools.product(platforms, gpus):
+    for platform, size in itertools.product(platforms, ranks):
         task = train.model_copy(update={"precision": precision or platform.usual_precision})
-        values: dict[str, Value] = {"platform": platform.name, "gpus": size}
+        values: dict[str, Value] = {"platform": platform.name, "ranks": size}
         cases.append(_case(values, size, partial(search, model, platform, task, size)))
-    axes = ("platform", *(["gpus"] if len(gpus) > 1 else []))
-    return Sweep(model=model.name, title=f"{model.name}, {_sizes(gpus)} ranks", axes=axes, cases=tuple(cases))
+    axes = ("platform", *(["ranks"] if len(ranks) > 1 else []))
+    return Sweep(model=model.name, title=f"{model.name}, {_sizes(ranks)} ranks", axes=axes, cases=tuple(cases))
 
 
-def _sizes(gpus: Sequence[int]) -> str:
-    return ", ".join(f"{size:,}" for size in gpus)
+def _sizes(ranks: Sequence[int]) -> str:
+    return ", ".join(f"{size:,}" for size in ranks)
 
 
 def _case(values: dict[str, Value], world_size: int, search: Callable[[], Field]) -> Case:

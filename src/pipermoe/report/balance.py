@@ -12,7 +12,7 @@ from rich.table import Table
 from pipermoe.layout.replay import Comparison, Replay
 from pipermoe.report.picture import Box, Label, Picture, write_picture
 from pipermoe.resources.relayout import PricedComparison
-from pipermoe.specs.units import format_bytes, format_seconds
+from pipermoe.specs.units import format_bytes, format_number, format_seconds
 
 LEFT, TOP, ROW, GAP, CHART, RIGHT, BOTTOM = 110.0, 64.0, 44.0, 10.0, 720.0, 70.0, 24.0
 INK, FAINT, GROUND, BAR, HIGH = "#222222", "#666666", "#f2f2f2", "#2f6db3", "#c77c02"
@@ -22,9 +22,10 @@ WIDEST = 240  # bars of a row; more steps are averaged
 
 def render_comparison(found: Comparison, console: Console) -> None:
     """Print the table and what each column is."""
+    ranks, nodes, slots = (format_number(getattr(found, f"{of}s"), of) for of in ("rank", "node", "slot"))
     console.print(
-        f"{found.trace}: {found.experts} experts x {found.layers} layers x {found.steps} steps on {found.ranks} ranks "
-        f"/ {found.nodes} nodes, {found.slots} slots a rank; "
+        f"{found.trace}: {found.experts} experts x {found.layers} layers x {found.steps} steps on {ranks} "
+        f"/ {nodes}, {slots} a rank; "
         f"a plan every {found.every} steps from the last {found.window}",
         highlight=False,
     )

@@ -10,7 +10,7 @@ from pipermoe.planner.result import Campaign, Candidate
 from pipermoe.report.chart import Titles, line_chart
 from pipermoe.report.picture import Picture
 from pipermoe.specs.strategy_text import strategy_text
-from pipermoe.specs.units import GIB, format_bytes, format_count, format_seconds
+from pipermoe.specs.units import GIB, format_bytes, format_count, format_number, format_seconds
 
 HOUR, DAY = 3600.0, 86_400.0
 
@@ -19,7 +19,7 @@ def campaign_text(run: Campaign, world_size: int) -> str:
     """`15 T tokens: 61.2 days on 2,048 ranks, 3.01 M device-hours; ...`."""
     cost = "" if run.cost is None else f", cost {run.cost:,.0f}"
     return (
-        f"{format_count(run.tokens)} tokens: {run.seconds / DAY:,.3g} days on {world_size:,} ranks, "
+        f"{format_count(run.tokens)} tokens: {run.seconds / DAY:,.3g} days on {format_number(world_size, 'rank')}, "
         f"{format_count(run.device_hours)} device-hours{cost}; {run.goodput:.1%} of the time is progress, with "
         f"{run.failures:,.3g} failures and a checkpoint every {run.checkpoint_interval_seconds / HOUR:.2g} h"
     )

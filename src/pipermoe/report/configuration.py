@@ -7,7 +7,7 @@ from rich.console import Console
 from pipermoe.specs.configuration import Configuration
 from pipermoe.specs.plan import Plan
 from pipermoe.specs.strategy_text import strategy_text
-from pipermoe.specs.units import format_bytes
+from pipermoe.specs.units import format_bytes, format_number
 
 
 def render_configuration(read: Configuration, plan: Plan | None, console: Console) -> None:
@@ -17,7 +17,7 @@ def render_configuration(read: Configuration, plan: Plan | None, console: Consol
         "Model": f"{model.num_layers} layers, hidden {model.hidden_size:,}, {model.moe.num_experts} experts "
         f"top {model.moe.top_k}",
         "Job": f"seq {train.seq_len}, {train.global_batch_size} sequences a step, {train.precision}",
-        "Strategy": f"{strategy_text(read.strategy)} on {read.strategy.world_size} ranks",
+        "Strategy": f"{strategy_text(read.strategy)} on {format_number(read.strategy.world_size, 'rank')}",
     }
     if plan is not None:
         peak = max(rank.peak_bytes for rank in plan.prediction.ranks)

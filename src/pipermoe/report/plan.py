@@ -14,7 +14,7 @@ from pipermoe.report.bars import bar
 from pipermoe.report.campaign import campaign_text, front_table
 from pipermoe.specs.report import MEMORY_CATEGORIES, Term
 from pipermoe.specs.strategy_text import strategy_text
-from pipermoe.specs.units import GIB, MIB, format_bytes, format_count, format_seconds
+from pipermoe.specs.units import GIB, MIB, format_bytes, format_count, format_number, format_seconds
 
 WIDTH = 100
 MOST_ALTERNATIVES = 12
@@ -86,12 +86,12 @@ def _header(result: PlanningResult) -> Table:
     sizes = f"{format_count(result.parameters)} parameters, {format_count(result.active_parameters)} active"
     experts = f"{model.moe.num_experts} experts top-{model.moe.top_k}"
     grid.add_row("Model", f"{model.name}  {sizes}, {model.num_layers} layers, {experts}")
-    cores = f"{result.compute_slots:.3g} core" + "s" * (result.compute_slots != 1)
-    shared = "" if result.compute_slots >= result.world_size else f" on {cores}"
+    ranks, crowded = format_number(result.world_size, "rank"), result.compute_slots < result.world_size
+    shared = f" on {format_number(result.compute_slots, 'core')}" if crowded else ""
     budget, spared = format_bytes(result.memory_budget_bytes), f", {result.headroom:.0%} of it left free (--headroom)"
     grid.add_row(
         "Machine",
-        f"{result.platform}: {result.world_size:,} ranks{shared}, {budget} each{spared if result.headroom else ''}",
+        f"{result.platform}: {ranks}{shared}, {budget} each{spared if result.headroom else ''}",
     )
     tokens = f"{format_count(train.tokens_per_step)} tokens a step"
     grid.add_row(

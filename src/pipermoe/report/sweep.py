@@ -13,7 +13,7 @@ from pipermoe.specs.strategy_text import strategy_text
 from pipermoe.specs.units import format_bytes, format_seconds
 
 SPEED = "tokens/s per rank"
-WORDS = {"gpus": "ranks", "global_batch": "sequences a step", "seq_len": "tokens a sequence", "experts": "experts"}
+WORDS = {"ranks": "ranks", "global_batch": "sequences a step", "seq_len": "tokens a sequence", "experts": "experts"}
 
 
 def render_sweep(result: Sweep, console: Console) -> None:

@@ -127,11 +127,6 @@ def units_of(model: ModelSpec, table: StrategyTable) -> Units:
     )
 
 
-def held_parameters(model: ModelSpec, shapes: StageShapes, table: StrategyTable) -> tuple[Any, Any]:
-    """Dense and routed-expert parameters of one rank before ZeRO and padding."""
-    return units_of(model, table).on(shapes, copied=model.embeds_twice)
-
-
 def state_bytes(elements: StateElements, per_parameter: StateBytes) -> dict[MemoryCategory, Any]:
     """Bytes of weights, gradients and optimizer state (master copy and moments)."""
     return {

@@ -6,6 +6,8 @@ Because prediction and measurement are the same type, a term that exists on one 
 from __future__ import annotations
 
 from collections.abc import Hashable
+from itertools import chain, islice
+from operator import attrgetter
 from typing import Any, Literal
 
 from pydantic import field_serializer, field_validator
@@ -35,7 +37,6 @@ MEMORY_CATEGORIES: tuple[MemoryCategory, ...] = (
     "communication",
     "temporary",
 )
-
 
 MOST_RANKS = 1 << 20  # in a file: more are a mistake
 
@@ -92,18 +93,24 @@ class StepReport(Frozen):
     def _each_by_itself(cls, entries: Any) -> Any:
         if not isinstance(entries, (list, tuple)):
             return entries
-        listed: list[Any] = []
-        for entry in entries:
-            if isinstance(entry, dict) and isinstance(entry.get("rank"), str):
-                first = RankReport.model_validate(entry | {"rank": 0})
-                numbers = parse_ranges(entry["rank"], MOST_RANKS)
-                listed += [first.model_copy(update={"rank": number}) for number in numbers]
-            else:
-                listed.append(entry)
-        if len(listed) > len(entries):
-            listed.sort(key=lambda rank: rank.rank if isinstance(rank, RankReport) else rank["rank"])
-        return listed
+        return list(islice(chain.from_iterable(map(_listed, entries)), MOST_RANKS + 1))
+
+    @field_validator("ranks")
+    @classmethod
+    def _in_order(cls, ranks: tuple[RankReport, ...]) -> tuple[RankReport, ...]:
+        ordered = tuple(sorted(ranks, key=attrgetter("rank")))
+        if [each.rank for each in ordered] != list(range(len(ordered))):
+            raise ValueError("must name every rank once, from 0 on")
+        return ordered
 
     def mean_seconds(self, term: Term) -> float:
         """The mean of a term over ranks: the terms' means add up to the step time."""
         return sum(rank.seconds.get(term, 0.0) for rank in self.ranks) / len(self.ranks)
+
+
+def _listed(entry: Any) -> list[Any]:
+    """An entry of a file as one for each rank that it lists."""
+    if not (isinstance(entry, dict) and isinstance(entry.get("rank"), str)):
+        return [entry]
+    first = RankReport.model_validate(entry | {"rank": 0})
+    return [first.model_copy(update={"rank": number}) for number in parse_ranges(entry["rank"], MOST_RANKS)]

@@ -98,6 +98,11 @@ def format_count(count: float, unit: str = "") -> str:
     return f"{count:.3g} {unit}".rstrip()
 
 
+def format_number(number: float, of: str) -> str:
+    """`1, "rank"` as "1 rank", `2048, "rank"` as "2,048 ranks", `1.6283, "core"` as "1.63 cores"."""
+    return f"{number:{',' if isinstance(number, int) else '.3g'}} {of}{'s' * (number != 1)}"
+
+
 def format_ranges(numbers: Sequence[int]) -> str:
     """Ascending numbers in runs: `(0, 1, 2, 6)` as "0-2, 6"."""
     runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]

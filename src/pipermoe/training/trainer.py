@@ -34,7 +34,7 @@ from pipermoe.specs.documents import save
 from pipermoe.specs.errors import MachineError, UserError
 from pipermoe.specs.plan import Measurement, Plan
 from pipermoe.specs.report import RankReport
-from pipermoe.specs.units import format_bytes, format_seconds
+from pipermoe.specs.units import format_bytes, format_number, format_seconds
 from pipermoe.training.agreement import check_same_job
 from pipermoe.training.balancing.balance_line import BalanceLine
 from pipermoe.training.balancing.balancer import Balancer
@@ -331,9 +331,10 @@ class Trainer:
 
     def _introduction(self) -> str:
         strategy, job = self.plan.strategy, self.plan.train
+        ranks = format_number(strategy.world_size, "rank")
         resumed = f", resumed after step {self.first}" if self.first else ""
         return (
-            f"{self.plan.model.name}: {strategy.world_size} ranks, {strategy.compact()}, {strategy.schedule}; "
+            f"{self.plan.model.name}: {ranks}, {strategy.compact()}, {strategy.schedule}; "
             f"{job.global_batch_size} sequences of {job.seq_len} tokens a step{resumed}; text: {self.data.source}\n"
             f"{CONVENTION}"
         )
@@ -355,7 +356,5 @@ def _describe(action: Action | str) -> str:
 
 def _summary(seconds: float, predicted: float, steps: int, reports: list[RankReport]) -> str:
     peak = max(report.peak_bytes for report in reports)
-    return (
-        f"step time {format_seconds(seconds)} over {steps} steps (predicted {format_seconds(predicted)}), "
-        f"peak memory {format_bytes(peak)}"
-    )
+    took = f"{format_seconds(seconds)} over {format_number(steps, 'step')}"
+    return f"step time {took} (predicted {format_seconds(predicted)}), peak memory {format_bytes(peak)}"
