@@ -23,7 +23,7 @@ from pipermoe.planner.search import Field
 from pipermoe.resources.bound import grouped_bound, step_bound
 from pipermoe.resources.groups import Groups
 from pipermoe.resources.memory import prices
-from pipermoe.resources.peak import grouped_floor, memory_floor
+from pipermoe.resources.peak import floor_prices, grouped_floor, memory_floor
 from pipermoe.resources.unit_seconds import unit_seconds
 from pipermoe.specs.catalogue import load_model
 from pipermoe.specs.platform_file import load_platform
@@ -63,7 +63,7 @@ def speed_of(model: str, platform: str, ranks: int, batch: int, rows: int) -> Sp
 
     def both(table: StrategyTable) -> tuple[NDArray, NDArray]:
         groups = Groups(spec, train, table)
-        memory = grouped_floor(spec, train, groups, partial(prices, spec, train))
+        memory = grouped_floor(spec, train, groups, floor_prices(partial(prices, spec, train)))
         return memory, grouped_bound(spec, machine, train, groups, partial(unit_seconds, spec, machine, train))
 
     few = np.linspace(0, len(table) - 1, ONE_BY_ONE).astype(np.int64)

@@ -25,7 +25,8 @@ from pipermoe.specs.train import TrainConfig
 PIPELINE_COLUMNS = ("schedule", "virtual_stages", "layer_split", "rank_order")
 WAY_COLUMNS = ("dispatcher", "ranks_per_copy", "exchange")  # how tokens travel
 LEVEL_COLUMNS = ("zero_dense", "zero_expert")
-TAIL_COLUMNS = (*WAY_COLUMNS, "recompute", "recompute_modules", *LEVEL_COLUMNS)
+INSIDE_COLUMNS = (*WAY_COLUMNS, "recompute", "recompute_modules")  # what a stage does beside its shape
+TAIL_COLUMNS = (*INSIDE_COLUMNS, *LEVEL_COLUMNS)
 CHUNKS = (2, 4, 8)  # per rank, where a schedule takes any number
 ZERO_LEVELS = ((0, 0), (1, 1), (2, 2), (3, 3), (1, 3), (3, 1))  # of dense parameters and of experts
 MOST_TOKENS = 1 << 16  # of a micro-batch of several sequences

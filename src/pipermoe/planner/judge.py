@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from pipermoe.planner.axes import LEVEL_COLUMNS, WAY_COLUMNS
+from pipermoe.planner.axes import INSIDE_COLUMNS, LEVEL_COLUMNS, WAY_COLUMNS
 from pipermoe.planner.exact import simulated_seconds
 from pipermoe.planner.job import Job
 from pipermoe.planner.space import Space
@@ -16,8 +16,8 @@ from pipermoe.resources.bound import step_bound
 from pipermoe.resources.groups import Groups, Ways
 from pipermoe.resources.kinds import distinct
 from pipermoe.resources.memory import prices
-from pipermoe.resources.peak import grouped_peak_bytes, memory_floor
-from pipermoe.resources.price_list import PriceList
+from pipermoe.resources.peak import floor_prices, grouped_floor, grouped_peak_bytes
+from pipermoe.resources.price_list import Price, PriceList
 from pipermoe.resources.unit_seconds import unit_seconds
 from pipermoe.specs.strategy_table import StrategyTable
 
@@ -33,10 +33,16 @@ class Judge:
 
     def __init__(self, job: Job, space: Space) -> None:
         self.job, self.space = job, space
-        self._ways, self._levels = (_values(space.tails, names) for names in (WAY_COLUMNS, LEVEL_COLUMNS))
+        self._ways, self._levels, every_inside = (
+            _values(space.tails, names) for names in (WAY_COLUMNS, LEVEL_COLUMNS, INSIDE_COLUMNS)
+        )
         self._bytes = PriceList(partial(prices, job.model, job.train, imbalance=job.imbalance))
+        self._least_bytes, self._branch_bytes, self._head_bytes = (
+            PriceList(floor_prices(self._bytes, ways)) for ways in (({},), self._ways, every_inside)
+        )
         of_units = partial(unit_seconds, job.model, job.platform, job.train, imbalance=job.imbalance)
         self._unit_seconds = PriceList(of_units)
+        self._head_floors: dict[int, float] = {}
         self._branch_floors: dict[int, float] = {}
         self._branch_bounds: dict[int, float] = {}
         self._floors: dict[int, float] = {}
@@ -48,10 +54,18 @@ class Judge:
         """Seconds that no simulated step undercuts: of every head."""
         return self._bound(self.space.heads, self._ways, self._levels)
 
+    def head_floors(self, heads: Numbers) -> Figures:
+        """Bytes that the peak of no strategy of each head undercuts: of each part what the best tail for it holds."""
+        return _known(
+            self._head_floors,
+            heads,
+            lambda new: self._floor(self.space.heads.take(new), self._head_bytes, self._levels),
+        )
+
     def branch_floors(self, branches: Numbers) -> Figures:
         """Bytes that the peak of no strategy of each branch undercuts."""
         return _known(
-            self._branch_floors, branches, lambda new: self._floor(self._table(new), self._ways, self._levels)
+            self._branch_floors, branches, lambda new: self._floor(self._table(new), self._branch_bytes, self._levels)
         )
 
     def branch_bounds(self, branches: Numbers) -> Figures:
@@ -62,7 +76,7 @@ class Judge:
 
     def floors(self, places: Numbers) -> Figures:
         """Bytes that the peak of each place does not undercut."""
-        return _known(self._floors, places, lambda new: self._floor(self.space.table(new)))
+        return _known(self._floors, places, lambda new: self._floor(self.space.table(new), self._least_bytes))
 
     def bounds(self, places: Numbers) -> Figures:
         """Seconds that the simulated step of each place does not undercut: the step itself where it is known."""
@@ -86,9 +100,9 @@ class Judge:
         """The first strategy of each branch."""
         return self.space.table(branches * self.space.tails_of_branch)
 
-    def _floor(self, table: StrategyTable, ways: Ways = ({},), levels: Ways = ({},)) -> Figures:
-        job = self.job
-        return memory_floor(job.model, job.train, table, job.imbalance, ways=ways, levels=levels, price_of=self._bytes)
+    def _floor(self, table: StrategyTable, price_of: Price, levels: Ways = ({},)) -> Figures:
+        model, train = self.job.model, self.job.train
+        return grouped_floor(model, train, Groups(model, train, table), price_of, levels)
 
     def _bound(self, table: StrategyTable, ways: Ways = ({},), levels: Ways = ({},)) -> Figures:
         job, price = self.job, self._unit_seconds

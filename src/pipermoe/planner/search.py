@@ -23,7 +23,7 @@ from pipermoe.planner.splits import balanced_splits
 from pipermoe.resources.peak import memory_floor, peak_bytes
 
 ROUNDING = 1e-9  # bounds and simulations add up in different orders
-HEADS, BRANCHES = 1024, 256  # that are taken at once
+FEW = 128  # heads, or branches, that are taken first; then twice as many each time
 NEAR = 1.05  # the bounds of strategies of one schedule that are weighed or simulated together
 HEADS_WEIGHED, WEIGHED, WEIGHED_AT_ONCE = 1 << 14, 512, 32  # where nothing fits
 
@@ -116,6 +116,7 @@ class _Search:
         self.branches, self.places, self.fitting = Pool.of(), Pool.of(), Pool.of()
         self.found: list[Found] = []
         self.not_fitting = 0
+        self.heads_at_once = self.branches_at_once = FEW
 
     def run(self) -> Ranking:
         while self._advance():
@@ -147,13 +148,17 @@ class _Search:
             if first is self.places:
                 self._weigh()
             elif first is self.branches:
-                self._write_out(self.branches.take(BRANCHES, self.worst))
+                self._write_out(self.branches.take(self.branches_at_once, self.worst))
+                self.branches_at_once *= 2
             else:
-                self._divide(self.heads.take(HEADS, self.worst))
+                self._divide(self.heads.take(self.heads_at_once, self.worst))
+                self.heads_at_once *= 2
 
     def _divide(self, heads: NDArray) -> None:
         """The branches of `heads`, but those that would not fit with any tail."""
-        branches, strategies = self.space.branches(heads, self.selection)
+        may_fit = self.judge.head_floors(heads) <= self.budget
+        self.not_fitting += len(self.space.places(heads[~may_fit], self.selection))
+        branches, strategies = self.space.branches(heads[may_fit], self.selection)
         fits = self.judge.branch_floors(branches) <= self.budget
         self.not_fitting += int(strategies[~fits].sum())
         self.branches.add(branches[fits], self.judge.branch_bounds(branches[fits]) * (1 - ROUNDING))

@@ -17,6 +17,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from pipermoe.resources.stages import rank_classes
 from pipermoe.resources.unit_seconds import SENDS, Work, columns
 from pipermoe.schedule.builders import Homes
 from pipermoe.schedule.ramps import Chunks, Ramp, ramps
@@ -59,7 +60,7 @@ def chains(
     traits = schedule_traits(schedule, pipeline_parallel, virtual_stages)
     count = np.array(parts, dtype=np.int64)
     ranks = _ranks(schedule, pipeline_parallel, virtual_stages, microbatches)
-    holds, class_of, alike = _classes(traits.stages_of, parts)
+    holds, class_of, alike = rank_classes(traits.stages_of, parts)
     stages = _Stages.of(count, _crossing(traits.stages_of), splits=traits.splits_backward)
     ends, once, each, over = (np.concatenate(found) for found in zip(*_paths(traits, stages, ranks), strict=True))
     owner, paths = class_of[ends], _longest(class_of[ends], once, each, over)
@@ -166,15 +167,6 @@ class _Ranks:
 def _crossing(stages_of: Homes) -> NDArray[np.bool_]:
     """Whether what each stage hands to the next goes to another rank: (stages - 1,)."""
     return np.any([np.diff(way) != 0 for way in ways(stages_of)], axis=0)
-
-
-@lru_cache(maxsize=8192)
-def _classes(stages_of: Homes, parts: tuple[tuple[int, ...], ...]) -> tuple[NDArray, NDArray, NDArray]:
-    """What the classes of ranks hold (classes, parts), the class of each rank, and how many ranks each class has."""
-    count = np.array(parts, dtype=np.int64)
-    held = np.array([count[list(stages)].sum(axis=0) for stages in stages_of])
-    holds, class_of, alike = np.unique(held, axis=0, return_inverse=True, return_counts=True)
-    return holds, class_of.ravel(), alike
 
 
 @lru_cache(maxsize=8192)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pipermoe.resources.chains import Chains, chains
 from pipermoe.resources.communication import hop_levels
 from pipermoe.resources.kinds import BLOCK, Kinds, distinct
-from pipermoe.resources.stages import StageShapes, stage_shapes
+from pipermoe.resources.stages import StageShapes, shapes_of
 from pipermoe.resources.unit_seconds import COMPUTED, EXCHANGED, SHAPE
 from pipermoe.schedule.traits import schedule_traits, stages_of_ranks
 from pipermoe.specs.model import ModelSpec
@@ -77,18 +77,10 @@ class Groups:
     @cached_property
     def parts(self) -> list[Parts]:
         """What the stages of every pipeline hold."""
-        pipelines = self.combos.take(self.pipe.rows)
+        model, pipelines = self.model, self.combos.take(self.pipe.rows)
+        layers = tuple(map(model.is_moe, range(model.num_layers)))
         numbers = zip(pipelines.num_stages.tolist(), pipelines.layer_split.tolist(), strict=True)
-        known: dict[tuple[int, int], Parts] = {}
-        found = []
-        for stages, split in numbers:
-            if (stages, split) not in known:
-                shapes = stage_shapes(self.model, stages, pipelines.splits[split])
-                known[stages, split] = tuple(
-                    zip(*(getattr(shapes, field.name).tolist() for field in fields(shapes)), strict=True)
-                )
-            found.append(known[stages, split])
-        return found
+        return [_parts(layers, model.mtp_layers, stages, pipelines.splits[split]) for stages, split in numbers]
 
     @cached_property
     def layout(self) -> NDArray[np.int64]:
@@ -113,6 +105,12 @@ class Groups:
     def largest_sum(self, by_combo: NDArray[np.float64], by_state: NDArray[np.float64]) -> NDArray[np.float64]:
         """The maximum over classes of (combos, classes) and (states, classes), both gathered: (rows,)."""
         return largest_sum(by_combo, self.both.of, by_state, self.state.of)
+
+
+@lru_cache(maxsize=8192)
+def _parts(layers: tuple[bool, ...], predictions: int, stages: int, split: tuple[int, ...]) -> Parts:
+    shapes = shapes_of(layers, predictions, stages, split)
+    return tuple(zip(*(getattr(shapes, field.name).tolist() for field in fields(shapes)), strict=True))
 
 
 @lru_cache(maxsize=8192)
@@ -184,13 +182,6 @@ class Classes(Protocol):
     def ranks(self) -> NDArray[np.int64]:
         """How many ranks each class has."""
         ...
-
-
-def alike_pipelines(found: Sequence[Classes]) -> NDArray[np.int64]:
-    """Of every pipeline the first one whose classes of ranks hold the same, as many of each."""
-    known: dict[bytes, int] = {}
-    keys = (each.holds.tobytes() + each.ranks.tobytes() for each in found)
-    return np.array([known.setdefault(key, place) for place, key in enumerate(keys)])
 
 
 def classes_of_rows(found: Sequence[Classes], pipeline: NDArray) -> tuple[StageShapes, NDArray[np.int64]]:

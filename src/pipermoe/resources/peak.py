@@ -10,14 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipermoe.resources.activations.sizes import RUNTIME, MemoryProfile
-from pipermoe.resources.groups import Groups, Parts, Ways, alike_pipelines, largest_sum, per_group, pipeline_numbers
+from pipermoe.resources.groups import Groups, Parts, Ways, classes_of_rows, largest_sum, per_group, pipeline_numbers
 from pipermoe.resources.instants import DEFERRED, DEFERRING, FULL, KEPT, Feature, instants
 from pipermoe.resources.kinds import distinct
 from pipermoe.resources.memory import peak_activations, pipeline_of, prices
 from pipermoe.resources.price_list import Price, in_each
 from pipermoe.resources.sharded_units import least_whole_bytes, shardings, unit_bytes
 from pipermoe.resources.spare_slots import balancing_bytes
-from pipermoe.resources.stages import StageShapes
+from pipermoe.resources.stages import StageShapes, rank_classes
 from pipermoe.resources.states import state_bytes, state_elements
 from pipermoe.resources.turns import Part
 from pipermoe.resources.whole_units import NOTHING_SHARDED
@@ -65,7 +65,7 @@ def grouped_peak_bytes(model: ModelSpec, train: TrainConfig, groups: Groups, pri
     of_unit = unit_bytes(model, chosen, train.recipe.state)
 
     def states(rows: NDArray, g: int) -> NDArray[np.float64]:
-        held = _states(model, train, found[g].holds, chosen.take(rows))
+        held = _states(model, train, StageShapes(*found[g].holds.T), chosen.take(rows))
         return held[:, found[g].owner] + of_unit[rows] @ found[g].whole.T
 
     held = per_group(pipe.of[both.of[state.rows]], len(found), width, states)
@@ -80,28 +80,22 @@ def memory_floor(
     *,
     ways: Ways = ({},),
     levels: Ways = ({},),
-    price_of: Price | None = None,
 ) -> NDArray[np.float64]:
     """Bytes (rows,) that the peak does not undercut: states, and the activations that the schedule's ramp holds.
 
     With `ways` and `levels`, values of columns that only activations or only states read, each number is the least of
-    all of them. `price_of` is `memory.prices`.
+    all of them.
     """
     if not len(table):
         return np.zeros(0)
-    price_of = price_of or partial(prices, model, train, imbalance=imbalance)
-    return grouped_floor(model, train, Groups(model, train, table), price_of, ways, levels)
+    price_of = floor_prices(partial(prices, model, train, imbalance=imbalance), ways)
+    return grouped_floor(model, train, Groups(model, train, table), price_of, levels)
 
 
 def grouped_floor(
-    model: ModelSpec,
-    train: TrainConfig,
-    groups: Groups,
-    price_of: Price,
-    ways: Ways = ({},),
-    levels: Ways = ({},),
+    model: ModelSpec, train: TrainConfig, groups: Groups, price_of: Price, levels: Ways = ({},)
 ) -> NDArray[np.float64]:
-    """`memory_floor` of the rows of `groups`, `price_of` being `memory.prices`."""
+    """`memory_floor` of the rows of `groups`, `price_of` being `floor_prices`."""
     combos, pipe = groups.combos, distinct([groups.pipe.of, groups.microbatches])
     pipelines = combos.take(pipe.rows)
     parts, microbatches = groups.pipe.of[pipe.rows], groups.microbatches[pipe.rows]
@@ -110,32 +104,22 @@ def grouped_floor(
         for row in range(len(pipelines))
     ]
     width = max(len(each.holds) for each in found)
-    insides = combos.take(groups.inside.rows)
-    each = _floor_prices(price_of(in_each(ways, insides)))
-    price = each.reshape(len(ways), len(insides), -1).min(axis=0)[groups.inside.of]
+    price = price_of(combos.take(groups.inside.rows))[groups.inside.of]
     activations = per_group(
         pipe.of,
         len(found),
         width,
         lambda rows, g: np.maximum.reduceat(price[rows] @ found[g].held.T, found[g].starts, axis=1),
     )
-    chosen, alike = groups.table.take(groups.state.rows), alike_pipelines(found)
-
-    def least_states(rows: NDArray, g: int) -> NDArray[np.float64]:
-        each, holds = in_each(levels, chosen.take(rows)), found[g].holds
-        least = _states(model, train, holds, each)
-        least += least_whole_bytes(model, StageShapes(*holds.T), each, train.recipe.state)
-        return least.reshape(len(levels), len(rows), -1).min(axis=0)
-
-    states = per_group(alike[pipe.of[groups.both.of[groups.state.rows]]], len(found), width, least_states)
-    return groups.largest_sum(activations, states)
+    rows = groups.state.rows
+    shapes, _ = classes_of_rows(found, np.tile(pipe.of[groups.both.of[rows]], len(levels)))
+    each = in_each(levels, groups.table.take(rows))
+    least = _states(model, train, shapes, each) + least_whole_bytes(model, shapes, each, train.recipe.state)
+    return groups.largest_sum(activations, least.reshape(len(levels), len(rows), -1).min(axis=0))
 
 
-def _states(
-    model: ModelSpec, train: TrainConfig, holds: NDArray[np.int64], table: StrategyTable
-) -> NDArray[np.float64]:
+def _states(model: ModelSpec, train: TrainConfig, shapes: StageShapes, table: StrategyTable) -> NDArray[np.float64]:
     """Bytes of weights, gradients and optimizer state on every class of ranks: (rows, classes)."""
-    shapes = StageShapes(*holds.T)
     held = state_bytes(state_elements(model, shapes, table), train.recipe.state)
     moving = balancing_bytes(model, train, table, shapes)
     return np.asarray(sum(held.values()) + sum(moving.values()), dtype=np.float64)
@@ -151,6 +135,15 @@ class _Floor(NamedTuple):
     ranks: NDArray[np.int64]
     held: NDArray[np.float64]
     starts: NDArray[np.int64]
+
+
+def floor_prices(price_of: Price, ways: Ways = ({},)) -> Price:
+    """What floors count instead of `price_of`, which is `memory.prices`: of each number the least of all ways."""
+
+    def least(table: StrategyTable) -> NDArray[np.float64]:
+        return _floor_prices(price_of(in_each(ways, table))).reshape(len(ways), len(table), -1).min(axis=0)
+
+    return least
 
 
 def _floor_prices(price: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -172,26 +165,27 @@ _TOP_SETS = [[top for top in range(len(TOPS)) if each >> top & 1] for each in ra
 
 @lru_cache(maxsize=8192)
 def _floor(parts: Parts, name: str, ranks: int, chunks: int, microbatches: int) -> _Floor:
-    count = np.array(parts, dtype=np.int64)
     stages_of = stages_of_ranks(name, ranks, chunks)
-    held = [count[list(stages)].sum(axis=0) for stages in stages_of]
-    holds, class_of, alike = np.unique(held, axis=0, return_inverse=True, return_counts=True)
-    found = [
-        (owner, *(np.array(kept) @ each), *(np.array(waiting) @ each), *_begins_with(each))
-        for owner, each, ramp in zip(
-            class_of.ravel().tolist(),
-            (count[list(stages)] for stages in stages_of),
-            ramps(name, ranks, chunks, microbatches),
-            strict=True,
-        )
-        for kept, waiting in (*((kept, (0,) * len(each)) for kept in ramp.kept), *ramp.waiting)
-    ]
-    rows = np.unique(np.array(found), axis=0)
-    return _Floor(holds, alike, rows[:, 1:].astype(np.float64), np.searchsorted(rows[:, 0], np.arange(len(holds))))
+    holds, class_of, alike = rank_classes(stages_of, parts)
+    nothing = (0,) * len(stages_of[0])
+    rank, kept, waiting = zip(
+        *(
+            (rank, *held)
+            for rank, ramp in enumerate(ramps(name, ranks, chunks, microbatches))
+            for held in (*((kept, nothing) for kept in ramp.kept), *ramp.waiting)
+        ),
+        strict=True,
+    )
+    each = np.array(parts, dtype=np.int64)[np.array(stages_of)]  # (ranks, chunks, parts)
+    counts = (np.einsum("ic,icp->ip", np.array(held), each[list(rank)]) for held in (kept, waiting))
+    rows = np.column_stack([class_of[list(rank)], *counts, _begins_with(each)[list(rank)]])
+    owner, *held = zip(*sorted(set(map(tuple, rows.tolist()))), strict=True)
+    return _Floor(holds, alike, np.array(held, dtype=np.float64).T, np.searchsorted(owner, np.arange(len(holds))))
 
 
-def _begins_with(stages: NDArray[np.int64]) -> list[int]:
-    """Of each set of parts whether backwards of these stages (stages, parts) begin with one of just that set."""
-    moe, dense, _, head, _ = stages.T
-    tops = (moe * (1 - head) > 0).any() + 2 * (dense * (1 - head) > 0).any() + 4 * head.any()
-    return [int(tops == each) for each in range(1, 1 << len(TOPS))]
+def _begins_with(each: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Of each set of parts whether backwards of a rank's chunks, (ranks, chunks, parts), begin with one of just it."""
+    moe, dense, _, head, _ = np.moveaxis(each, 2, 0)
+    first = ((moe > 0) & (head == 0), (dense > 0) & (head == 0), head > 0)  # in the order of TOPS
+    tops = sum(found.any(axis=1) * (1 << top) for top, found in enumerate(first))
+    return np.asarray(tops)[:, None] == np.arange(1, 1 << len(TOPS))

@@ -59,7 +59,7 @@ def least_whole_bytes(
     """What the ranks of `shapes` hold of it at least while they use weights: the two smallest units, (rows, ranks)."""
     units = unit_bytes(model, table, per_parameter)[:, : len(UnitKind), None]
     counts = np.stack(
-        [shapes.moe_layers, shapes.dense_layers, shapes.has_embedding, shapes.has_head, shapes.predictions]
+        [shapes.moe_layers, shapes.dense_layers, shapes.has_embedding, shapes.has_head, shapes.predictions], axis=-2
     )
     copies = [np.where((counts > copy) & (units > 0), units, np.inf) for copy in range(RESIDENT)]
     least = np.sort(np.concatenate(copies, axis=1), axis=1)[:, :RESIDENT]
