@@ -13,7 +13,7 @@ from math import ceil, comb
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 PLANNED_ORDER_SEED = 0
 
@@ -30,29 +30,32 @@ def planned_choices(counts_E: Sequence[int], tokens: int, top_k: int) -> NDArray
 
 
 def planned_copies(
-    counts_PE: Sequence[Sequence[int]], tokens: int, top_k: int, capacity: int | None = None, blocks: int = 0
+    counts_PE: ArrayLike, tokens: int, top_k: int, capacity: int | None = None, blocks: int = 0
 ) -> NDArray[np.int64]:
     """Rows (P source, P destination) of a deduplicated dispatch of `planned_choices`: one per token and rank.
 
     With `blocks` (N) the experts lie in so many blocks of ranks, and the result is (P, N): one per token and block.
     With a `capacity` each expert takes its first so many assignments of each source, in the order of tokens.
     """
-    ranks, experts = len(counts_PE), len(counts_PE[0])
+    counts_PE = np.array(counts_PE, dtype=np.int64)
+    ranks, experts = counts_PE.shape
     blocks = blocks or ranks
-    different_SE, which_P = np.unique(counts_PE, axis=0, return_inverse=True)  # alike sources send alike
-    copies_SN = np.zeros((len(different_SE), blocks), dtype=np.int64)
-    for source, counts_E in enumerate(different_SE):
+    number: dict[bytes, int] = {}
+    which_P = [number.setdefault(bytes(counts_E), len(number)) for counts_E in counts_PE]  # alike sources send alike
+    copies_SN = np.zeros((len(number), blocks), dtype=np.int64)
+    for source in range(len(number)):
+        counts_E = counts_PE[which_P.index(source)]
         choices_A = planned_choices(counts_E, tokens, top_k).ravel()
-        kept = np.ones(len(choices_A), dtype=bool)
+        token_A = np.repeat(np.arange(tokens), top_k)
         if capacity is not None:
             order = np.argsort(choices_A, kind="stable")
             first_E = np.cumsum(counts_E) - counts_E
-            kept[order] = np.arange(len(order)) - first_E[choices_A[order]] < capacity
+            kept = order[np.arange(len(order)) - first_E[choices_A[order]] < capacity]
+            choices_A, token_A = choices_A[kept], token_A[kept]
         goes_TN = np.zeros((tokens, blocks), dtype=bool)
-        token_A = np.repeat(np.arange(tokens), top_k)
-        goes_TN[token_A[kept], choices_A[kept] // (experts // blocks)] = True
+        goes_TN[token_A, choices_A // (experts // blocks)] = True
         copies_SN[source] = goes_TN.sum(0)
-    return copies_SN[which_P.ravel()]
+    return copies_SN[which_P]
 
 
 def balanced(rows: int, experts: int, sources: int) -> NDArray[np.int64]:
@@ -69,7 +72,7 @@ def balanced_copies(
 ) -> NDArray[np.int64]:
     """`planned_copies` of `rows` balanced choices on every rank."""
     capacity = ceil(capacity_factor * rows / experts) if capacity_factor else None
-    counts_PE = balanced(rows, experts, ranks).tolist()
+    counts_PE = balanced(rows, experts, ranks)
     return planned_copies(counts_PE, rows // top_k, top_k, capacity, ranks // ranks_per_copy)
 
 
@@ -94,7 +97,7 @@ def balanced_hops(rows: int, top_k: int, experts: int, ranks: int, ranks_per_cop
     nodes, counts_PE = ranks // ranks_per_copy, balanced(rows, experts, ranks)
     choices_PP = np.minimum(counts_PE, capacity).reshape(ranks, ranks, -1).sum(2)
     copies_PP, copies_PN = (
-        planned_copies(counts_PE.tolist(), rows // top_k, top_k, capacity, blocks) for blocks in (ranks, nodes)
+        planned_copies(counts_PE, rows // top_k, top_k, capacity, blocks) for blocks in (ranks, nodes)
     )
     crossing_NNL = copies_PN.reshape(nodes, ranks_per_copy, nodes).transpose(0, 2, 1)  # from, to, place on both
     away_NN1 = ~np.eye(nodes, dtype=bool)[..., None]

@@ -85,6 +85,12 @@ def _pairs(p: int, v: int, m: int, rank: int) -> Ramp:
     return Ramp((alone,), 2 * (p - rank), alone, alone)
 
 
+def _zb_h1_pairs(p: int, v: int, m: int, rank: int) -> Ramp:
+    """Once a rank has no forward left, a weight gradient waits for the next idle slot."""
+    waiting = (((2 * (p - rank) - 3,), (1,)),) if rank < p - 1 and m >= 2 * p else ()
+    return replace(_pairs(p, v, m, rank), waiting=waiting)
+
+
 def _zb_h2_pairs(p: int, v: int, m: int, rank: int) -> Ramp:
     """Weight gradients wait from the first pair on, and run once a rank has no forward left."""
     waiting = min(p + rank, 2 * (p - 1 - rank))
@@ -126,9 +132,11 @@ def _dualpipe_v(p: int, v: int, m: int, rank: int) -> Ramp:
 
 
 def _dualpipe(p: int, v: int, m: int, rank: int) -> Ramp:
+    """Ranks at the same distance from their end of the pipeline do the same; weight gradients wait as in DualPipe-V."""
     near, half = min(rank, p - 1 - rank), p // 2
     ahead = max(p - 1 - near, half + 1)
-    return Ramp(((p - 1 - near, 1 + near),), p - near, (ahead, half), (half, ahead))
+    waiting = (((half - near, 0), (near // 2, (near + 1) // 2)),)
+    return Ramp(((p - 1 - near, 1 + near),), p - near, (ahead, half), (half, ahead), waiting=waiting)
 
 
 # Where a V repeats every six slots, as many return as are begun in the slots of one on its way back; where its gaps are
@@ -173,7 +181,7 @@ _RAMPS: dict[str, Callable[[int, int, int, int], Ramp]] = {
     "interleaved-1f1b-overlap": _interleaved,
     "zb-h1": _zb_h1,
     "zb-h2": _zb_h2,
-    "zb-h1-overlap": _pairs,
+    "zb-h1-overlap": _zb_h1_pairs,
     "zb-h2-overlap": _zb_h2_pairs,
     "zb-v": _zb_v,
     "zb-v-overlap": _zb_v_pairs,
