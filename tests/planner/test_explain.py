@@ -14,6 +14,7 @@ from pipermoe.specs.catalogue import load_model
 from pipermoe.specs.configuration import Configuration
 from pipermoe.specs.errors import UserError
 from pipermoe.specs.platform_file import load_platform
+from pipermoe.specs.runtimes import runs_on
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.train import TrainConfig
 
@@ -49,6 +50,14 @@ def test_neighbours_cost_or_lack_what_is_said():
         assert peak == max(rank.peak_bytes for rank in report.ranks)
         assert (peak <= BUDGET) == other.fits
         assert other.fits or peak == BUDGET + other.missing_bytes
+
+
+def test_neighbours_of_a_given_strategy_are_held_to_what_runs_that():
+    result = given("pp1 dp2 tp2 ep4 mbs2 1f1b z1")
+    assert result.plan.runs_on == ("megatron",)
+    others = result.explanation.alternatives
+    assert {other.runs for other in others} == {True, False}
+    assert all(other.runs == ("megatron" in runs_on(MODEL, TRAIN, other.strategy)) for other in others)
 
 
 def test_a_what_if_is_the_same_strategy_under_another_condition():

@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +21,8 @@ from pipermoe.specs.legality import LEGAL, legal_mask
 from pipermoe.specs.plan import Plan
 from pipermoe.specs.runtimes import RUNTIMES, executed_by
 from pipermoe.specs.runtimes.own import EXECUTABLE
-from pipermoe.specs.strategy_table import COLUMNS, SCHEDULE_NAMES
+from pipermoe.specs.strategy import Strategy
+from pipermoe.specs.strategy_table import COLUMNS, SCHEDULE_NAMES, StrategyTable
 from pipermoe.specs.strategy_text import strategy_text
 from pipermoe.specs.units import format_bytes, format_seconds
 
@@ -55,7 +57,7 @@ def test_the_ranking_is_that_of_simulating_every_strategy(slots, ranks, budget, 
     fits = peak_bytes(MODEL, TRAIN, table) <= job.memory_budget_bytes
     seconds = simulated_seconds(job, table.take(fits))
     ranking = field.best(5, part)
-    assert [found.seconds for found in ranking.best] == sorted(seconds.tolist())[:5]
+    assert [found.seconds for found in ranking.best] == pytest.approx(np.sort(seconds)[:5], rel=1e-9)
     assert ranking.not_fitting + ranking.pruned + ranking.simulated == len(places)
     assert ranking.not_fitting <= int(np.count_nonzero(~fits))
     for found in ranking.best:
@@ -111,7 +113,7 @@ def test_the_best_with_a_given_value_is_the_fastest_of_those_that_have_it():
     everything = field.space.places(np.flatnonzero(part.heads), part)
     seconds = simulated_seconds(field.job, field.space.table(everything))
     peaks = peak_bytes(MODEL, TRAIN, field.space.table(everything))
-    assert best.seconds == seconds[peaks <= 9 * MIB].min()
+    assert best.seconds == pytest.approx(seconds[peaks <= 9 * MIB].min(), rel=1e-9)
     assert field.bound[field.promising(part) // len(field.space.tails)] <= best.seconds
 
 
@@ -189,6 +191,22 @@ def test_when_nothing_fits_the_closest_strategy_and_its_lack_are_named():
     needed = -(-int(peaks.min()) // MIB)
     assert ways[0].startswith(f"--memory {needed}MiB: ")
     assert find_plan(MODEL, machine(), TRAIN, world_size=4, memory_budget_bytes=needed * MIB, headroom=0).ranked
+
+
+def test_of_steps_that_only_rounding_tells_apart_the_plainest_schedule_is_chosen():
+    field = Field.of(Job(MODEL, machine(), TRAIN, 4, 2**40))
+    overlapped = [SCHEDULE_NAMES.index(name) for name in ("1f1b-overlap", "interleaved-1f1b-overlap")]
+    chosen, other = field.best(2, field.space.select(pipeline_parallel=1, schedule=overlapped)).best
+    assert field.space.strategy(chosen.place).schedule == "1f1b-overlap"
+    assert other.seconds == pytest.approx(chosen.seconds, rel=1e-9)
+
+
+def test_what_fits_without_the_headroom_is_said_to():
+    [smallest] = peak_bytes(MODEL, TRAIN, StrategyTable.of([Strategy.parse("pp1 dp1 ep1 mbs1 1f1b z0 full")]))
+    budget = math.ceil(smallest)
+    with pytest.raises(NoPlanFits, match="--headroom 0: pp1 dp1 ep1 mbs1 1f1b z0 full, "):
+        find_plan(MODEL, machine(), TRAIN, world_size=1, memory_budget_bytes=budget)
+    assert find_plan(MODEL, machine(), TRAIN, world_size=1, memory_budget_bytes=budget, headroom=0).ranked
 
 
 @pytest.mark.slow

@@ -42,6 +42,16 @@ def test_the_order_of_rows_within_the_models_error_is_not_called_certain():
         assert said in " ".join(printed(result.model_copy(update={"error_band": band})).split())
 
 
+def test_a_difference_that_would_be_printed_as_none_is_called_as_fast():
+    result = find_plan(MODEL, machine(), TRAIN, world_size=4, top=1)
+    change = result.explanation.what_ifs[0]
+    for gain, said in ((-4e-4, "as fast"), (-5e-3, "-0.5% tokens/s"), (0.2, "+20% tokens/s")):
+        explanation = result.explanation.model_copy(
+            update={"what_ifs": (change.model_copy(update={"gain": gain, "name": "X"}),)}
+        )
+        assert f"X {said}" in " ".join(printed(result.model_copy(update={"explanation": explanation})).split())
+
+
 def test_the_result_survives_json():
     result = find_plan(MODEL, machine(), TRAIN, world_size=4)
     assert PlanningResult.model_validate_json(result.model_dump_json()) == result

@@ -4,6 +4,7 @@ from pipermoe.specs.units import (
     format_bytes,
     format_number,
     format_seconds,
+    option_bytes,
     parse_bandwidth,
     parse_bytes,
     parse_flops,
@@ -54,6 +55,7 @@ def test_a_plain_number_stays_what_it_is():
 
 def test_numbers_are_printed_in_the_unit_a_reader_expects():
     assert [format_bytes(n) for n in (12, 1536, 21 * 2**30)] == ["12 B", "1.50 KiB", "21.00 GiB"]
+    assert [option_bytes(n) for n in (12, 100 * 2**30, 100 * 2**30 + 1)] == ["1MiB", "100GiB", "102401MiB"]
     assert [format_seconds(n) for n in (2.5, 0.0123, 4e-6)] == ["2.5 s", "12.3 ms", "4 µs"]
 
 

@@ -154,7 +154,7 @@ def training_job(
     data = {**(defaults or {}), **overrides}
     missing = [option for key, option in JOB_OPTIONS.items() if key not in data]
     if missing:
-        raise UserError(f"{' and '.join(missing)} must be given, or a --job file that holds them")
+        raise UserError(f"{' and '.join(missing)} must be given, on the command line or in a --job file")
     return validate(data, TrainConfig, where="command line")
 
 

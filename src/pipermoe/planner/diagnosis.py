@@ -15,6 +15,7 @@ from pipermoe.planner.exact import exact_seconds
 from pipermoe.planner.job import Job
 from pipermoe.planner.other_machines import with_flat_network, with_network
 from pipermoe.planner.result import Candidate, Finding, Wall
+from pipermoe.planner.search import ROUNDING
 from pipermoe.resources.activations.sizes import sizes_of
 from pipermoe.resources.compute import expert_work
 from pipermoe.resources.parts import PARTS
@@ -105,10 +106,11 @@ def _skinny_products(job: Job, chosen: Candidate) -> Iterator[Finding]:
 
 
 def _blindness(job: Job, chosen: Candidate, blind: Strategy) -> Iterator[Finding]:
-    seconds = exact_seconds(job, blind)
-    saved = seconds - chosen.step_seconds
-    if blind == chosen.strategy or saved <= 0:
+    saved = exact_seconds(job, blind) - chosen.step_seconds
+    if blind == chosen.strategy:
         sentence = "none: on a flat network the same strategy would be best"
+    elif saved <= ROUNDING * chosen.step_seconds:
+        sentence = f"none: on a flat network {blind.compact()} would be best, and it is as fast here"
     else:
         sentence = f"on a flat network {blind.compact()} would be best; here it takes {format_seconds(saved)} more"
     yield Finding(name="platform-blind strategy", sentence=sentence, seconds=max(0.0, saved))

@@ -12,6 +12,8 @@ from pipermoe.resources.step import compute_slots
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.units import format_number, format_seconds
 
+SAVES = 5e-4  # the least share of a step that more memory saves and that is told
+
 WORDS: dict[Wall, str] = {
     "compute": "computing takes",
     "communication": "exposed communication takes",
@@ -57,7 +59,7 @@ def _verdict(job: Job, chosen: Candidate, wall: Wall, seconds: float, unlimited:
     slots = compute_slots(job.platform, job.world_size)
     if wall == "compute" and slots < job.world_size:
         sentence += f", because {format_number(job.world_size, 'rank')} share {format_number(slots, 'core')}"
-    if unlimited and unlimited[1] < chosen.step_seconds:
+    if unlimited and unlimited[1] < chosen.step_seconds * (1 - SAVES):
         strategy, without_limit = unlimited
         sentence += (
             f"; with memory for {strategy.compact()} mbs{strategy.micro_batch_size} it would take "

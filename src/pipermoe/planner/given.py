@@ -19,7 +19,7 @@ from pipermoe.specs.errors import UserError
 from pipermoe.specs.legality import violations
 from pipermoe.specs.plan import Plan
 from pipermoe.specs.platform import Platform
-from pipermoe.specs.runtimes import runs_on
+from pipermoe.specs.runtimes import executed_by, runs_on
 from pipermoe.specs.units import format_number
 
 
@@ -62,7 +62,8 @@ def explain_given(
     plan = plan_given(given, platform, memory_budget_bytes=memory_budget_bytes, headroom=headroom, imbalance=imbalance)
     model, train, strategy = given.model, given.train, given.strategy
     budget = without_headroom(plan.memory_budget_bytes, headroom)
-    job = Job(model, platform, train, strategy.world_size, budget, imbalance, headroom=headroom)
+    runtimes = tuple(rules for name in plan.runs_on for rules in executed_by(name, model, train))
+    job = Job(model, platform, train, strategy.world_size, budget, imbalance, runtimes, headroom=headroom)
     chosen = candidate(job, strategy)
     return PlanningResult(
         model=model,

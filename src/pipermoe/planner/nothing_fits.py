@@ -12,9 +12,10 @@ from pipermoe.planner.search import Field
 from pipermoe.specs.errors import NoPlanFits
 from pipermoe.specs.report import MEMORY_CATEGORIES
 from pipermoe.specs.strategy_text import strategy_text
-from pipermoe.specs.units import MIB, format_bytes, format_number, format_seconds
+from pipermoe.specs.units import GIB, MIB, format_bytes, format_number, format_seconds, option_bytes
 
 DOUBLINGS = 6  # of the ranks, or halvings of the sequence, that are tried
+MANY = 10  # GiB; a larger budget is a whole number of them
 
 
 def nothing_fits(field: Field) -> NoPlanFits:
@@ -38,10 +39,14 @@ def _spared(job: Job) -> str:
 
 
 def _relaxations(job: Job, peak_bytes: int) -> Iterator[tuple[str, Field]]:
-    """More memory, more ranks, a shorter sequence: each the first step that is enough."""
-    needed = -(-math.ceil(peak_bytes / (1 - job.headroom)) // MIB)
-    roomier = replace(job, memory_budget_bytes=without_headroom(needed * MIB, job.headroom))
-    yield f"--memory {needed}MiB", Field.of(roomier)
+    """No headroom, more memory, more ranks, a shorter sequence: each the first step that is enough."""
+    if job.memory_budget_bytes < peak_bytes <= job.memory_bytes:
+        yield "--headroom 0", Field.of(replace(job, memory_budget_bytes=job.memory_bytes, headroom=0.0))
+    needed = peak_bytes / (1 - job.headroom)
+    unit = GIB if needed > MANY * GIB else MIB
+    enough = math.ceil(needed / unit) * unit
+    roomier = replace(job, memory_budget_bytes=without_headroom(enough, job.headroom))
+    yield f"--memory {option_bytes(enough)}", Field.of(roomier)
     sizes = [job.world_size << n for n in range(1, DOUBLINGS + 1)]
     more = (replace(job, world_size=size) for size in sizes if size <= job.platform.levels[-1].ranks)
     if field := _first_that_fits(more):

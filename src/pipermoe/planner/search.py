@@ -23,17 +23,22 @@ from pipermoe.planner.splits import balanced_splits
 from pipermoe.resources.peak import memory_floor, peak_bytes
 
 ROUNDING = 1e-9  # bounds and simulations add up in different orders
+DIGITS = 9  # of a step that rank it
 FEW = 128  # heads, or branches, that are taken first; then twice as many each time
 NEAR = 1.05  # the bounds of strategies of one schedule that are weighed or simulated together
 HEADS_WEIGHED, WEIGHED, WEIGHED_AT_ONCE = 1 << 14, 512, 32  # where nothing fits
 
 
 class Found(NamedTuple):
-    """A simulated strategy; equal times are ranked by memory, then by place, so that the answer is always the same."""
+    """A simulated strategy; `ranked` is its step without the digits that only rounding tells apart.
 
-    seconds: float
+    Equal ones are ranked by memory, then by place: the plainest schedule first, and the answer is always the same.
+    """
+
+    ranked: float
     peak_bytes: float
     place: int
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,5 +192,6 @@ class _Search:
 
     def _simulate(self, places: NDArray) -> None:
         seconds, peaks = self.judge.seconds(places), self.judge.peaks(places)
-        found = map(Found, seconds.tolist(), peaks.tolist(), places.tolist())
+        ranked = [float(f"{each:.{DIGITS}g}") for each in seconds]
+        found = map(Found, ranked, peaks.tolist(), places.tolist(), seconds.tolist())
         self.found = sorted([*self.found, *found])

@@ -13,7 +13,7 @@ from pipermoe.planner.result import Candidate, WhatIf
 from pipermoe.resources.peak import peak_bytes
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.strategy_table import StrategyTable
-from pipermoe.specs.units import MIB
+from pipermoe.specs.units import option_bytes
 
 IMBALANCES = (1.0, 1.3, 2.0)
 MORE_MEMORY = 1.25
@@ -42,7 +42,7 @@ def what_ifs(job: Job, chosen: Candidate, roomier: Strategy | None = None) -> tu
         yield ask("network twice as fast", replace(job, platform=network))
         if roomier is not None:
             more = replace(job, memory_budget_bytes=int(job.memory_budget_bytes * MORE_MEMORY))
-            yield ask("a quarter more memory", more, roomier, f"--memory {-(-more.memory_bytes // MIB)}MiB")
+            yield ask("a quarter more memory", more, roomier, f"--memory {option_bytes(more.memory_bytes)}")
         if chosen.strategy.schedule.endswith(OVERLAP):
             plain = chosen.strategy.schedule.removesuffix(OVERLAP)
             yield ask("no overlap", job, chosen.strategy.model_copy(update={"schedule": plain}))

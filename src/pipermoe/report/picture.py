@@ -73,10 +73,10 @@ def write_picture(picture: Picture, path: Path) -> None:
 def require_drawable(path: Path) -> None:
     """UserError for a suffix but .svg and .png, PNG without matplotlib, or where nothing can be written."""
     if path.suffix not in (".svg", ".png"):
-        raise UserError(describe_value("", "plot", str(path), "must end in .svg or .png"))
+        raise UserError(describe_value("", "--plot", str(path), "must end in .svg or .png"))
     if path.suffix == ".png" and find_spec("matplotlib") is None:
         rule = "PNG needs matplotlib: pip install 'pipermoe[plots]', or write .svg, which needs nothing"
-        raise UserError(describe_value("", "plot", str(path), rule))
+        raise UserError(describe_value("", "--plot", str(path), rule))
     require_writable(path)
 
 

@@ -18,6 +18,7 @@ from pipermoe.specs.units import GIB, MIB, format_bytes, format_count, format_nu
 
 WIDTH = 100
 MOST_ALTERNATIVES = 12
+SAME = 5e-4  # the share of a step, or of its speed, from which on a difference is printed
 
 WORDS: dict[Term, str] = {
     "forward": "forward",
@@ -114,7 +115,7 @@ def _header(result: PlanningResult) -> Table:
 
 
 def _ranking(result: PlanningResult) -> RenderableType:
-    unit, name = (GIB, "GiB") if result.memory_budget_bytes >= GIB else (MIB, "MiB")
+    unit, name = (GIB, "GiB") if result.chosen.peak_bytes >= GIB else (MIB, "MiB")
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column("#")
     table.add_column("strategy", overflow="fold")
@@ -123,7 +124,8 @@ def _ranking(result: PlanningResult) -> RenderableType:
     table.add_column(justify="right", no_wrap=True, min_width=len("CHOSEN"))
     for place, row in enumerate(result.ranked, start=1):
         slower = row.step_seconds / result.chosen.step_seconds - 1
-        chosen = ("CHOSEN" if result.counts else "GIVEN") if place == 1 else f"{slower:+.1%}"
+        behind = "as fast" if abs(slower) < SAME else f"{slower:+.1%}"
+        chosen = ("CHOSEN" if result.counts else "GIVEN") if place == 1 else behind
         table.add_row(
             str(place),
             strategy_text(row.strategy),
@@ -206,7 +208,7 @@ def reason(other: Alternative, step_seconds: float) -> str:
     if not other.fits:
         lack = f"{format_bytes(other.missing_bytes)} too much on rank {other.rank}: {other.category}"
         return f"{lack} ({change})" if other.slower_seconds < 0 else lack
-    if other.term is None or abs(other.slower_seconds) < 1e-4 * step_seconds:
+    if other.term is None or abs(other.slower_seconds) < SAME * step_seconds:
         return f"as fast, {format_bytes(abs(other.more_bytes))} {'more' if other.more_bytes >= 0 else 'less'}"
     sign = "+" if other.term_seconds >= 0 else "-"
     return f"{change}: {WORDS[other.term]} {sign}{format_seconds(abs(other.term_seconds))}"
@@ -220,8 +222,14 @@ def _what_if(result: PlanningResult) -> Table:
         lack = "" if change.fits else f"{lack}: {format_bytes(change.peak_bytes)}"
         other = f"with {strategy_text(change.strategy)}" if change.strategy else ""
         notes = "; ".join(filter(None, [change.way, lack, other]))
-        grid.add_row(f"  {change.name}", f"{change.gain:+.0%} tokens/s", notes)
+        grid.add_row(f"  {change.name}", _gain(change.gain), notes)
     return grid
+
+
+def _gain(share: float) -> str:
+    if abs(share) < SAME:
+        return "as fast"
+    return f"{share:+.0%} tokens/s" if abs(share) >= 0.01 else f"{share:+.1%} tokens/s"
 
 
 def _grid(*styles: str, right: tuple[int, ...] = ()) -> Table:

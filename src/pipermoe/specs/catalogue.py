@@ -8,7 +8,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from pipermoe.specs.documents import load
-from pipermoe.specs.errors import UserError
+from pipermoe.specs.errors import UserError, either
 from pipermoe.specs.model import ModelSpec
 
 
@@ -63,8 +63,8 @@ def unknown_name(reference: str, names: list[str], kind: str, *, files: str = ""
     stem = reference.lower().removesuffix(".toml")
     close = difflib.get_close_matches(stem, names, n=3, cutoff=0.5)
     if missing:
-        return f"{missing}: no such file" + (f"; did you mean the catalogue's {' or '.join(close)}?" if close else "")
-    hint = f"did you mean {' or '.join(close)}? " if close else f"the catalogue has {', '.join(names)}; "
+        return f"{missing}: no such file" + (f"; did you mean the catalogue's {either(close)}?" if close else "")
+    hint = f"did you mean {either(close)}? " if close else f"the catalogue has {', '.join(names)}; "
     way_out = f"{hint}or give the path of {files}" if files else hint.rstrip("; ")
     return f"{kind} {reference!r}: not in the catalogue; {way_out}"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class UserError(Exception):
     """Wrong input. The message names file, key, value and what is accepted; the command exits with 2."""
@@ -25,6 +27,12 @@ def describe_value(where: str, key: str, value: object, rule: str) -> str:
     """`plan.toml: strategy.expert_parallel = 12: must divide num_experts = 128; nearest: 8, 16`."""
     prefix = f"{where}: " if where else ""
     return f"{prefix}{key} = {value!r}: {rule}" if key else f"{prefix}{rule}"
+
+
+def either(names: Sequence[str]) -> str:
+    """`a, b or c`."""
+    *first, last = names
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def nearest_divisors(value: int, total: int, count: int = 2) -> list[int]:

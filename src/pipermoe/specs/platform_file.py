@@ -15,7 +15,7 @@ from typing import Any
 
 from pipermoe.specs.catalogue import looks_like_a_path, names_in, unknown_name
 from pipermoe.specs.documents import load_mapping, validate
-from pipermoe.specs.errors import UserError, describe_value
+from pipermoe.specs.errors import UserError, describe_value, either
 from pipermoe.specs.platform import Platform
 
 Table = dict[str, Any]
@@ -107,7 +107,7 @@ def _entry(kind: str, name: Any, key: str) -> Table:
     names = names_in(kind)
     if not isinstance(name, str) or name.lower() not in names:
         close = difflib.get_close_matches(str(name).lower(), names, n=3, cutoff=0.5)
-        rule = f"must be an entry of catalogue/{kind}; did you mean {' or '.join(close or names)}?"
+        rule = f"must be an entry of catalogue/{kind}; did you mean {either(close or names)}?"
         raise UserError(describe_value("", key, name, rule))
     with resources.as_file(resources.files("pipermoe") / "catalogue" / kind / f"{name.lower()}.toml") as path:
         return load_mapping(path)

@@ -5,6 +5,7 @@ Inside the package every quantity is a plain number in bytes, seconds, FLOP or F
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from itertools import groupby
@@ -78,6 +79,12 @@ def format_bytes(count: float) -> str:
         if abs(count) >= scale:
             return f"{count / scale:.2f} {unit}"
     return f"{count:.0f} B"
+
+
+def option_bytes(count: float) -> str:
+    """Bytes as an option takes them, in whole GiB or else, rounded up, in MiB: "80GiB", "612MiB"."""
+    mebibytes = math.ceil(count / MIB)
+    return f"{mebibytes // 1024}GiB" if mebibytes % 1024 == 0 else f"{mebibytes}MiB"
 
 
 def format_seconds(seconds: float) -> str:
