@@ -93,7 +93,8 @@ class Space:
 
     def branches(self, heads: NDArray, selection: Selection) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The branches of `heads` (indices) with a selected tail, and how many strategies each has."""
-        some = (self.open_tails[heads] & selection.tails).reshape(len(heads), -1, self.tails_of_branch).sum(axis=2)
+        shape = len(heads), len(self.tails) // self.tails_of_branch, self.tails_of_branch
+        some = (self.open_tails[heads] & selection.tails).reshape(shape).sum(axis=2)
         head, branch = np.nonzero(some)
         return heads[head] * some.shape[1] + branch, some[head, branch]
 
