@@ -108,7 +108,8 @@ class Space:
     def table(self, places: NDArray) -> StrategyTable:
         """The strategies of `places` as a table."""
         head, tail = np.divmod(places, len(self.tails))
-        return self.heads.take(head).with_columns(**{name: getattr(self.tails, name)[tail] for name in TAIL_COLUMNS})
+        tails = self.tails.take(tail)
+        return self.heads.take(head).with_columns(**{name: tails.columns[name] for name in TAIL_COLUMNS})
 
     def strategy(self, place: int) -> Strategy:
         return self.table(np.array([place])).row(0)

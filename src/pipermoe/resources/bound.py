@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipermoe.resources.chains import Chains
-from pipermoe.resources.groups import Groups, Ways, classes_of_rows, per_group
-from pipermoe.resources.kinds import Kinds, distinct
+from pipermoe.resources.groups import Groups, Ways, classes_of_rows, largest_of_each, per_group
+from pipermoe.resources.kinds import distinct
 from pipermoe.resources.price_list import Price, in_each
 from pipermoe.resources.stages import StageShapes
 from pipermoe.resources.step import closing_costs, compute_slots
@@ -52,36 +52,39 @@ def grouped_bound(
     model: ModelSpec, platform: Platform, train: TrainConfig, groups: Groups, price_of: Price, ways: Ways = ({},)
 ) -> NDArray[np.float64]:
     """`step_bound` of the rows of `groups`, `price_of` being `unit_seconds`."""
-    pipe, found = groups.chains()
-    ends = _chain_seconds(platform, groups, pipe, found, price_of, ways)
+    found = groups.chains()
+    ends = _chain_seconds(platform, groups, found, price_of, ways)
     states, levels = groups.state.rows, groups.levels
-    shapes, ranks = classes_of_rows(found, np.tile(pipe.of[groups.both.of[states]], len(levels)))
+    shapes, ranks = classes_of_rows(found, np.tile(groups.schedule.of[groups.both.of[states]], len(levels)))
     each = _closing(model, platform, train, shapes, ranks, in_each(levels, groups.table.take(states)))
-    after = each.reshape(len(levels), len(states), -1).min(axis=0)
-    return groups.largest_sum(ends, after[:, :-1]) + after[:, -1].take(groups.state.of)
+    after = each.reshape(len(levels), len(states), -1).min(axis=0).T.copy()
+    return groups.largest_sum(ends, after[:-1]) + after[-1].take(groups.state.of)
 
 
 def _chain_seconds(
-    platform: Platform, groups: Groups, pipe: Kinds, found: Sequence[Chains], price_of: Price, ways: Ways
+    platform: Platform, groups: Groups, found: Sequence[Chains], price_of: Price, ways: Ways
 ) -> NDArray[np.float64]:
-    """Seconds of the longest chain of every combo: first of what its cores compute, then of every class of ranks."""
+    """Seconds of the longest chain of every combo, (1 + classes, combos): first of what its cores compute, then of
+    every class of ranks.
+    """
     combos = groups.combos
     insides = combos.take(groups.inside.rows)
     least = price_of(in_each(ways, insides)).reshape(len(ways), len(insides), -1).min(axis=0)
-    hop, share = groups.nearest_hops(platform), _shares(platform, combos)
+    hop, share = groups.nearest_hops(platform), _shares(platform, groups.heads)[groups.head.of]
     kinds = distinct([groups.inside.of, hop])
-    of_hop = least[groups.inside.of[kinds.rows], SENDS + hop[kinds.rows]]
-    price = np.floor(np.column_stack([least[groups.inside.of[kinds.rows], :SENDS], of_hop]) * TICKS)
+    inside, hop = groups.inside.of[kinds.rows], hop[kinds.rows]
+    price = np.floor(np.column_stack([least[inside, :SENDS], least[inside, SENDS + hop]]) * TICKS)
+    microbatches = groups.microbatches[groups.schedule.rows]
 
     def seconds(rows: NDArray, g: int) -> NDArray[np.float64]:
-        chain, microbatches = found[g], groups.microbatches[rows]
-        counts = np.concatenate([chain.once, chain.each, chain.computed[None]])
-        once, each, computed = np.split(counts @ price[kinds.of[rows]].T, [len(chain.once), -1])  # rows last
-        paths = (once + microbatches * each) / chain.over
-        together = microbatches * computed * share[rows]
-        return np.concatenate([together, np.maximum.reduceat(paths, chain.starts)]).T / TICKS
+        chain, repeats = found[g], microbatches[g]
+        counts = np.concatenate([repeats * chain.computed[None], chain.once + repeats * chain.each])
+        paths = counts @ price.take(kinds.of[rows], axis=0).T
+        together = paths[0] * share[rows]
+        paths[1:] /= chain.over
+        return np.stack([together, *largest_of_each(paths[1:], chain.starts)]) / TICKS
 
-    return per_group(pipe.of, len(found), 1 + max(len(each.holds) for each in found), seconds)
+    return per_group(groups.schedule.of, len(found), 1 + max(len(each.holds) for each in found), seconds)
 
 
 def _shares(platform: Platform, table: StrategyTable) -> NDArray[np.float64]:

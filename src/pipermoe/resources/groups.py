@@ -7,9 +7,10 @@ others. Every figure of a row is made of its own numbers in the same order, so i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from pipermoe.resources.chains import Chains, chains
 from pipermoe.resources.communication import hop_levels
-from pipermoe.resources.kinds import BLOCK, Kinds, distinct
+from pipermoe.resources.kinds import Kinds, distinct, runs
 from pipermoe.resources.stages import StageShapes, shapes_of
 from pipermoe.resources.unit_seconds import COMPUTED, EXCHANGED, SHAPE
 from pipermoe.schedule.traits import schedule_traits, stages_of_ranks
@@ -31,6 +32,7 @@ INSIDE = (*COMPUTED, *(name for name in EXCHANGED if name not in COMPUTED))
 PIPELINE = ("schedule", "pipeline_parallel", "virtual_stages", "layer_split")
 PLACE = ("data_parallel", "expert_data_parallel", "rank_order")  # how ranks lie
 DEGREES = ("pipeline_parallel", *PLACE, *SHAPE[1:])
+HEAD = (*PIPELINE, *PLACE, *SHAPE)  # all but what is recomputed and sharded and how tokens travel
 
 Ways = Sequence[Mapping[str, int]]  # values of columns that a row may have instead of its own
 Parts = tuple[tuple[int, ...], ...]  # of every stage, in the order of StageShapes
@@ -39,40 +41,47 @@ Parts = tuple[tuple[int, ...], ...]  # of every stage, in the order of StageShap
 class Groups:
     """The rows of a table by what a formula reads: `both` is pipeline and what happens inside a stage.
 
-    With `levels`, values of the columns of ZeRO, rows are grouped for any of them instead of for their own.
+    Of these `combos` those with one arrangement, micro-batch and schedule share one of the `heads`: what depends on
+    these alone is worked out for them. With `levels`, values of the columns of ZeRO, rows are grouped for any of them
+    instead of for their own.
     """
 
     def __init__(self, model: ModelSpec, train: TrainConfig, table: StrategyTable, levels: Ways = ({},)) -> None:
         self.model, self.table, self.levels = model, table, levels
-        names = (*PIPELINE, *INSIDE, *PLACE)
-        self.both = distinct([getattr(table, name) for name in names])
+        self.both = _combos(table)
         self.combos = table.take(self.both.rows)
-        self.microbatches = self.combos.microbatches(train.global_batch_size)
-        self.inside = distinct([getattr(self.combos, name) for name in INSIDE])
-        self.pipe = distinct([getattr(self.combos, name) for name in PIPELINE])
+        self.head = distinct(_columns(self.combos, HEAD))
+        self.heads = self.combos.take(self.head.rows)
+        self.inside = distinct(_columns(self.combos, INSIDE))
+        self._microbatches = self.heads.microbatches(train.global_batch_size)
+        self._pipe = distinct(_columns(self.heads, PIPELINE))
+        self.microbatches, self.pipe = self._microbatches[self.head.of], self._pipe.within(self.head)
 
-    def chains(self) -> tuple[Kinds, list[Chains]]:
-        """The chains of every pipeline, which depend on few micro-batches."""
-        few = np.minimum(self.microbatches, 2 * self.combos.pipeline_parallel)  # what ramps up
-        pipe = distinct([self.pipe.of, few])
-        pipelines = self.combos.take(pipe.rows)
-        found = [
-            chains(*pipeline_numbers(pipelines, row), self.parts[int(self.pipe.of[combo])], int(few[combo]))
-            for row, combo in enumerate(pipe.rows.tolist())
+    @cached_property
+    def schedule(self) -> Kinds:
+        """The combos by pipeline and number of micro-batches."""
+        return distinct([self._pipe.of, self._microbatches]).within(self.head)
+
+    def chains(self) -> list[Chains]:
+        """The chains of every schedule, which depend on few micro-batches."""
+        pipelines, numbers = self.combos.take(self.schedule.rows), self.pipe.of[self.schedule.rows].tolist()
+        few = np.minimum(self.microbatches[self.schedule.rows], 2 * pipelines.pipeline_parallel)  # what ramps up
+        return [
+            chains(*pipeline_numbers(pipelines, row), self.parts[number], int(few[row]))
+            for row, number in enumerate(numbers)
         ]
-        return pipe, found
 
     def nearest_hops(self, platform: Platform) -> NDArray[np.int64]:
         """The lowest level of the network that lies between two stages of each combo; 0 where there is none."""
         levels = tuple(level.ranks for level in platform.levels)
-        columns = (self.combos.stage_stride, self.combos.runs_per_stage)
-        kinds = distinct([self.pipe.of, *columns])
-        pipelines, lying = self.combos.take(kinds.rows), (column[kinds.rows].tolist() for column in columns)
+        columns = (self.heads.stage_stride, self.heads.runs_per_stage)
+        kinds = distinct([self._pipe.of, *columns])
+        pipelines, lying = self.heads.take(kinds.rows), (column[kinds.rows].tolist() for column in columns)
         nearest = [
             _nearest_hop(*pipeline_numbers(pipelines, row), stride, runs, levels)
             for row, (stride, runs) in enumerate(zip(*lying, strict=True))
         ]
-        return np.array(nearest)[kinds.of]
+        return np.array(nearest)[kinds.of][self.head.of]
 
     @cached_property
     def parts(self) -> list[Parts]:
@@ -83,28 +92,39 @@ class Groups:
         return [_parts(layers, model.mtp_layers, stages, pipelines.splits[split]) for stages, split in numbers]
 
     @cached_property
-    def layout(self) -> NDArray[np.int64]:
-        """Of every combo a number of what its ranks hold, and whether they leave weight gradients for later."""
+    def _layout(self) -> NDArray[np.int64]:
+        """Of every head a number of what its ranks hold, and whether they leave weight gradients for later."""
         known: dict[tuple, int] = {}
         pipelines = self.combos.take(self.pipe.rows)
         layouts = [known.setdefault(_layout(self.model, pipelines, row), len(known)) for row in range(len(pipelines))]
-        return np.array(layouts)[self.pipe.of]
+        return np.array(layouts)[self._pipe.of]
 
     @cached_property
     def state(self) -> Kinds:
         """The rows by what states, and their reduction, read: from ZeRO-2 on also the number of micro-batches."""
-        once = distinct([self.layout, *(getattr(self.combos, name) for name in DEGREES)])
-        per_microbatch = distinct([once.of, self.microbatches])
-        levels = self.table.zero_dense, self.table.zero_expert
+        once = distinct([self._layout, *_columns(self.heads, DEGREES)])
+        per_microbatch = distinct([once.of, self._microbatches])
+        levels = _columns(self.table, ("zero_dense", "zero_expert"))
         repeats = (levels[0] >= 2) | (levels[1] >= 2)
         repeats |= any(level >= 2 for each in self.levels for level in each.values())
-        both = self.both.of
-        column = np.where(repeats, (len(once.rows) + per_microbatch.of)[both], once.of[both])
-        return distinct([column, *levels])
+        numbers = (once.of.astype(np.int32), (len(once.rows) + per_microbatch.of).astype(np.int32))
+        at_once, each_time = (number[self.head.of].take(self.both.of) for number in numbers)
+        return distinct([np.where(repeats, each_time, at_once), *levels])
 
     def largest_sum(self, by_combo: NDArray[np.float64], by_state: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The maximum over classes of (combos, classes) and (states, classes), both gathered: (rows,)."""
+        """The maximum over classes of (classes, combos) and (classes, states), both gathered: (rows,)."""
         return largest_sum(by_combo, self.both.of, by_state, self.state.of)
+
+
+def _columns(table: StrategyTable, names: Sequence[str]) -> list[NDArray[np.integer]]:
+    return [table.columns[name] for name in names]
+
+
+def _combos(table: StrategyTable) -> Kinds:
+    """Tables mostly hold rows that agree side by side: then nothing is sorted."""
+    columns = _columns(table, (*PIPELINE, *INSIDE, *PLACE))
+    alike = runs(columns)
+    return alike if 2 * len(alike.rows) <= len(table) else distinct(columns)
 
 
 @lru_cache(maxsize=8192)
@@ -142,31 +162,41 @@ def pipeline_numbers(table: StrategyTable, row: int) -> tuple[str, int, int]:
 def per_group(
     group: NDArray, count: int, width: int, evaluate: Callable[[NDArray, int], NDArray]
 ) -> NDArray[np.float64]:
-    """`evaluate(rows, g)`, (rows, up to width), for the rows of every group; what is not there is -inf."""
-    result = np.full((len(group), width), -np.inf)
+    """(width, rows): of every group `evaluate(rows, g)`, (up to width, rows); what is not there is -inf."""
+    result = np.full((width, len(group)), -np.inf)
     order = np.argsort(group, kind="stable")
-    bounds = np.searchsorted(group[order], np.arange(count + 1))
-    for index in range(count):
-        rows = order[bounds[index] : bounds[index + 1]]
-        if len(rows):
-            found = evaluate(rows, index)
-            result[rows, : found.shape[1]] = found
-    return result
+    bounds = np.searchsorted(group[order], np.arange(count + 1)).tolist()
+    for index, (start, end) in enumerate(pairwise(bounds)):
+        if start < end:
+            found = evaluate(order[start:end], index)
+            result[: len(found), start:end] = found
+    everywhere = np.empty_like(result)
+    everywhere[:, order] = result
+    return everywhere
+
+
+def largest_of_each(rows: NDArray[np.float64], starts: Iterable[int]) -> list[NDArray[np.float64]]:
+    """The maximum over the rows of each group, of which one begins at each of `starts`."""
+    return [rows[start:end].max(axis=0) for start, end in pairwise([*starts, len(rows)])]
+
+
+BLOCK = 1 << 14  # rows that stay in the cache
 
 
 def largest_sum(
     some: NDArray[np.float64], some_of: NDArray[np.int64], others: NDArray[np.float64], other_of: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """The maximum over columns of the sum of two tables; row i reads `some_of[i]` and `other_of[i]`: (rows,)."""
-    pairs = list(zip(some.T.copy(), others.T.copy(), strict=True))
-    total = np.empty(len(some_of))
+    """The maximum over classes of the sum of two tables, (classes, kinds) of their own; row i is of the kinds
+    `some_of[i]` and `other_of[i]`: (rows,).
+    """
+    total = np.full(len(some_of), -np.inf)
     for start in range(0, len(total), BLOCK):
         rows = slice(start, start + BLOCK)
-        mine, theirs = some_of[rows], other_of[rows]
-        each = (a.take(mine) + b.take(theirs) for a, b in pairs)
-        total[rows] = next(each)
-        for one in each:
-            np.maximum(total[rows], one, out=total[rows])
+        mine, theirs, most = some_of[rows], other_of[rows], total[rows]
+        for a, b in zip(some, others, strict=True):
+            each = a.take(mine)
+            each += b.take(theirs)
+            np.maximum(most, each, out=most)
     return total
 
 

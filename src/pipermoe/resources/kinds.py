@@ -8,71 +8,79 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-CODE_BITS = 63
-BLOCK = 1 << 15  # rows that stay in the cache
+CODE_LIMIT = 1 << 62
+TABLE_ROOM = 4  # a table of all codes may have so many places for every row
+
+Columns = Sequence[NDArray[np.integer]]
 
 
 class Kinds(NamedTuple):
-    """`rows[k]` is the first row of kind k, `of[i]` the kind of row i; kinds are in the order of their first rows."""
+    """`rows[k]` is a row of kind k, `of[i]` the kind of row i."""
 
     rows: NDArray[np.int64]
     of: NDArray[np.int64]
 
+    def within(self, outer: Kinds) -> Kinds:
+        """The kinds of the rows that `outer` divides into the rows of this one."""
+        return Kinds(outer.rows[self.rows], self.of[outer.of])
 
-def distinct(columns: Sequence[NDArray]) -> Kinds:
-    """The kinds of rows that differ in `columns`, whose entries are at least 0."""
-    held, widths = [], []
+
+def distinct(columns: Columns) -> Kinds:
+    """The kinds of rows that differ in `columns`."""
+    begins = _begins(columns)
+    if 2 * np.count_nonzero(begins) > len(begins):
+        return _kinds(columns)
+    alike = _runs(begins)
+    return _kinds([column[alike.rows] for column in columns]).within(alike)
+
+
+def runs(columns: Columns) -> Kinds:
+    """The same where rows that agree lie side by side; where they do not, a kind comes more than once."""
+    return _runs(_begins(columns))
+
+
+def _begins(columns: Columns) -> NDArray[np.bool_]:
+    """Which rows differ from the one before."""
+    found = np.ones(len(columns[0]), dtype=bool)
     for column in columns:
-        bits = int(column.max()).bit_length()
-        if sum(widths) + bits > CODE_BITS:
-            kinds = _kinds(_codes(held, widths), sum(widths))
-            held, widths = [kinds.of], [len(kinds.rows).bit_length()]
-        if bits or not held:
-            held.append(column)
-            widths.append(bits)
-    return _kinds(_codes(held, widths), sum(widths))
+        differs = column[1:] != column[:-1]
+        found[1:] = differs if column is columns[0] else found[1:] | differs
+    return found
 
 
-def _codes(columns: Sequence[NDArray], widths: Sequence[int]) -> NDArray[np.int64]:
-    """The bits of all columns, one beside the other: (rows,)."""
-    code = np.zeros(len(columns[0]), dtype=np.int64)
-    for start in range(0, len(code), BLOCK):
-        mine = code[start : start + BLOCK]
-        for column, bits in zip(columns, widths, strict=True):
-            mine <<= bits
-            mine |= column[start : start + BLOCK]
-    return code
+def _runs(begins: NDArray[np.bool_]) -> Kinds:
+    starts = np.flatnonzero(begins)
+    return Kinds(starts, np.repeat(np.arange(len(starts)), np.diff(starts, append=len(begins))))
 
 
-def _kinds(code: NDArray[np.int64], bits: int) -> Kinds:
-    """The kinds of codes below 2^bits. Tables hold rows that agree side by side: of each run one is looked at."""
-    starts = _run_starts(code)
-    runs = code[starts]
-    first, of = _by_table(runs, bits) if 1 << bits <= len(runs) else _by_sort(runs)
-    return Kinds(starts[first], np.repeat(of, np.diff(starts, append=len(code))))
+def _kinds(columns: Columns) -> Kinds:
+    """Rows are numbered by all columns in turn: by a table of the codes so far while it is small, then by sorting."""
+    code, size = np.zeros(len(columns[0]), dtype=np.int8), 1
+    room = TABLE_ROOM * len(code)
+    for column in columns:
+        least = int(column.min())
+        values = int(column.max()) - least + 1
+        if size > 1 and size * values > (room if size <= room else CODE_LIMIT):
+            kinds = _numbered(code, size, room)
+            code, size = kinds.of, len(kinds.rows)
+        if values > 1:
+            size *= values
+            code = code.astype(np.min_scalar_type(-size - 1)) * values + (column - least)
+    return _numbered(code, size, room)
 
 
-def _by_table(code: NDArray[np.int64], bits: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The first of each kind of code, in order, and the kind of each: by a table of all codes below 2^bits."""
-    place = np.full(1 << bits, -1)
-    place[code[::-1]] = np.arange(len(code))[::-1]  # of equal ones the last stays
-    first = np.sort(place[place >= 0])
-    place[code[first]] = np.arange(len(first))
-    return first, place[code]
-
-
-def _by_sort(code: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The same of codes that are too large for a table."""
+def _numbered(code: NDArray[np.integer], size: int, room: int) -> Kinds:
+    """The kinds of codes below `size`, in order; by a table if that has room."""
+    code = code.astype(np.int64)
+    if size <= room:
+        known = np.zeros(size, dtype=bool)
+        known[code] = True
+        of = (np.cumsum(known) - 1).take(code)
+        rows = np.empty(np.count_nonzero(known), dtype=np.int64)
+        rows[of] = np.arange(len(code))
+        return Kinds(rows, of)
     order = np.argsort(code)
-    bounds = _run_starts(code[order])
-    first = np.minimum.reduceat(order, bounds)
-    by_first = np.argsort(first)
-    number, of = np.empty_like(first), np.empty_like(order)
-    number[by_first] = np.arange(len(first))
-    of[order] = np.repeat(number, np.diff(bounds, append=len(order)))
-    return first[by_first], of
-
-
-def _run_starts(code: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where codes differ from the one before."""
-    return np.flatnonzero(np.concatenate([[True], code[1:] != code[:-1]]))
+    alike = runs([code[order]])
+    of = np.empty_like(order)
+    of[order] = alike.of
+    return Kinds(order[alike.rows], of)

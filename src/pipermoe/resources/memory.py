@@ -150,13 +150,13 @@ def pipeline_of(
 
 
 def peak_activations(found: Instants, by_kind: NDArray[np.float64], kinds: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The most bytes beside states and whole units in every group of instants: (rows, groups). Exact: all is whole.
+    """The most bytes beside states and whole units in every group of instants: (groups, rows). Exact: all is whole.
 
     `by_kind` are prices (kinds, features), of which instants use few, and `kinds` the kind of every row.
     """
     used = np.flatnonzero(found.features.any(axis=0))
     price = by_kind[:, used].take(kinds, axis=0)
-    return np.maximum.reduceat(price @ found.features[:, used].T, found.starts, axis=1)
+    return np.maximum.reduceat(found.features[:, used] @ price.T, found.starts, axis=0)
 
 
 def rank_memory(

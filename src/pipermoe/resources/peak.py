@@ -10,10 +10,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipermoe.resources.activations.sizes import RUNTIME, MemoryProfile
-from pipermoe.resources.groups import Groups, Parts, Ways, classes_of_rows, largest_sum, per_group, pipeline_numbers
+from pipermoe.resources.groups import (
+    Groups,
+    Parts,
+    Ways,
+    classes_of_rows,
+    largest_of_each,
+    largest_sum,
+    per_group,
+    pipeline_numbers,
+)
 from pipermoe.resources.instants import DEFERRED, DEFERRING, FULL, KEPT, Feature, instants
-from pipermoe.resources.kinds import distinct
-from pipermoe.resources.memory import peak_activations, pipeline_of, prices
+from pipermoe.resources.kinds import distinct, runs
+from pipermoe.resources.memory import EXPERTS, peak_activations, pipeline_of, prices
 from pipermoe.resources.price_list import Price, in_each
 from pipermoe.resources.sharded_units import least_whole_bytes, shardings, unit_bytes
 from pipermoe.resources.spare_slots import balancing_bytes
@@ -66,7 +75,7 @@ def grouped_peak_bytes(model: ModelSpec, train: TrainConfig, groups: Groups, pri
 
     def states(rows: NDArray, g: int) -> NDArray[np.float64]:
         held = _states(model, train, StageShapes(*found[g].holds.T), chosen.take(rows))
-        return held[:, found[g].owner] + of_unit[rows] @ found[g].whole.T
+        return (held[:, found[g].owner] + of_unit[rows] @ found[g].whole.T).T
 
     held = per_group(pipe.of[both.of[state.rows]], len(found), width, states)
     return largest_sum(activations, both.of, held, state.of)
@@ -96,26 +105,27 @@ def grouped_floor(
     model: ModelSpec, train: TrainConfig, groups: Groups, price_of: Price, levels: Ways = ({},)
 ) -> NDArray[np.float64]:
     """`memory_floor` of the rows of `groups`, `price_of` being `floor_prices`."""
-    combos, pipe = groups.combos, distinct([groups.pipe.of, groups.microbatches])
-    pipelines = combos.take(pipe.rows)
-    parts, microbatches = groups.pipe.of[pipe.rows], groups.microbatches[pipe.rows]
-    found = [
-        _floor(groups.parts[parts[row]], *pipeline_numbers(pipelines, row), int(microbatches[row]))
-        for row in range(len(pipelines))
-    ]
+    combos, schedule = groups.combos, groups.schedule
+    pipelines, microbatches = combos.take(schedule.rows), groups.microbatches[schedule.rows].tolist()
+    parts = [groups.parts[number] for number in groups.pipe.of[schedule.rows].tolist()]
+    found = [_floor(parts[row], *pipeline_numbers(pipelines, row), microbatches[row]) for row in range(len(pipelines))]
+    insides = combos.take(groups.inside.rows)
+    inside = distinct([insides.columns[name] for name in EXPERTS]).within(groups.inside)
+    both = runs([schedule.of, inside.of])
+    price, of = price_of(combos.take(inside.rows)), inside.of[both.rows]
+
+    def most_held(rows: NDArray, g: int) -> NDArray[np.float64]:
+        held = found[g].held @ price.take(of[rows], axis=0).T
+        return np.stack(largest_of_each(held, found[g].starts))
+
     width = max(len(each.holds) for each in found)
-    price = price_of(combos.take(groups.inside.rows))[groups.inside.of]
-    activations = per_group(
-        pipe.of,
-        len(found),
-        width,
-        lambda rows, g: np.maximum.reduceat(price[rows] @ found[g].held.T, found[g].starts, axis=1),
-    )
+    activations = per_group(schedule.of[both.rows], len(found), width, most_held)
     rows = groups.state.rows
-    shapes, _ = classes_of_rows(found, np.tile(pipe.of[groups.both.of[rows]], len(levels)))
+    shapes, _ = classes_of_rows(found, np.tile(schedule.of[groups.both.of[rows]], len(levels)))
     each = in_each(levels, groups.table.take(rows))
     least = _states(model, train, shapes, each) + least_whole_bytes(model, shapes, each, train.recipe.state)
-    return groups.largest_sum(activations, least.reshape(len(levels), len(rows), -1).min(axis=0))
+    states = least.reshape(len(levels), len(rows), -1).min(axis=0).T.copy()
+    return largest_sum(activations, both.of.take(groups.both.of), states, groups.state.of)
 
 
 def _states(model: ModelSpec, train: TrainConfig, shapes: StageShapes, table: StrategyTable) -> NDArray[np.float64]:
@@ -134,7 +144,7 @@ class _Floor(NamedTuple):
     holds: NDArray[np.int64]
     ranks: NDArray[np.int64]
     held: NDArray[np.float64]
-    starts: NDArray[np.int64]
+    starts: list[int]
 
 
 def floor_prices(price_of: Price, ways: Ways = ({},)) -> Price:
@@ -180,7 +190,8 @@ def _floor(parts: Parts, name: str, ranks: int, chunks: int, microbatches: int) 
     counts = (np.einsum("ic,icp->ip", np.array(held), each[list(rank)]) for held in (kept, waiting))
     rows = np.column_stack([class_of[list(rank)], *counts, _begins_with(each)[list(rank)]])
     owner, *held = zip(*sorted(set(map(tuple, rows.tolist()))), strict=True)
-    return _Floor(holds, alike, np.array(held, dtype=np.float64).T, np.searchsorted(owner, np.arange(len(holds))))
+    starts = np.searchsorted(owner, np.arange(len(holds))).tolist()
+    return _Floor(holds, alike, np.array(held, dtype=np.float64).T, starts)
 
 
 def _begins_with(each: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -169,7 +169,7 @@ def columns_read(rule: Rule, job: Job) -> frozenset[str]:
             return 1
 
     row = StrategyTable.of([Strategy()])
-    rule.holds(Recording(*(getattr(row, field.name) for field in fields(StrategyTable))), job)
+    rule.holds(Recording(row.columns, row.splits), job)
     return frozenset(read).intersection(COLUMNS)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,69 +26,82 @@ _STAGE_HOMES = np.array([1 + (name in MIRRORED) for name in (*SCHEDULE_NAMES, "u
 Column = NDArray[np.int64]
 
 
+class _Column:
+    """A column as it is read: int64, so that products of sizes have room."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, table: StrategyTable, owner: type) -> Column:
+        return table.columns[self.name].astype(np.int64)
+
+
 @dataclass(frozen=True, slots=True)
 class StrategyTable:
-    """One row per strategy, one int64 array per field of `Strategy`.
+    """One row per strategy, one column per field of `Strategy`.
 
     Names are indices into `NAMES`; bit i of `recompute_modules` is `RECOMPUTE_MODULES[i]`; `layer_split` is an index
-    into `splits`, whose first entry is the even split `()`.
+    into `splits`, whose first entry is the even split `()`. `columns` are kept in as few bytes as hold their values: a
+    million rows are grouped as fast as memory is read.
     """
 
-    pipeline_parallel: Column
-    virtual_stages: Column
-    data_parallel: Column
-    context_parallel: Column
-    tensor_parallel: Column
-    expert_parallel: Column
-    expert_data_parallel: Column
-    expert_tensor_parallel: Column
-    micro_batch_size: Column
-    rank_order: Column
-    schedule: Column
-    dispatcher: Column
-    ranks_per_copy: Column
-    exchange: Column
-    recompute: Column
-    recompute_modules: Column
-    zero_dense: Column
-    zero_expert: Column
-    layer_split: Column
+    columns: Mapping[str, NDArray[np.integer]]
     splits: tuple[tuple[int, ...], ...] = ((),)
+
+    pipeline_parallel = _Column()
+    virtual_stages = _Column()
+    data_parallel = _Column()
+    context_parallel = _Column()
+    tensor_parallel = _Column()
+    expert_parallel = _Column()
+    expert_data_parallel = _Column()
+    expert_tensor_parallel = _Column()
+    micro_batch_size = _Column()
+    rank_order = _Column()
+    schedule = _Column()
+    dispatcher = _Column()
+    ranks_per_copy = _Column()
+    exchange = _Column()
+    recompute = _Column()
+    recompute_modules = _Column()
+    zero_dense = _Column()
+    zero_expert = _Column()
+    layer_split = _Column()
 
     @classmethod
     def of(cls, strategies: Sequence[Strategy]) -> StrategyTable:
         """The table whose rows are `strategies`, in order."""
         splits = tuple(dict.fromkeys([(), *(strategy.layer_split for strategy in strategies)]))
         columns = {
-            name: np.array([_encode(strategy, name, splits) for strategy in strategies], dtype=np.int64)
+            name: _narrow(np.array([_encode(strategy, name, splits) for strategy in strategies], dtype=np.int64))
             for name in COLUMNS
         }
-        return cls(**columns, splits=splits)
+        return cls(columns, splits)
 
     @classmethod
     def product(cls, **axes: Iterable[int]) -> StrategyTable:
         """Every combination of the given values; a column that is not named is 1, an index column 0."""
         values = {name: np.asarray(list(axes[name]), dtype=np.int64) for name in axes}
         grid = np.meshgrid(*values.values(), indexing="ij")
-        named = {name: column.ravel() for name, column in zip(values, grid, strict=True)}
+        named = {name: _narrow(column.ravel()) for name, column in zip(values, grid, strict=True)}
         for name in COLUMNS:
-            named.setdefault(name, np.full(grid[0].size, int(name not in ZERO_BY_DEFAULT), dtype=np.int64))
-        return cls(**named, splits=((),))
+            named.setdefault(name, np.full(grid[0].size, int(name not in ZERO_BY_DEFAULT), dtype=np.int8))
+        return cls(named)
 
     def __len__(self) -> int:
-        return len(self.pipeline_parallel)
+        return len(self.columns["pipeline_parallel"])
 
     def take(self, rows: NDArray) -> StrategyTable:
         """The rows that `rows` (indices or a mask) selects."""
-        return replace(self, **{name: getattr(self, name)[rows] for name in COLUMNS})
+        return replace(self, columns={name: column[rows] for name, column in self.columns.items()})
 
-    def with_columns(self, **columns: Column) -> StrategyTable:
+    def with_columns(self, **columns: NDArray[np.integer]) -> StrategyTable:
         """The same rows with some columns replaced."""
-        return replace(self, **columns)
+        return replace(self, columns={**self.columns, **{name: _narrow(each) for name, each in columns.items()}})
 
     def row(self, index: int) -> Strategy:
         """Row `index` as a `Strategy`."""
-        values = {name: int(getattr(self, name)[index]) for name in COLUMNS}
+        values = {name: int(column[index]) for name, column in self.columns.items()}
         return Strategy.model_validate(
             values
             | {name: names[values[name]] for name, names in NAMES.items()}
@@ -151,7 +164,7 @@ class StrategyTable:
         return self.microbatches(global_batch_size) // self.stage_homes
 
 
-COLUMNS: tuple[str, ...] = tuple(field.name for field in fields(StrategyTable) if field.name != "splits")
+COLUMNS: tuple[str, ...] = tuple(name for name, value in vars(StrategyTable).items() if isinstance(value, _Column))
 NAMES = {
     "rank_order": RANK_ORDERS,
     "schedule": SCHEDULE_NAMES,
@@ -160,6 +173,14 @@ NAMES = {
     "recompute": RECOMPUTE_NAMES,
 }
 ZERO_BY_DEFAULT = {*NAMES, "recompute_modules", "zero_dense", "zero_expert", "layer_split"}
+
+
+def _narrow(values: NDArray[np.integer]) -> NDArray[np.integer]:
+    """The same in the fewest bytes."""
+    if values.itemsize == 1:
+        return values
+    least, most = (np.min_scalar_type(int(end)) for end in (values.min(initial=0), values.max(initial=0)))
+    return values.astype(np.promote_types(least, most))
 
 
 def _encode(strategy: Strategy, name: str, splits: tuple[tuple[int, ...], ...]) -> int:
