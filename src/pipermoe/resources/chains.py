@@ -10,7 +10,7 @@ stages. Nothing here depends on a size or a duration.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from pipermoe.resources.stages import rank_classes
 from pipermoe.resources.unit_seconds import SENDS, Work, columns
 from pipermoe.schedule.builders import Homes
-from pipermoe.schedule.ramps import Chunks, Ramp, ramps
+from pipermoe.schedule.ramps import Ramp, ramps
 from pipermoe.schedule.traits import Traits, schedule_traits, ways
 
 Counts = NDArray[np.float64]  # over the prices of resources.unit_seconds, of messages one, in the last axis
+Paths = tuple[NDArray[np.int64], Counts, Counts, NDArray[np.int64]]  # the class on which each ends, once, each, over
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,19 +58,19 @@ def chains(
 
     They hold for `microbatches` or more. All messages count alike, whichever level of the network they cross.
     """
-    traits = schedule_traits(schedule, pipeline_parallel, virtual_stages)
-    count = np.array(parts, dtype=np.int64)
-    ranks = _ranks(schedule, pipeline_parallel, virtual_stages, microbatches)
-    holds, class_of, alike = rank_classes(traits.stages_of, parts)
-    stages = _Stages.of(count, _crossing(traits.stages_of), splits=traits.splits_backward)
-    ends, once, each, over = (np.concatenate(found) for found in zip(*_paths(traits, stages, ranks), strict=True))
-    owner, paths = class_of[ends], _longest(class_of[ends], once, each, over)
+    pipe = _pipe(schedule, pipeline_parallel, virtual_stages, parts)
+    found = ramps(schedule, pipeline_parallel, virtual_stages, microbatches)
+    holds, _, alike = rank_classes(pipe.stages_of, parts)
+    owner, once, each, over = map(
+        np.concatenate, zip(pipe.through_all(found), *pipe.there_and_back(found), strict=True)
+    )
+    order = np.argsort(owner, kind="stable")
     return Chains(
-        once=once[paths],
-        each=each[paths],
-        over=over[paths, None],
-        starts=np.searchsorted(owner[paths], np.arange(len(holds))),
-        computed=(stages.computed_forward + stages.computed_backward + stages.postponed).sum(axis=0),
+        once=once[order],
+        each=each[order],
+        over=over[order, None],
+        starts=np.searchsorted(owner[order], np.arange(len(holds))),
+        computed=pipe.stages.computed,
         holds=holds,
         ranks=alike,
     )
@@ -115,6 +116,11 @@ class _Stages:
         )
 
     @property
+    def computed(self) -> Counts:
+        """(prices,): all stages."""
+        return (self.computed_forward + self.computed_backward + self.postponed).sum(axis=0)
+
+    @property
     def round_trip(self) -> Counts:
         """(stages, prices): a micro-batch from the start of its forward to the end of its backward."""
         work = self.computed_forward + self.exchanged_forward + self.computed_backward + self.exchanged_backward
@@ -125,43 +131,8 @@ class _Stages:
         return self.drain[last] - self.drain[first] + (self.computed_backward + self.exchanged_backward)[last]
 
 
-@dataclass(frozen=True, slots=True)
-class _Ranks:
-    """Of every rank and stage, (ranks, stages): whether it is `held`, how many passes are alone, as `Ramp` says.
-
-    `first` and `final` (ranks,) are the lowest and the highest stage of a rank, `most` what it holds of the lowest at
-    any time, `returning` how many are on their way back between them, but for the `last`.
-    """
-
-    held: NDArray[np.int64]
-    first: NDArray[np.int64]
-    final: NDArray[np.int64]
-    most: NDArray[np.int64]
-    returning: NDArray[np.int64]
-    last: NDArray[np.int64]
-    alone_forward: NDArray[np.int64]
-    alone_backward: NDArray[np.int64]
-    never_paired: NDArray[np.int64]
-
-    @classmethod
-    def of(cls, stages_of: Homes, found: Sequence[Ramp]) -> _Ranks:
-        def spread(counts: Iterable[Chunks]) -> NDArray[np.int64]:
-            matrix = np.zeros((len(stages_of), 1 + max(map(max, stages_of))), dtype=np.int64)
-            for row, held, each in zip(matrix, stages_of, counts, strict=True):
-                row[list(held)] = each or 0
-            return matrix
-
-        return cls(
-            held=spread((1,) * len(held) for held in stages_of),
-            first=np.array([min(held) for held in stages_of]),
-            final=np.array([max(held) for held in stages_of]),
-            most=np.array([ramp.most for ramp in found]),
-            returning=np.array([ramp.returning for ramp in found]),
-            last=np.array([ramp.last for ramp in found]),
-            alone_forward=spread(ramp.alone_forward for ramp in found),
-            alone_backward=spread(ramp.alone_backward for ramp in found),
-            never_paired=spread(ramp.never_paired for ramp in found),
-        )
+def _before(each: Counts) -> Counts:
+    return np.cumsum(each, axis=0) - each
 
 
 def _crossing(stages_of: Homes) -> NDArray[np.bool_]:
@@ -169,70 +140,126 @@ def _crossing(stages_of: Homes) -> NDArray[np.bool_]:
     return np.any([np.diff(way) != 0 for way in ways(stages_of)], axis=0)
 
 
+@dataclass(frozen=True, slots=True)
+class _Sum:
+    """What a rank's passes take at least, one after the other: (ranks, prices) of every micro-batch, `later` weight
+    gradients that need not follow at once. Passes that are alone add something: (ranks, chunks, prices).
+    """
+
+    each: Counts
+    later: Counts
+    alone_forward: Counts
+    alone_backward: Counts
+
+
+@dataclass(frozen=True, slots=True)
+class _Pipe:
+    """What the paths of a pipeline have in common, however many micro-batches there are.
+
+    A rank works through `share` of them. `first` and `final` (ranks,) are the lowest and the highest stage of a rank.
+    Its own class and that of the rank of stage 0 are `here` and `home` (ranks,), where paths end. What lies around its
+    first action, a forward of its first stage, and its last but weight gradients, a backward of that, is `around`
+    (ranks, prices). Paths through all of its work are of so many kinds by owner and `each`: `kind` (paths,).
+    """
+
+    stages_of: Homes
+    stages: _Stages
+    share: float
+    first: NDArray[np.int64]
+    final: NDArray[np.int64]
+    here: NDArray[np.int64]
+    home: NDArray[np.int64]
+    around: Counts
+    sums: tuple[_Sum, ...]
+    owner: NDArray[np.int64]
+    each: Counts
+    kind: NDArray[np.int64]
+
+    def through_all(self, found: Sequence[Ramp]) -> Paths:
+        """A rank works through all micro-batches, and is done or the last gradient goes on. Without paths contained in
+        the longest of their kind.
+        """
+        forward = np.array([ramp.alone_forward for ramp in found])
+        backward = np.array([ramp.alone_backward for ramp in found])
+        alone = [0 * self.around]
+        if forward.size:
+            alone = [
+                np.einsum("rc,rcp->rp", forward, each.alone_forward)
+                + np.einsum("rc,rcp->rp", backward, each.alone_backward)
+                for each in self.sums
+            ]
+        fill = self.stages.fill[self.first]
+        once = np.concatenate([*(fill + each for each in alone), *(self.around + each for each in alone)])
+        order = np.argsort(once.sum(axis=1), kind="stable")
+        longest = np.empty(1 + self.kind.max(), dtype=np.int64)
+        longest[self.kind[order]] = order  # of equal ones the last stays
+        keeps = (once > once[longest[self.kind]]).any(axis=1)
+        keeps[longest] = True
+        return self.owner[keeps], once[keeps], self.each[keeps], np.ones(np.count_nonzero(keeps), dtype=np.int64)
+
+    def there_and_back(self, found: Sequence[Ramp]) -> Iterator[Paths]:
+        """Few micro-batches of a rank's lowest stage, or of those on their way back between its two, at once."""
+        most, returning, last = np.array([(ramp.most, ramp.returning, ramp.last) for ramp in found]).T
+        stages, known = self.stages, most > 0
+        over, trips = most[known], self.share * stages.round_trip[self.first[known]]
+        yield self.home[known], over[:, None] * self.around[known], trips, over
+        known = returning > 0
+        over, way = returning[known], stages.way_back(self.final[known], self.first[known])
+        # One after the other, beside the first or the last micro-batch's other stages.
+        beside = np.where(last[known] > 0, last[known], over)[:, None]
+        alone = over[:, None] * (stages.round_trip[0] + stages.postponed[0]) - beside * way
+        yield self.home[known], alone, way, over
+
+
 @lru_cache(maxsize=8192)
-def _ranks(schedule: str, pipeline_parallel: int, virtual_stages: int, microbatches: int) -> _Ranks:
-    homes = schedule_traits(schedule, pipeline_parallel, virtual_stages).stages_of
-    return _Ranks.of(homes, ramps(schedule, pipeline_parallel, virtual_stages, microbatches))
+def _pipe(schedule: str, pipeline_parallel: int, virtual_stages: int, parts: tuple[tuple[int, ...], ...]) -> _Pipe:
+    traits = schedule_traits(schedule, pipeline_parallel, virtual_stages)
+    stages_of = np.array(traits.stages_of)
+    stages = _Stages.of(np.array(parts), _crossing(traits.stages_of), splits=traits.splits_backward)
+    never_paired = [ramp.never_paired for ramp in ramps(schedule, pipeline_parallel, virtual_stages, pipeline_parallel)]
+    sums = tuple(_sums(traits, stages, np.array(never_paired)))
+    share = 0.5 if traits.mirrored else 1.0
+    first, (_, here, _) = stages_of.min(axis=1), rank_classes(traits.stages_of, parts)
+    home = np.full(len(here), here[first.argmin()])
+    owner = np.concatenate([*(here for _ in sums), *(home for _ in sums)])
+    each = share * np.concatenate([*(one.each + one.later for one in sums), *(one.each for one in sums)])
+    kinds: dict[bytes, int] = {}
+    return _Pipe(
+        stages_of=traits.stages_of,
+        stages=stages,
+        share=share,
+        first=first,
+        final=stages_of.max(axis=1),
+        here=here,
+        home=home,
+        around=stages.fill[first] + stages.drain[first] + stages.postponed[0],
+        sums=sums,
+        owner=owner,
+        each=each,
+        kind=np.array([kinds.setdefault(bytes(path), len(kinds)) for path in np.column_stack([owner, each])]),
+    )
 
 
-def _before(each: Counts) -> Counts:
-    return np.cumsum(each, axis=0) - each
-
-
-def _paths(traits: Traits, stages: _Stages, ranks: _Ranks) -> Iterator[tuple[NDArray, Counts, Counts, NDArray]]:
-    """(ranks on which they end, counts of a step and of every micro-batch, divisors) of paths through every rank."""
-    first = ranks.first
-    share = 0.5 if traits.mirrored else 1.0  # of the micro-batches that a rank works through
-    here, first_home, undivided = np.arange(len(first)), np.full(len(first), first.argmin()), np.ones_like(first)
-    # The first action of a rank is a forward of its first stage, the last but weight gradients a backward of that.
-    there_and_back = stages.fill[first] + stages.drain[first] + stages.postponed[0]
-    for once, each, later in _work(traits, stages, ranks):
-        yield here, stages.fill[first] + once, share * (each + later), undivided
-        yield first_home, there_and_back + once, share * each, undivided
-    known = ranks.most > 0
-    most = ranks.most[known]
-    trips = share * stages.round_trip[first[known]]
-    yield first_home[known], most[:, None] * there_and_back[known], trips, most
-    known = ranks.returning > 0
-    way = stages.way_back(ranks.final[known], first[known])
-    returning, last = ranks.returning[known, None], ranks.last[known, None]
-    # One after the other, beside the first or the last micro-batch's other stages.
-    alone = returning * (stages.round_trip[0] + stages.postponed[0]) - np.where(last > 0, last, returning) * way
-    yield first_home[known], alone, way, ranks.returning[known]
-
-
-def _work(traits: Traits, stages: _Stages, ranks: _Ranks) -> Iterator[tuple[Counts, Counts, Counts]]:
-    """(once, each, postponed) of what the ranks do; `each` and `postponed` for every micro-batch.
-
-    A pair takes at least: all its computing, all its exchanging, either part alone. In each sum the other work counts
-    where it is in no pair. Of a schedule that postpones weight gradients some may be in pairs.
+def _sums(traits: Traits, stages: _Stages, never_paired: NDArray[np.int64]) -> Iterator[_Sum]:
+    """A pair takes at least: all its computing, all its exchanging, either part alone. In each sum the other work
+    counts where it is in no pair, as `never_paired` (ranks, chunks) says. Of a schedule that postpones weight gradients
+    some may be in pairs.
     """
     forward, exchanged_forward = stages.computed_forward, stages.exchanged_forward
     backward, exchanged_backward = stages.computed_backward, stages.exchanged_backward
     postponed, nothing = stages.postponed, 0 * forward
+    of = np.array(traits.stages_of)
     if not traits.overlaps:
         each = forward + exchanged_forward + backward + exchanged_backward
-        yield ranks.held @ nothing, ranks.held @ each, ranks.held @ postponed
+        yield _Sum(each[of].sum(axis=1), postponed[of].sum(axis=1), nothing[of], nothing[of])
         return
-    sums = (
+    for each, later, other_forward, other_backward in (
         (forward + backward, postponed, exchanged_forward, exchanged_backward),
         (exchanged_forward + exchanged_backward, nothing, forward, backward),
         (forward + exchanged_forward, nothing, nothing, backward + exchanged_backward),
         (backward + exchanged_backward, postponed, forward + exchanged_forward, nothing),
-    )
-    for each, later, other_forward, other_backward in sums:
-        once = ranks.alone_forward @ other_forward + ranks.alone_backward @ other_backward
-        always = ranks.never_paired @ (other_forward + other_backward)
-        yield once, ranks.held @ each + always, ranks.held @ later
-
-
-def _longest(owner: NDArray[np.int64], once: Counts, each: Counts, over: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The paths, sorted by owner, without those contained in the longest of the same owner, `each` and `over`."""
-    kind: dict[bytes, int] = {}
-    of = np.array([kind.setdefault(bytes(path), len(kind)) for path in np.column_stack([owner, over, each])])
-    longest = np.empty(len(kind), dtype=np.int64)
-    order = np.argsort(once.sum(axis=1), kind="stable")
-    longest[of[order]] = order  # of equal ones the last stays
-    reaches_out = (once > once[longest[of]]).any(axis=1)
-    rows = np.union1d(np.flatnonzero(reaches_out), longest)
-    return rows[np.argsort(owner[rows], kind="stable")]
+    ):
+        total = each[of].sum(axis=1)
+        if never_paired.size:
+            total = total + np.einsum("rc,rcp->rp", never_paired, (other_forward + other_backward)[of])
+        yield _Sum(total, later[of].sum(axis=1), other_forward[of], other_backward[of])

@@ -7,14 +7,13 @@ of a rank's chunks, in the order of `stages_of_ranks`; p ranks, v chunks, m micr
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 Chunks = tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Ramp:
+class Ramp(NamedTuple):
     """One rank. `kept`: for some instants, the whole activations that it holds at least, while a pair runs none of its
     forward. `waiting`: for instants at which a backward runs, what else is held then: (kept, micro-batches whose
     weight gradients are still to come).
@@ -88,13 +87,13 @@ def _pairs(p: int, v: int, m: int, rank: int) -> Ramp:
 def _zb_h1_pairs(p: int, v: int, m: int, rank: int) -> Ramp:
     """Once a rank has no forward left, a weight gradient waits for the next idle slot."""
     waiting = (((2 * (p - rank) - 3,), (1,)),) if rank < p - 1 and m >= 2 * p else ()
-    return replace(_pairs(p, v, m, rank), waiting=waiting)
+    return _pairs(p, v, m, rank)._replace(waiting=waiting)
 
 
 def _zb_h2_pairs(p: int, v: int, m: int, rank: int) -> Ramp:
     """Weight gradients wait from the first pair on, and run once a rank has no forward left."""
     waiting = min(p + rank, 2 * (p - 1 - rank))
-    return replace(_pairs(p, v, m, rank), waiting=(((1,), (waiting,)),) if m >= 2 * p else ())
+    return _pairs(p, v, m, rank)._replace(waiting=(((1,), (waiting,)),) if m >= 2 * p else ())
 
 
 def _interleaved(p: int, v: int, m: int, rank: int) -> Ramp:
@@ -118,17 +117,17 @@ def _v(p: int, v: int, m: int, rank: int) -> Ramp:
 
 def _zb_v(p: int, v: int, m: int, rank: int) -> Ramp:
     """At its end a rank runs a pair of I for every rank before it, then their weight gradients."""
-    return replace(_v(p, v, m, rank), waiting=(((p - rank, 0), (rank, rank)),) if m >= 2 * p - 1 else ())
+    return _v(p, v, m, rank)._replace(waiting=(((p - rank, 0), (rank, rank)),) if m >= 2 * p - 1 else ())
 
 
 def _zb_v_pairs(p: int, v: int, m: int, rank: int) -> Ramp:
     waiting = (rank // 2 + 1, (rank + 1) // 2 + 1)
-    return replace(_v(p, v, m, rank), waiting=(((p - rank, 0), waiting),) if rank else ())
+    return _v(p, v, m, rank)._replace(waiting=(((p - rank, 0), waiting),) if rank else ())
 
 
 def _dualpipe_v(p: int, v: int, m: int, rank: int) -> Ramp:
     """Of the last backwards that come in turns the second half leaves its weight gradients for the end."""
-    return replace(_v(p, v, m, rank), waiting=(((p - rank, 0), (rank // 2, (rank + 1) // 2)),))
+    return _v(p, v, m, rank)._replace(waiting=(((p - rank, 0), (rank // 2, (rank + 1) // 2)),))
 
 
 def _dualpipe(p: int, v: int, m: int, rank: int) -> Ramp:
