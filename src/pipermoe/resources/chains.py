@@ -193,8 +193,7 @@ class _Pipe:
         order = np.argsort(once.sum(axis=1), kind="stable")
         longest = np.empty(1 + self.kind.max(), dtype=np.int64)
         longest[self.kind[order]] = order  # of equal ones the last stays
-        keeps = (once > once[longest[self.kind]]).any(axis=1)
-        keeps[longest] = True
+        keeps = np.any(once > once[longest[self.kind]], axis=1) | np.isin(np.arange(len(once)), longest)
         return self.owner[keeps], once[keeps], self.each[keeps], np.ones(np.count_nonzero(keeps), dtype=np.int64)
 
     def there_and_back(self, found: Sequence[Ramp]) -> Iterator[Paths]:
