@@ -39,7 +39,7 @@ LIMIT = 10_000
 
 def feasible(demo: Demo, budget: int, most: int) -> list[Plan]:
     """The plans that fit and that this runtime runs, as the planner ranks them: all, or the best and some others."""
-    field = searched(demo.model, demo.platform, demo.train, RANKS, budget)
+    field = searched(demo.model, demo.platform, demo.train, RANKS, memory_budget_bytes=budget)
     strategies = [field.space.strategy(found.place) for found in field.best(LIMIT).best]
     runs = legal_mask(StrategyTable.of(strategies), demo.model, demo.train, RANKS, EXECUTABLE)
     ranked = [strategy for strategy, can in zip(strategies, runs, strict=True) if can]

@@ -66,12 +66,10 @@ def balance(
 
     read = read_trace(trace)
     priced_on = _plan_and_machine(plan, platform, ranks, read)
-    ranks = ranks if ranks is not None else (priced_on[0].strategy.expert_parallel if priced_on else 64)
-    fitting = _slots(slots, ranks, nodes, experts=read.shape[2])
     _positive(every=every, window=window)
-    found = compare_policies(
-        read, _chosen(policy, read), ranks=ranks, nodes=nodes, slots=fitting, every=every, window=window
-    )
+    ranks = ranks if ranks is not None else (priced_on[0].strategy.expert_parallel if priced_on else 64)
+    place = {"ranks": ranks, "nodes": nodes, "slots": _slots(slots, ranks, nodes, experts=read.shape[2])}
+    found = compare_policies(read, _chosen(policy, read), **place, every=every, window=window)
     if plot is not None:
         draw_comparison(found, plot)
     if priced_on is None:

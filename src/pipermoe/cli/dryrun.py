@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from pipermoe.cli.options import ModelName, Switch, training_job
 from pipermoe.cli.output import show
 from pipermoe.specs.errors import UserError
+
+if TYPE_CHECKING:
+    from pipermoe.specs.configuration import Configuration
 
 
 def dryrun(
@@ -51,27 +54,33 @@ def dryrun(
     json
         Print as JSON, action by action.
     """
+    from pipermoe.dryrun.dry_run import dry_run
     from pipermoe.report.footprint import render_footprint
-    from pipermoe.specs.catalogue import load_model
     from pipermoe.specs.documents import load
     from pipermoe.specs.plan import Plan
-    from pipermoe.specs.strategy_text import read_strategy
 
     if plan is not None:
         if any(option is not None for option in (model, strategy, job, seq_len, global_batch)):
             raise UserError("--plan brings model, strategy and job; leave their options out")
-        document = load(plan, Plan)
-        spec, arrangement, task = document.model, document.strategy, document.train
+        what = load(plan, Plan)
     elif model is not None and strategy is not None:
-        spec = load_model(model)
-        arrangement = read_strategy(strategy)
-        batch = 2 * arrangement.num_stages * arrangement.data_parallel * arrangement.micro_batch_size
-        defaults = {} if job else {"seq_len": 4096, "global_batch_size": batch, "precision": "bf16"}
-        task = training_job(job, seq_len, global_batch, defaults=defaults)
+        what = _described(model, strategy, job, seq_len, global_batch)
     else:
         raise UserError("give --plan, or --model and --strategy")
-
-    from pipermoe.dryrun.dry_run import dry_run
-
-    footprint = dry_run(spec, task, arrangement, rank=rank, world_size=world_size, routing=routing, seed=seed)
+    asked = {"rank": rank, "world_size": world_size, "routing": routing, "seed": seed}
+    footprint = dry_run(what.model, what.train, what.strategy, **asked)
     show(footprint, lambda console: render_footprint(footprint, console), as_json=json)
+
+
+def _described(
+    model: str, strategy: str, job: Path | None, seq_len: int | None, global_batch: int | None
+) -> Configuration:
+    from pipermoe.specs.catalogue import load_model
+    from pipermoe.specs.configuration import Configuration
+    from pipermoe.specs.strategy_text import read_strategy
+
+    arranged = read_strategy(strategy)
+    batch = 2 * arranged.num_stages * arranged.data_parallel * arranged.micro_batch_size
+    defaults = {} if job else {"seq_len": 4096, "global_batch_size": batch, "precision": "bf16"}
+    task = training_job(job, seq_len, global_batch, defaults=defaults)
+    return Configuration(model=load_model(model), train=task, strategy=arranged)

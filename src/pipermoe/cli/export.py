@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
 
 from pipermoe.cli.options import Output, Switch
 from pipermoe.cli.output import note, show
 
 DEFAULT_RANKS_PER_NODE = 8
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlurmOptions:
+    """What a Slurm job asks for."""
+
+    time: Annotated[str, Parameter(help="The limit of a Slurm job.")] = "24:00:00"
+    partition: Annotated[str | None, Parameter(help="The partition of a Slurm job. Default: the cluster's.")] = None
+    account: Annotated[str | None, Parameter(help="The account of a Slurm job. Default: the user's.")] = None
+    cpu: Annotated[bool, Parameter(negative="", help="Ask Slurm for no GPUs.")] = False
+
+
+A_DAY = SlurmOptions()
 
 
 def export(
@@ -19,10 +36,7 @@ def export(
     platform: str | None = None,
     ranks_per_node: int | None = None,
     runs: Literal["pipermoe", "megatron", "torchtitan", "deepspeed"] = "pipermoe",
-    time: str = "24:00:00",
-    partition: str | None = None,
-    account: str | None = None,
-    cpu: Switch = False,
+    slurm: SlurmOptions = A_DAY,
     json: Switch = False,
 ) -> None:
     """Write a plan as a job of another system.
@@ -42,14 +56,6 @@ def export(
         Ranks that one node starts. Default: the platform's; without one 8, or all of a smaller plan.
     runs
         What a Slurm job runs.
-    time
-        The limit of a Slurm job.
-    partition
-        The partition of a Slurm job. Default: the cluster's.
-    account
-        The account of a Slurm job. Default: the user's.
-    cpu
-        Ask Slurm for no GPUs.
     json
         Print the files as JSON, too.
     """
@@ -70,8 +76,8 @@ def export(
     system = runs if target == "slurm" else target
     job = export_plan(document, system, per_node, where=str(plan), platform=machine)
     if target == "slurm":
-        options = {"gpus": not cpu, "time": time, "partition": partition, "account": account}
-        script = batch_script(document.name, cluster_of(document, per_node), **options)
+        options = {"time": slurm.time, "partition": slurm.partition, "account": slurm.account}
+        script = batch_script(document.name, cluster_of(document, per_node), gpus=not slurm.cpu, **options)
         job = job.model_copy(update={"files": job.files | {"job.sbatch": script}})
     paths = write_files(folder, job.files)
     show(job, lambda console: console.print(f"{document.strategy.compact()} for {job.tested_with}"), as_json=json)

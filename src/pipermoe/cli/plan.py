@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Unpack
 
 from cyclopts import Parameter
 
@@ -29,7 +29,8 @@ from pipermoe.specs.errors import UserError
 
 if TYPE_CHECKING:
     from pipermoe.planner.campaign import Goal
-    from pipermoe.specs.legality import Rule
+    from pipermoe.planner.job import Job, Limits
+    from pipermoe.planner.result import PlanningResult
     from pipermoe.specs.model import ModelSpec
     from pipermoe.specs.platform import Platform
     from pipermoe.specs.train import TrainConfig
@@ -79,7 +80,27 @@ class RunOptions:
         return Goal(tokens=count, seconds=seconds, price=self.price, reliability=reliability)
 
 
-WHOLE_RUN = RunOptions()
+@Parameter(name="*")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchOptions:
+    """What is searched for, and how far."""
+
+    objective: Annotated[
+        Literal["step-time", "memory", "device-hours"],
+        Parameter(
+            help="The fastest step; the most memory to spare among strategies at most 5 % slower; or, of all numbers "
+            "of ranks up to --ranks, the one that trains --tokens in the fewest device-hours."
+        ),
+    ] = "step-time"
+    runtime: Runtime = "pipermoe"
+    within: Annotated[
+        float,
+        Parameter(help="By how many per cent another strategy may be faster, which takes less to prove; 0 is none."),
+    ] = 0.0
+    top: Annotated[int, Parameter(help="Rows in the table.")] = 8
+
+
+WHOLE_RUN, FASTEST = RunOptions(), SearchOptions()
 
 
 def plan(
@@ -90,13 +111,10 @@ def plan(
     nodes: int | None = None,
     job: JobOptions = NO_JOB,
     limits: LimitOptions = NO_LIMITS,
-    objective: Literal["step-time", "memory", "device-hours"] = "step-time",
+    search: SearchOptions = FASTEST,
     run: RunOptions = WHOLE_RUN,
     pareto: Switch = False,
     plot: Plot | None = None,
-    runtime: Runtime = "pipermoe",
-    within: float = 0.0,
-    top: int = 8,
     output: Output = Path("plan.toml"),
     json: Switch = False,
 ) -> None:
@@ -108,30 +126,21 @@ def plan(
         Number of ranks. Default: the ranks of one of the platform's hosts.
     nodes
         Number of hosts instead, all of their ranks.
-    objective
-        The fastest step; the most memory to spare among strategies at most 5 % slower; or, of all numbers of ranks up
-        to --ranks, the one that trains --tokens in the fewest device-hours.
     pareto
         Also the front of step time against memory.
     plot
         Draw that front into this file (.svg or .png).
-    within
-        By how many per cent another strategy may be faster, which takes less to prove; 0 is none.
-    top
-        Rows in the table.
     output
         The plan file to write (TOML): what `pipermoe train` runs.
     json
         Print the ranking and the explanation as JSON.
     """
-    from pipermoe.planner import find_plan
     from pipermoe.report.campaign import front_picture
     from pipermoe.report.picture import write_picture
     from pipermoe.report.plan import render_planning
     from pipermoe.specs.catalogue import load_model
     from pipermoe.specs.documents import require_writable, save
     from pipermoe.specs.platform_file import load_platform
-    from pipermoe.specs.runtimes import executed_by
 
     require_writable(output)
     machine, spec = load_platform(platform), load_model(model)
@@ -139,22 +148,7 @@ def plan(
     if run.target is not None and (ranks is not None or nodes is not None):
         raise UserError("--target finds the number of ranks: leave --ranks and --nodes out")
     asked = number_of_ranks(machine, ranks, nodes)
-    size = _size(spec, machine, task, asked, objective, goal, runtimes=executed_by(runtime, spec, task), **case)
-    how = "memory" if objective == "memory" else "step-time"
-    with_front = pareto or plot is not None
-    planning = find_plan(
-        spec,
-        machine,
-        task,
-        world_size=size,
-        objective=how,
-        goal=goal,
-        pareto=with_front,
-        runtime=runtime,
-        within=within / 100,
-        top=top,
-        **case,
-    )
+    planning = _find(spec, machine, task, asked, search, goal, pareto=pareto or plot is not None, **case)
     save(output, planning.plan, header=f"A plan by pipermoe {__version__}: {planning.plan.strategy.compact()}")
     show(planning, lambda console: render_planning(planning, console), as_json=json)
     note(f"Wrote {output}", as_json=json)
@@ -162,8 +156,53 @@ def plan(
         write_picture(front_picture(planning.pareto, planning.plan.name), plot)
         note(f"Wrote {plot}", as_json=json)
     if not json:
-        runs_on = sorted(planning.plan.runs_on, key=lambda name: name != runtime)  # what was asked for comes first
+        runs_on = sorted(planning.plan.runs_on, key=lambda name: name != search.runtime)  # what was asked for first
         note(_next_commands(output, runs_on, planning.chosen.worst_rank), as_json=json)
+
+
+def _find(
+    model: ModelSpec,
+    platform: Platform,
+    train: TrainConfig,
+    ranks: int,
+    search: SearchOptions,
+    goal: Goal | None,
+    *,
+    pareto: bool,
+    **limits: Unpack[Limits],
+) -> PlanningResult:
+    """The plan for so many ranks, or for as many as the goal asks for."""
+    from pipermoe.planner import find_plan
+    from pipermoe.planner.job import Job
+    from pipermoe.specs.runtimes import executed_by
+
+    job = Job.of(model, platform, train, ranks, executed_by(search.runtime, model, train), **limits)
+    return find_plan(
+        model,
+        platform,
+        train,
+        world_size=_size(job, search.objective, goal),
+        objective="memory" if search.objective == "memory" else "step-time",
+        goal=goal,
+        pareto=pareto,
+        runtime=search.runtime,
+        within=search.within / 100,
+        top=search.top,
+        **limits,
+    )
+
+
+def _size(job: Job, objective: str, goal: Goal | None) -> int:
+    """The number of ranks: the job's, or what the goal asks for."""
+    from pipermoe.planner.campaign import fewest_device_hours, fewest_ranks
+
+    if goal is not None and goal.seconds is not None:
+        return fewest_ranks(job, goal)
+    if objective != "device-hours":
+        return job.world_size
+    if goal is None:
+        raise UserError("--objective device-hours: of how many tokens? give --tokens, such as 15T")
+    return fewest_device_hours(job, goal)
 
 
 def _next_commands(plan: Path, runs_on: Sequence[str], worst_rank: int) -> str:
@@ -177,31 +216,3 @@ def _next_commands(plan: Path, runs_on: Sequence[str], worst_rank: int) -> str:
         commands[f"export {first} --plan {plan}"] = f"or {', '.join(others)}" if others else "a batch script"
     width = max(map(len, commands), default=0)
     return "\n".join(f"  pipermoe {command:<{width}}  # {what}" for command, what in commands.items())
-
-
-def _size(
-    model: ModelSpec,
-    platform: Platform,
-    train: TrainConfig,
-    ranks: int,
-    objective: str,
-    goal: Goal | None,
-    *,
-    runtimes: tuple[tuple[Rule, ...], ...],
-    memory_budget_bytes: int | None,
-    headroom: float,
-    imbalance: float,
-) -> int:
-    """The number of ranks: as given, or what the goal asks for."""
-    from pipermoe.planner.campaign import fewest_device_hours, fewest_ranks
-    from pipermoe.planner.job import Job, without_headroom
-
-    budget = without_headroom(memory_budget_bytes or platform.memory_budget_bytes, headroom)
-    job = Job(model, platform, train, ranks, budget, imbalance, runtimes, headroom=headroom)
-    if goal is not None and goal.seconds is not None:
-        return fewest_ranks(job, goal)
-    if objective != "device-hours":
-        return ranks
-    if goal is None:
-        raise UserError("--objective device-hours: of how many tokens? give --tokens, such as 15T")
-    return fewest_device_hours(job, goal)

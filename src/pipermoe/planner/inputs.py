@@ -5,35 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import fields
 
-from pipermoe.planner.job import HEADROOM
+from pipermoe.planner.job import HEADROOM, Job
 from pipermoe.resources.activations.sizes import RUNTIME, MemoryProfile
 from pipermoe.resources.step import peak_flops_per_rank
 from pipermoe.specs.device import RateCurve
-from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.plan import PlanInput
 from pipermoe.specs.platform import Platform
 from pipermoe.specs.train import TrainConfig
 
 
-def plan_inputs(
-    model: ModelSpec,
-    platform: Platform,
-    train: TrainConfig,
-    world_size: int,
-    memory_budget_bytes: int | None,
-    headroom: float,
-    imbalance: float,
-) -> dict[str, PlanInput]:
-    """Dotted key -> value and source, ready for the plan file. Without `memory_budget_bytes` it is the platform's."""
-    peak = peak_flops_per_rank(platform, train, world_size)
-    given = memory_budget_bytes is not None
+def plan_inputs(job: Job) -> dict[str, PlanInput]:
+    """Dotted key -> value and source, ready for the plan file."""
+    model, platform, train, imbalance, headroom = job.model, job.platform, job.train, job.imbalance, job.headroom
+    peak, given = peak_flops_per_rank(platform, train, job.world_size), job.memory_bytes != platform.memory_budget_bytes
     budget = PlanInput(
-        value=memory_budget_bytes if given else platform.memory_budget_bytes,
+        value=job.memory_bytes,
         source="given for this plan" if given else f"platform {platform.name}: memory less what is reserved",
     )
     inputs = {
         "model": PlanInput(value=model.name, source=model.source or "not named in the model file"),
-        "world_size": PlanInput(value=world_size, source="job"),
+        "world_size": PlanInput(value=job.world_size, source="job"),
         "train.seq_len": PlanInput(value=train.seq_len, source="job"),
         "train.global_batch_size": PlanInput(value=train.global_batch_size, source="job"),
         "train.precision": PlanInput(value=train.precision, source="job"),

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import TypedDict, Unpack
 
 from pipermoe.specs.errors import UserError, describe_value
 from pipermoe.specs.legality import Rule
@@ -32,7 +31,7 @@ class Limits(TypedDict, total=False):
 class Job:
     """Everything that a search is about; `imbalance` is the busiest rank's rows over the mean.
 
-    Plans may fill `memory_budget_bytes`, which is a rank's memory less the share `headroom` of it.
+    Plans leave the share `headroom` of a rank's `memory_bytes` free.
     Beside those of legality a strategy obeys all rules of one of `runtimes`; by default of this project's own. What is
     not simulated may be faster than the last of a ranking by the share `tolerance` at most.
     """
@@ -41,20 +40,34 @@ class Job:
     platform: Platform
     train: TrainConfig
     world_size: int
-    memory_budget_bytes: int
+    memory_bytes: int
     imbalance: float = 1.0
     runtimes: tuple[tuple[Rule, ...], ...] = (EXECUTABLE,)
     tolerance: float = 0.0
     headroom: float = 0.0
 
+    @classmethod
+    def of(
+        cls,
+        model: ModelSpec,
+        platform: Platform,
+        train: TrainConfig,
+        world_size: int,
+        runtimes: tuple[tuple[Rule, ...], ...] = (EXECUTABLE,),
+        tolerance: float = 0.0,
+        **limits: Unpack[Limits],
+    ) -> Job:
+        """The job within these limits. UserError where they leave nothing, or more than there is."""
+        memory = limits.get("memory_budget_bytes") or platform.memory_budget_bytes
+        headroom, imbalance = limits.get("headroom", HEADROOM), limits.get("imbalance", 1.0)
+        if not 0 <= headroom < 1:
+            raise UserError(describe_value("", "headroom", f"{headroom:.0%}", "must be at least 0 and less than 100 %"))
+        if not 1 <= imbalance <= model.moe.num_experts:
+            rule = f"is the busiest rank's rows over the mean: from 1 to num_experts = {model.moe.num_experts}"
+            raise UserError(describe_value("", "imbalance", imbalance, rule))
+        return cls(model, platform, train, world_size, memory, imbalance, runtimes, tolerance, headroom)
+
     @property
-    def memory_bytes(self) -> int:
-        """A rank's memory, headroom included."""
-        return math.ceil(self.memory_budget_bytes / (1 - self.headroom))
-
-
-def without_headroom(memory_bytes: int, headroom: float) -> int:
-    """What plans may fill of a rank's memory. UserError where that is nothing, or more than all."""
-    if not 0 <= headroom < 1:
-        raise UserError(describe_value("", "headroom", f"{headroom:.0%}", "must be at least 0 and less than 100 %"))
-    return int(memory_bytes * (1 - headroom))
+    def memory_budget_bytes(self) -> int:
+        """What plans may fill of a rank's memory."""
+        return int(self.memory_bytes * (1 - self.headroom))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from pipermoe.planner.candidate import candidate
-from pipermoe.planner.job import Job, without_headroom
+from pipermoe.planner.job import Job
 from pipermoe.planner.search import Field
 from pipermoe.specs.errors import NoPlanFits
 from pipermoe.specs.report import MEMORY_CATEGORIES
@@ -41,12 +41,11 @@ def _spared(job: Job) -> str:
 def _relaxations(job: Job, peak_bytes: int) -> Iterator[tuple[str, Field]]:
     """No headroom, more memory, more ranks, a shorter sequence: each the first step that is enough."""
     if job.memory_budget_bytes < peak_bytes <= job.memory_bytes:
-        yield "--headroom 0", Field.of(replace(job, memory_budget_bytes=job.memory_bytes, headroom=0.0))
+        yield "--headroom 0", Field.of(replace(job, headroom=0.0))
     needed = peak_bytes / (1 - job.headroom)
     unit = GIB if needed > MANY * GIB else MIB
     enough = math.ceil(needed / unit) * unit
-    roomier = replace(job, memory_budget_bytes=without_headroom(enough, job.headroom))
-    yield f"--memory {option_bytes(enough)}", Field.of(roomier)
+    yield f"--memory {option_bytes(enough)}", Field.of(replace(job, memory_bytes=enough))
     sizes = [job.world_size << n for n in range(1, DOUBLINGS + 1)]
     more = (replace(job, world_size=size) for size in sizes if size <= job.platform.levels[-1].ranks)
     if field := _first_that_fits(more):

@@ -41,7 +41,7 @@ def what_ifs(job: Job, chosen: Candidate, roomier: Strategy | None = None) -> tu
         network = with_network(job.platform, bandwidth=2.0, latency=0.5)
         yield ask("network twice as fast", replace(job, platform=network))
         if roomier is not None:
-            more = replace(job, memory_budget_bytes=int(job.memory_budget_bytes * MORE_MEMORY))
+            more = replace(job, memory_bytes=int(job.memory_bytes * MORE_MEMORY))
             yield ask("a quarter more memory", more, roomier, f"--memory {option_bytes(more.memory_bytes)}")
         if chosen.strategy.schedule.endswith(OVERLAP):
             plain = chosen.strategy.schedule.removesuffix(OVERLAP)

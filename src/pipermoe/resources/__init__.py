@@ -1,0 +1,1 @@
+"""The resource model: what a strategy computes, moves, holds and takes, as formulas over arrays."""

@@ -1,0 +1,1 @@
+"""Pipeline schedules as data: who builds them, checks them, times them and reads them."""
