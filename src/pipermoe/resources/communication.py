@@ -273,31 +273,29 @@ def sync_calls(
     after the update. ZeRO-2: a reduce-scatter for every micro-batch. ZeRO-3: instead of the gather after the update one
     before each of the unit's forwards and backwards; what is used twice in a row is gathered once, which only the
     schedule knows: `resources/gathers.py` counts those exactly.
-    Multi-token prediction uses embedding and head again. The gradients of an embedding at both ends of the pipeline are
-    summed over the two ends as well.
+    Multi-token prediction uses embedding and head again, a tied head the embedding. The gradients of an embedding at
+    both ends of the pipeline are summed over the two ends as well.
     """
     state, microbatches = train.recipe.state, table.stage_microbatches(train.global_batch_size)[:, None]
     apart = (states.copied > 0).astype(np.int64)
     copies = apart * shapes.has_head
     units = shapes.routed_layers + shapes.dense_layers + shapes.has_embedding + shapes.has_head + copies
-    # Multi-token prediction comes back to the head and to the embedding, which the copy is counted for once.
-    again = 2 * shapes.predictions - copies * (shapes.predictions > 0)
     size, zero = table.dense_replicas, table.zero_dense[:, None]
     over_ends = states.copied // np.where(zero >= 1, size[:, None], 1)
     reducing, gathering = [Call("all_reduce", "ends", apart, over_ends * state.gradient)], []
     routed = shapes.routed_layers
-    dense = ("dp", states.dense, states.again, units, units + again, size, zero)
-    expert = ("edp", states.expert, 0, routed, routed, table.expert_replicas, table.zero_expert[:, None])
-    for axis, elements, more, held, uses, group, level in (dense, expert):
+    dense = ("dp", states.dense, units, states.used, states.uses, size, zero)
+    expert = ("edp", states.expert, routed, states.expert, routed, table.expert_replicas, table.zero_expert[:, None])
+    for axis, elements, held, used, uses, group, level in (dense, expert):
         shared = ((group > 1)[:, None] & (elements > 0)).astype(np.int64)
         replicated = shared * (level == 0)
         scatters = shared * np.where(level >= 2, microbatches * uses, (level == 1) * held)
         whole = shared * elements
-        summed = np.where(level >= 2, microbatches * (whole + shared * more), (level == 1) * whole)
+        summed = np.where(level >= 2, microbatches * shared * used, (level == 1) * whole)
         reducing.append(Call("all_reduce", axis, replicated * held, replicated * elements * state.gradient))
         reducing.append(Call("reduce_scatter", axis, scatters, summed * state.gradient))
         gathers = shared * np.where(level == 3, 2 * microbatches * uses, (level >= 1) * held)
-        gathered = np.where(level == 3, 2 * microbatches * (whole + shared * more), (level >= 1) * whole)
+        gathered = np.where(level == 3, 2 * microbatches * shared * used, (level >= 1) * whole)
         gathering.append(Call("all_gather", axis, gathers, gathered * state.weight))
     return reducing, gathering
 

@@ -47,7 +47,8 @@ def weight_gathers(model: ModelSpec, train: TrainConfig, strategy: Strategy) -> 
     layers = [model.is_moe(layer) for layer in range(model.num_layers)]
     parts = parts_of_stages(layers, strategy.num_stages, strategy.layer_split, model.mtp_layers)
     units, sharded = units_of_stages(parts), {unit for each in sizes.values() for unit in each}
-    counts = [gathered(schedule, rank, parts, units, sharded) for rank in range(schedule.num_ranks)]
+    tied = model.tie_word_embeddings
+    counts = [gathered(schedule, rank, parts, units, sharded, tied=tied) for rank in range(schedule.num_ranks)]
     found = [
         Call(
             "all_gather",
@@ -67,9 +68,14 @@ def gathered(
     parts_of: Sequence[Sequence[Part]],
     units_of: Sequence[Sequence[str]],
     sharded: set[str],
+    *,
+    tied: bool = False,
 ) -> Counter[str]:
-    """How often `rank` gathers each `sharded` unit; `parts_of` and `units_of` by stage, in the order of a forward."""
-    here = WholeWeights(sharded)
+    """How often `rank` gathers each `sharded` unit; `parts_of` and `units_of` by stage, in the order of a forward.
+
+    A `tied` head brings the embedding with it.
+    """
+    here = WholeWeights(sharded, tied=tied)
     count: Counter[str] = Counter()
     for action in schedule.ranks[rank]:
         kind, stage, beside = action.parts[-1].kind, action.parts[-1].stage, action.stage if action.pair else -1

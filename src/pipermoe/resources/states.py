@@ -27,7 +27,8 @@ class StateElements:
 
     `weights`, `gradients` and `updated` (master and moments) are what the rank keeps of both under its ZeRO levels;
     `owned` is the slice whose part of the gradient norm it counts. `copied` is the whole buffer of an embedding that
-    both ends of the pipeline hold, `again` what multi-token prediction uses of embedding and head beyond once.
+    both ends of the pipeline hold. `uses` dense buffers, of `used` elements, are in turn whole in a forward, or a
+    backward, that sharding brings weights for, or takes gradients from: one twice counts twice.
     """
 
     dense: Any
@@ -37,7 +38,8 @@ class StateElements:
     updated: Any
     owned: Any
     copied: Any
-    again: Any
+    uses: Any
+    used: Any
 
     @property
     def held(self) -> Any:
@@ -77,10 +79,16 @@ class Units:
         dense = dense + shapes.moe_layers * self.moe_layer + shapes.dense_layers * self.dense_layer
         return dense + shapes.predictions * self.prediction, shapes.routed_layers * self.experts
 
-    def again(self, shapes: StageShapes) -> Any:
-        """What multi-token prediction uses more than once: every depth comes back to head and embedding."""
-        first_use = (shapes.predictions > 0) * (1 - shapes.has_embedding)
-        return shapes.predictions * self.head + (shapes.predictions - first_use) * self.embedding
+    def uses(self, shapes: StageShapes, *, tied: bool) -> tuple[Any, Any]:
+        """How many dense buffers a forward, or a backward, uses, and their elements.
+
+        Every depth of multi-token prediction comes back to head and embedding; a tied head uses the embedding as well.
+        """
+        heads = shapes.has_head + shapes.predictions
+        embeddings = shapes.has_embedding + shapes.predictions + tied * heads
+        layers = shapes.moe_layers * self.moe_layer + shapes.dense_layers * self.dense_layer
+        elements = embeddings * self.embedding + heads * self.head + layers + shapes.predictions * self.prediction
+        return embeddings + heads + shapes.routed_layers + shapes.dense_layers, elements
 
 
 def state_elements(model: ModelSpec, shapes: StageShapes, table: StrategyTable) -> StateElements:
@@ -90,6 +98,7 @@ def state_elements(model: ModelSpec, shapes: StageShapes, table: StrategyTable) 
     padded = units_of(model, table).padded(*copies)
     wholes = padded.on(shapes, copied=model.embeds_twice)
     shards = tuple(whole // n for whole, n in zip(wholes, copies, strict=True))
+    uses, used = padded.uses(shapes, tied=model.tie_word_embeddings)
     at_one_end = np.abs(shapes.has_embedding - shapes.has_head) * model.embeds_twice
 
     def kept(sharded_from: int) -> Any:
@@ -104,7 +113,8 @@ def state_elements(model: ModelSpec, shapes: StageShapes, table: StrategyTable) 
         updated=kept(1),
         owned=shards[0] + shards[1],
         copied=at_one_end * padded.embedding,
-        again=padded.again(shapes),
+        uses=uses,
+        used=used,
     )
 
 

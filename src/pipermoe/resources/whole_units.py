@@ -71,15 +71,20 @@ def kinds_of_units(parts_of: Sequence[Sequence[Part]]) -> dict[str, UnitKind]:
 
 
 class WholeWeights:
-    """The `sharded` units whose weights are gathered on a rank: two, and those in use."""
+    """The `sharded` units whose weights are gathered on a rank: two, and those in use.
 
-    def __init__(self, sharded: Collection[str], here: Iterable[str] = ()) -> None:
+    Each is a flat buffer of its own name; a `tied` head needs the embedding's as well.
+    """
+
+    def __init__(self, sharded: Collection[str], here: Iterable[str] = (), *, tied: bool = False) -> None:
         self.sharded = sharded
         self.here = list(here)
+        self._tied = tied
+        self._whole = {flat for unit in self.here for flat in self._flats(unit)}
         self._in_use: dict[bool, str] = {}  # by direction: forward or not
 
     def begin(self, units: Sequence[str], step: Step) -> list[str]:
-        """Before a step of a stage with these units: what is gathered for it, and for the next unit."""
+        """Before a step of a stage with these units: the buffers gathered for it, and for the next unit."""
         ahead, gathered = step.place + (1 if step.forward else -1), []
         if step.first:
             self._in_use.pop(step.forward, None)
@@ -91,19 +96,25 @@ class WholeWeights:
             del self._in_use[step.forward]
         return gathered
 
+    def _flats(self, unit: str) -> tuple[str, ...]:
+        return (unit, "embedding") if self._tied and unit == "head" else (unit,)
+
     def _bring(self, unit: str) -> list[str]:
-        """What has to be gathered for it to be here: nothing or itself."""
+        """What has to be gathered for it to be here."""
         if unit not in self.sharded:
             return []
-        absent = unit not in self.here
-        if absent:
-            unused = [each for each in self.here if each not in self._in_use.values()]
+        if unit in self.here:
+            self.here.remove(unit)
+        else:
+            in_use = {flat for each in self._in_use.values() for flat in self._flats(each)}
+            unused = [each for each in self.here if in_use.isdisjoint(self._flats(each))]
             for each in unused[: len(self.here) + 1 - RESIDENT]:
                 self.here.remove(each)
-        else:
-            self.here.remove(unit)
+                self._whole.difference_update(self._flats(each))
         self.here.append(unit)
-        return [unit] if absent else []
+        absent = [flat for flat in self._flats(unit) if flat not in self._whole]
+        self._whole.update(absent)
+        return absent
 
 
 class WholeGradients:
