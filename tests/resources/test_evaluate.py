@@ -1,4 +1,4 @@
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -10,7 +10,9 @@ from pipermoe.resources.bound import step_bound
 from pipermoe.resources.evaluate import evaluate
 from pipermoe.resources.groups import Groups
 from pipermoe.resources.peak import memory_floor, peak_bytes
+from pipermoe.resources.quick_bound import quick_bound
 from pipermoe.resources.step import predict
+from pipermoe.resources.unit_seconds import unit_seconds
 from pipermoe.schedule.builders import RECIPES
 from pipermoe.schedule.legality import POSSIBLE
 from pipermoe.specs.catalogue import load_model
@@ -106,9 +108,13 @@ def test_no_simulation_of_any_strategy_undercuts_its_bound(case):
     model, machine_, train = model_of(name), platform_of(platform), JOBS[name]
     bound = step_bound(model, machine_, train, table)
     at_best = step_bound(model, machine_, train, table, ways=WAYS, levels=LEVELS)
+    quick = (
+        quick_bound(Groups(model, train, table), partial(unit_seconds, model, machine_, train)) if len(table) else []
+    )
     for row in range(len(table)):
         exact = predict(model, machine_, train, table.row(row)).step_seconds
         assert at_best[row] <= bound[row] * (1 + 1e-12)
+        assert quick[row] <= bound[row] * (1 + 1e-12)
         assert bound[row] <= exact * (1 + 1e-12)
         assert bound[row] > 0.3 * exact
 

@@ -17,7 +17,8 @@ from pipermoe.resources.groups import Groups, Ways
 from pipermoe.resources.kinds import distinct
 from pipermoe.resources.memory import prices
 from pipermoe.resources.peak import floor_prices, grouped_floor, grouped_peak_bytes
-from pipermoe.resources.price_list import Price, PriceList
+from pipermoe.resources.price_list import Price, PriceList, cheapest
+from pipermoe.resources.quick_bound import quick_bound
 from pipermoe.resources.unit_seconds import unit_seconds
 from pipermoe.specs.strategy_table import StrategyTable
 
@@ -42,6 +43,7 @@ class Judge:
         )
         of_units = partial(unit_seconds, job.model, job.platform, job.train, imbalance=job.imbalance)
         self._unit_seconds = PriceList(of_units)
+        self._head_bounds: dict[int, float] = {}
         self._head_floors: dict[int, float] = {}
         self._branch_floors: dict[int, float] = {}
         self._branch_bounds: dict[int, float] = {}
@@ -50,9 +52,17 @@ class Judge:
         self._peaks: dict[int, float] = {}
         self._seconds: dict[int, float] = {}
 
-    def head_bounds(self) -> Figures:
-        """Seconds that no simulated step undercuts: of every head."""
-        return self._bound(self.space.heads, self._ways, self._levels)
+    def quick_bounds(self) -> Figures:
+        """Seconds that no simulated step undercuts: of every head, soon found."""
+        model, train, heads = self.job.model, self.job.train, self.space.heads
+        price_of = cheapest(self._unit_seconds, self._ways)
+        return quick_bound(Groups(model, train, heads), price_of) if len(heads) else np.zeros(0)
+
+    def head_bounds(self, heads: Numbers) -> Figures:
+        """Seconds that the simulated step of no strategy of each head undercuts."""
+        return _known(
+            self._head_bounds, heads, lambda new: self._bound(self.space.heads.take(new), self._ways, self._levels)
+        )
 
     def head_floors(self, heads: Numbers) -> Figures:
         """Bytes that the peak of no strategy of each head undercuts: of each part what the best tail for it holds."""

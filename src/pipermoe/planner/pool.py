@@ -5,12 +5,15 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+FEW = 128
+
 
 class Pool:
     """Items (numbers) with their bounds, the lowest first; of equal bounds the lowest item."""
 
     def __init__(self, items: NDArray[np.int64], bounds: NDArray[np.float64]) -> None:
         self.items, self.bounds = items, bounds
+        self._more = FEW
 
     @classmethod
     def of(cls, items: NDArray | None = None, bounds: NDArray | None = None) -> Pool:
@@ -37,6 +40,11 @@ class Pool:
         count = min(most, int(np.searchsorted(self.bounds, limit, side="right")))
         taken, self.items, self.bounds = self.items[:count], self.items[count:], self.bounds[count:]
         return taken
+
+    def take_more(self, limit: float) -> NDArray[np.int64]:
+        """As `take`, few at first and twice as many each time."""
+        self._more *= 2
+        return self.take(self._more // 2, limit)
 
     def remove(self, mask: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """The items of `mask` and their bounds: they leave the pool."""

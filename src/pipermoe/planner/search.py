@@ -1,9 +1,9 @@
 """The exact search: best first, over the heads, branches and strategies of a space.
 
-Heads come in the order of their bounds. A head that could still win is divided into its branches, a branch that could
-still win is written out with its tails; a strategy that could still win is weighed, and if it fits simulated. The
-search ends when no bound is below the last of the ranking. Because no simulation undercuts its bound, the ranking is
-that of simulating every strategy.
+Heads come in the order of quick bounds, those that could win in the order of better ones. A head that could still win
+is divided into its branches, a branch that could still win is written out with its tails; a strategy that could still
+win is weighed, and if it fits simulated. The search ends when no bound is below the last of the ranking. Because no
+simulation undercuts its bound, the ranking is that of simulating every strategy.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from pipermoe.resources.peak import memory_floor, peak_bytes
 
 ROUNDING = 1e-9  # bounds and simulations add up in different orders
 DIGITS = 9  # of a step that rank it
-FEW = 128  # heads, or branches, that are taken first; then twice as many each time
 NEAR = 1.05  # the bounds of strategies of one schedule that are weighed or simulated together
 HEADS_WEIGHED, WEIGHED, WEIGHED_AT_ONCE = 1 << 14, 512, 32  # where nothing fits
 
@@ -57,7 +56,7 @@ class Ranking:
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A searched space with the lower bound of every head under any of its tails; arrays (heads,)."""
+    """A searched space with a quick lower bound of every head under any of its tails; arrays (heads,)."""
 
     job: Job
     space: Space
@@ -68,7 +67,7 @@ class Field:
     def of(cls, job: Job) -> Field:
         space = job_space(job, balanced_splits(job.model, job.platform, job.train, job.world_size))
         judge = Judge(job, space)
-        return cls(job, space, judge.head_bounds(), judge)
+        return cls(job, space, judge.quick_bounds(), judge)
 
     def best(
         self, count: int = 1, selection: Selection | None = None, memory_budget_bytes: float | None = None
@@ -117,11 +116,10 @@ class _Search:
         self.job, self.space, self.judge = field.job, field.space, field.judge
         self.selection, self.budget, self.count = selection, budget, count
         chosen = np.flatnonzero(selection.heads)
-        self.heads = Pool.of(chosen, field.bound[chosen] * (1 - ROUNDING))
-        self.branches, self.places, self.fitting = Pool.of(), Pool.of(), Pool.of()
+        self.unseen = Pool.of(chosen, field.bound[chosen] * (1 - ROUNDING))
+        self.heads, self.branches, self.places, self.fitting = Pool.of(), Pool.of(), Pool.of(), Pool.of()
         self.found: list[Found] = []
         self.not_fitting = 0
-        self.heads_at_once = self.branches_at_once = FEW
 
     def run(self) -> Ranking:
         while self._advance():
@@ -143,7 +141,7 @@ class _Search:
 
     def _advance(self) -> bool:
         """Write out and weigh what could win until a strategy that fits comes first; False if none could win."""
-        pools = (self.fitting, self.places, self.branches, self.heads)
+        pools = (self.fitting, self.places, self.branches, self.heads, self.unseen)
         while True:
             first = min(pools, key=lambda pool: pool.least)
             if first.least > self.worst or not len(first):
@@ -153,11 +151,15 @@ class _Search:
             if first is self.places:
                 self._weigh()
             elif first is self.branches:
-                self._write_out(self.branches.take(self.branches_at_once, self.worst))
-                self.branches_at_once *= 2
+                self._write_out(self.branches.take_more(self.worst))
+            elif first is self.heads:
+                self._divide(self.heads.take_more(self.worst))
             else:
-                self._divide(self.heads.take(self.heads_at_once, self.worst))
-                self.heads_at_once *= 2
+                self._look_at(self.unseen.take_more(self.worst))
+
+    def _look_at(self, heads: NDArray) -> None:
+        """Bound `heads` better."""
+        self.heads.add(heads, self.judge.head_bounds(heads) * (1 - ROUNDING))
 
     def _divide(self, heads: NDArray) -> None:
         """The branches of `heads`, but those that would not fit with any tail."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pipermoe.resources.chains import Chains
 from pipermoe.resources.groups import Groups, Ways, classes_of_rows, largest_of_each, per_group
 from pipermoe.resources.kinds import distinct
-from pipermoe.resources.price_list import Price, in_each
+from pipermoe.resources.price_list import Price, cheapest, in_each
 from pipermoe.resources.stages import StageShapes
 from pipermoe.resources.step import closing_costs, compute_slots
 from pipermoe.resources.unit_seconds import SENDS, unit_seconds
@@ -69,7 +69,7 @@ def _chain_seconds(
     """
     combos = groups.combos
     insides = combos.take(groups.inside.rows)
-    least = price_of(in_each(ways, insides)).reshape(len(ways), len(insides), -1).min(axis=0)
+    least = cheapest(price_of, ways)(insides)
     hop, share = groups.nearest_hops(platform), _shares(platform, groups.heads)[groups.head.of]
     kinds = distinct([groups.inside.of, hop])
     inside, hop = groups.inside.of[kinds.rows], hop[kinds.rows]

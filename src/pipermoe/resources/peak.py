@@ -23,7 +23,7 @@ from pipermoe.resources.groups import (
 from pipermoe.resources.instants import DEFERRED, DEFERRING, FULL, KEPT, Feature, instants
 from pipermoe.resources.kinds import distinct, runs
 from pipermoe.resources.memory import EXPERTS, peak_activations, pipeline_of, prices
-from pipermoe.resources.price_list import Price, in_each
+from pipermoe.resources.price_list import Price, cheapest, in_each
 from pipermoe.resources.sharded_units import least_whole_bytes, shardings, unit_bytes
 from pipermoe.resources.spare_slots import balancing_bytes
 from pipermoe.resources.stages import StageShapes, rank_classes
@@ -150,10 +150,7 @@ class _Floor(NamedTuple):
 def floor_prices(price_of: Price, ways: Ways = ({},)) -> Price:
     """What floors count instead of `price_of`, which is `memory.prices`: of each number the least of all ways."""
 
-    def least(table: StrategyTable) -> NDArray[np.float64]:
-        return _floor_prices(price_of(in_each(ways, table))).reshape(len(ways), len(table), -1).min(axis=0)
-
-    return least
+    return cheapest(lambda table: _floor_prices(price_of(table)), ways)
 
 
 def _floor_prices(price: NDArray[np.float64]) -> NDArray[np.float64]:

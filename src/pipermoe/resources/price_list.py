@@ -31,6 +31,15 @@ class PriceList:
         return np.stack([self._known[self._places[key]] for key in keys])
 
 
+def cheapest(price_of: Price, ways: Ways) -> Price:
+    """Of each price the least of all ways."""
+
+    def least(table: StrategyTable) -> NDArray[np.float64]:
+        return price_of(in_each(ways, table)).reshape(len(ways), len(table), -1).min(axis=0)
+
+    return least
+
+
 def in_each(ways: Ways, table: StrategyTable) -> StrategyTable:
     """All rows in the first way, then all in the second, and so on; where there is no such way, a row as it is."""
     names = tuple(ways[0])
