@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import pytest
 from tests.resources.case_list import FAMILIES, SCHEDULES, Case, cases
-from tests.resources.compared import compare
+from tests.resources.compared import PLATFORM, compare
 
+from pipermoe.dryrun.dry_run import dry_run
+from pipermoe.dryrun.planned_routing import planned_counts
+from pipermoe.resources.step import predict
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.train import TrainConfig
 
@@ -37,6 +40,30 @@ def test_a_tied_head_brings_the_embedding_wherever_it_is_sharded(strategy, mtp_l
     found = compare(Case(model, TrainConfig(seq_len=128, global_batch_size=8), Strategy.parse(strategy)))
     assert found.equal
     assert -0.01 <= found.peak_error <= 0.02
+
+
+@pytest.mark.parametrize(
+    ("strategy", "routing"),
+    [
+        ("pp1 dp4 ep4 mbs1 1f1b", "lognormal:sigma=0.5"),
+        pytest.param("pp2 dp4 ep4 mbs1 1f1b", "lognormal:sigma=1.0", marks=pytest.mark.slow),
+        pytest.param("pp1 dp4 ep2 edp2 mbs2 1f1b", "lognormal:sigma=0.5", marks=pytest.mark.slow),
+        pytest.param("pp1 dp8 ep8 mbs1 1f1b", "lognormal:max=2", marks=pytest.mark.slow),
+    ],
+)
+def test_under_an_imbalance_the_busiest_rank_sends_and_holds_what_it_does_in_a_dry_run(strategy, routing):
+    model, arrangement = FAMILIES["plain"], Strategy.parse(strategy)
+    train = TrainConfig(seq_len=128, global_batch_size=4 * arrangement.data_parallel * arrangement.micro_batch_size)
+    moe, ranks = model.moe, arrangement.expert_parallel
+    tokens = arrangement.micro_batch_size * train.seq_len
+    counts_PE = planned_counts(routing, tokens=tokens, top_k=moe.top_k, experts=moe.num_experts, sources=ranks)
+    load_P = counts_PE.sum(0).reshape(ranks, -1).sum(1)
+    busiest = int(load_P.argmax())
+    guess = predict(model, PLATFORM, train, arrangement, load_P.max() / load_P.mean()).ranks[busiest]
+    truth = dry_run(model, train, arrangement, rank=busiest, routing=routing).report
+    assert load_P.max() > 1.1 * load_P.mean()
+    assert guess.traffic["all_to_all.ep"] == truth.traffic["all_to_all.ep"]
+    assert -0.01 <= guess.peak_bytes / truth.peak_bytes - 1 <= 0.02
 
 
 def test_the_list_has_every_family_and_schedule_and_no_case_twice():

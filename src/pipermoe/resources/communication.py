@@ -80,8 +80,8 @@ def _column(value: Any) -> Any:
 def _all_to_all(sizes: Sizes, shapes: StageShapes, ep_rank: int | None) -> tuple[list[Call], list[Call]]:
     """Dispatch and combine, and the counts before; the backward exchanges as much, without counts.
 
-    Plain (Piper, arXiv 2605.05049, section 1.4 of its review): b*s*k/EP tokens to every other rank, and back.
-    Deduplicated: a copy per token and rank, one sum back; with each choice its copy and weight (8 bytes) go forward,
+    Plain (Piper, arXiv 2605.05049, section 1.4 of its review): b*s*k/EP tokens to every other rank, and back; of the
+    busiest rank under an imbalance `Sizes.exchanged`. Deduplicated, of balanced choices: a copy per token and rank, one sum back; with each choice its copy and weight (8 bytes) go forward,
     the weight's gradient comes backward, and the counts of every rank have that of copies behind them. By node: the
     same inside nodes; before it a copy per token and node crosses with all its choices, and their gradients come back.
     """
@@ -92,7 +92,7 @@ def _all_to_all(sizes: Sizes, shapes: StageShapes, ep_rank: int | None) -> tuple
     deduplicated, hops = _column(sizes.deduplicated), _hops(sizes, ep_rank)
     by_node = block > 1
     crossing = (hops.copies_out + hops.copies_in) * width
-    rows = np.where(deduplicated, crossing, 2 * chosen * width)
+    rows = np.where(deduplicated, crossing, _column(sizes.exchanged) * width)
     told = np.where(by_node, block * local_experts + block + 1, local_experts + deduplicated)
     counts = Call("all_to_all", "ep", layers, layers * (ep - 1) * told * COUNT_BYTES, counts=True, joined=layers)
     calls, direct = 2 + deduplicated, layers * ~by_node

@@ -89,6 +89,17 @@ class Sizes:
         """Rows that this rank's experts compute; the ranks of an expert tensor group compute the same ones."""
         return np.ceil(self.rows * self.etp * self._within_capacity(self.imbalance))
 
+    @property
+    def exchanged(self) -> Any:
+        """Rows that this rank sends to others in a plain dispatch and the combine after it.
+
+        All ranks choose alike: of its own rows a rank keeps as many as each of the ep - 1 others sends it, and combine
+        sends those back. So the busiest rank sends fewer in the one and more in the other.
+        """
+        balanced = 2 * (self.leaving * (self.ep - 1) // self.ep)
+        excess = self._within_capacity(self.imbalance) / self._within_capacity(1) - 1
+        return balanced + (self.ep - 2) * np.rint(self.leaving * excess / self.ep).astype(np.int64)
+
     def _within_capacity(self, share: Any) -> Any:
         """At most `capacity_factor` times the even share: what the busiest rank has when all its experts are full."""
         return np.minimum(share, self.capacity_factor) if self.capacity_factor else share
