@@ -21,7 +21,7 @@ import torch.fx.experimental.symbolic_shapes
 # Autograd and optimizers import these two at their first call: here once, instead of a second in every forked rank.
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 60.0) -> list[Any]:
+def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 120.0) -> list[Any]:
     """`[function(rank, *arguments) for each rank]`, each in its own process with the default group initialised.
 
     Results travel through a pipe, so return plain data or CPU tensors. Raises AssertionError with the traceback of the

@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import sys
-import time
 from datetime import timedelta
 from multiprocessing import get_context
 from pathlib import Path
@@ -15,6 +13,7 @@ from threading import Event
 
 import pytest
 from tests.plans import TINY_MODEL, tiny_plan
+from tests.ports import free_ports
 
 from pipermoe.cli import main
 from pipermoe.processes.blame import WAITING
@@ -30,7 +29,7 @@ from pipermoe.training.run import Run
 
 pytestmark = pytest.mark.distributed
 PIPELINE = Strategy(pipeline_parallel=2)
-TIMEOUT = timedelta(seconds=3)
+SHORT, LONG = 5, 90  # seconds, for ranks that fall silent; for those that shall not be taken to have
 WRITING = "saving the checkpoint of step 4"  # while that of step 2 is still being written
 
 
@@ -84,18 +83,17 @@ def stop() -> None:
         ),
         (
             stop,
-            r"^rank 1 \(step 2, action 1F1 \(stage 1, micro-batch 1\)\) stalled: no answer within 3 s \(step 2: rank 0",
+            r"^rank 1 \(step 2, action 1F1 \(stage 1, micro-batch 1\)\) stalled: no answer within 5 s \(step 2: rank 0",
         ),
     ],
     ids=["raises", "dies", "stalls"],
 )
 def test_the_failing_rank_its_action_and_micro_batch_are_named(plan, tmp_path, monkeypatch, act, message):
     at("step 2, action 1F1", 1, act, monkeypatch)
-    before = time.monotonic()
+    timeout = timedelta(seconds=SHORT if act is stop else LONG)
     with pytest.raises(MachineError, match=message) as caught:
-        launch(plan, Run(tmp_path / "run", quiet=True, timeout=TIMEOUT))
+        launch(plan, Run(tmp_path / "run", quiet=True, timeout=timeout))
     assert "\n" not in str(caught.value)
-    assert time.monotonic() - before < 30  # not a hang; the machine may be busy
     assert not (tmp_path / "run" / "measurement.json").exists()
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
@@ -110,7 +108,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_leaves_the_one_bef
 
     at("step 4, update", 0, block, monkeypatch)
     with pytest.raises(UserError, match="checkpoint"):
-        launch(plan, Run(output, quiet=True, timeout=TIMEOUT))
+        launch(plan, Run(output, quiet=True, timeout=timedelta(seconds=LONG)))
     assert [path.name for path in (output / "checkpoints").glob("step-*")] == ["step-000002"]
 
 
@@ -159,12 +157,6 @@ def test_a_folder_that_another_run_is_writing_to_is_refused(plan, tmp_path):
         launch(plan, Run(tmp_path / "run"))
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def rank_of_others(environment: dict[str, str], arguments: list[str], say: int, act) -> None:
     """A process that somebody else has started as a rank; `act` replaces parts of the program."""
     os.dup2(say, 1)
@@ -185,10 +177,10 @@ def by_srun(rank: int, size: int, port: int) -> dict[str, str]:
     return {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NTASKS": str(size), **address}
 
 
-def started(plan, folder: Path, environment, acts, timeout: float = 60) -> tuple[list, list[int]]:
+def started(plan, folder: Path, environment, acts, timeout: float = LONG) -> tuple[list, list[int]]:
     """The processes of all ranks, and where each one's output can be read."""
     save(folder / "plan.toml", plan)
-    port, size = free_port(), plan.strategy.world_size
+    [port], size = free_ports(1), plan.strategy.world_size
     arguments = ["train", "--plan", str(folder / "plan.toml"), "-o", str(folder / "run"), "--json"]
     arguments += ["--timeout", str(timeout)]
     ranks, readers = [], []
@@ -262,7 +254,7 @@ HOST = "rank 0, which keeps the store that the ranks have met in, (is gone|does 
         pytest.param(by_srun, 0, die, HOST, marks=SLOW),
         pytest.param(by_torchrun, 1, stop, rf"rank 1 \({PLACE}\) {GONE}", marks=SLOW),
         pytest.param(by_srun, 0, stop, HOST, marks=SLOW),
-        pytest.param(by_srun, 1, wait_forever, rf"rank 1 \({PLACE}\) stalled: no answer within 3 s", marks=SLOW),
+        pytest.param(by_srun, 1, wait_forever, rf"rank 1 \({PLACE}\) stalled: no answer within 5 s", marks=SLOW),
     ],
     ids=["raises", "the first raises", "killed", "the first is killed", "stopped", "the first is stopped", "stalls"],
 )
@@ -271,8 +263,9 @@ def test_all_ranks_that_others_started_end_with_one_line_about_the_one_that_fail
 ):
     plan = tiny_plan(Strategy(pipeline_parallel=3), data=plan.train.data)
     plan = plan.model_copy(update={"model": TINY_MODEL.model_copy(update={"num_layers": 3})})
-    act = when_it_tells(f"step 2, action {rank}F1", act)
-    ranks, readers = started(plan, tmp_path, environment, {rank: act}, timeout=3)
+    silent, act = act in (stop, wait_forever), when_it_tells(f"step 2, action {rank}F1", act)
+    timeout = SHORT if silent else LONG
+    ranks, readers = started(plan, tmp_path, environment, {rank: act}, timeout)
     lines = {other: said(readers[other])[-1].split("; last heard of")[0] for other in range(3) if other != rank}
     for other in lines:
         ranks[other].join()

