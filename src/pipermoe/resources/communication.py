@@ -81,9 +81,10 @@ def _all_to_all(sizes: Sizes, shapes: StageShapes, ep_rank: int | None) -> tuple
     """Dispatch and combine, and the counts before; the backward exchanges as much, without counts.
 
     Plain (Piper, arXiv 2605.05049, section 1.4 of its review): b*s*k/EP tokens to every other rank, and back; of the
-    busiest rank under an imbalance `Sizes.exchanged`. Deduplicated, of balanced choices: a copy per token and rank, one sum back; with each choice its copy and weight (8 bytes) go forward,
-    the weight's gradient comes backward, and the counts of every rank have that of copies behind them. By node: the
-    same inside nodes; before it a copy per token and node crosses with all its choices, and their gradients come back.
+    busiest rank under an imbalance `Sizes.exchanged`. Deduplicated, of balanced choices: a copy per token and rank, one
+    sum back; with each choice its copy and weight (8 bytes) go forward, the weight's gradient comes backward, and the
+    counts of every rank have that of copies behind them. By node: the same inside nodes; before it a copy per token and
+    node crosses with all its choices, and their gradients come back.
     """
     ep, block, model, element = _column(sizes.ep), _column(sizes.ranks_per_copy), sizes.model, sizes.element
     local_experts, width = model.moe.num_experts // ep, model.hidden_size * element
