@@ -32,7 +32,7 @@ def simulated_seconds(job: Job, table: StrategyTable) -> NDArray[np.float64]:
     """The simulated step seconds of every row, to the bit what `predict` gives for it alone."""
     kinds = schedule_kinds(job, table)
     seconds = np.zeros(len(table))
-    for kind in np.unique(kinds):
+    for kind in range(kinds.max(initial=-1) + 1):
         rows = np.flatnonzero(kinds == kind)
         seconds[rows] = _of_one_schedule(job, table.take(rows))
     return seconds

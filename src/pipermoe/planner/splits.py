@@ -38,7 +38,7 @@ def balanced_splits(model: ModelSpec, platform: Platform, train: TrainConfig, wo
 
 def consecutive_sums(seconds: Sequence[float]) -> NDArray[np.float64]:
     """The sums of all stretches of consecutive layers, ascending."""
-    return np.unique(np.concatenate([np.cumsum(seconds[first:]) for first in range(len(seconds))]))
+    return np.sort(np.concatenate([np.cumsum(seconds[first:]) for first in range(len(seconds))]))
 
 
 def _unless_even(seconds: Sequence[float], sums: NDArray[np.float64], stages: int) -> Split:

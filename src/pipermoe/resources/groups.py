@@ -21,6 +21,7 @@ from pipermoe.resources.communication import hop_levels
 from pipermoe.resources.kinds import Kinds, distinct, runs
 from pipermoe.resources.stages import StageShapes, shapes_of
 from pipermoe.resources.unit_seconds import COMPUTED, EXCHANGED, SHAPE
+from pipermoe.schedule.builders import Homes
 from pipermoe.schedule.traits import schedule_traits, stages_of_ranks
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.platform import Platform
@@ -73,15 +74,16 @@ class Groups:
 
     def nearest_hops(self, platform: Platform) -> NDArray[np.int64]:
         """The lowest level of the network that lies between two stages of each combo; 0 where there is none."""
-        levels = tuple(level.ranks for level in platform.levels)
-        columns = (self.heads.stage_stride, self.heads.runs_per_stage)
-        kinds = distinct([self._pipe.of, *columns])
-        pipelines, lying = self.heads.take(kinds.rows), (column[kinds.rows].tolist() for column in columns)
-        nearest = [
-            _nearest_hop(*pipeline_numbers(pipelines, row), stride, runs, levels)
-            for row, (stride, runs) in enumerate(zip(*lying, strict=True))
-        ]
-        return np.array(nearest)[kinds.of][self.head.of]
+        kinds = distinct([self._pipe.of, self.heads.stage_stride, self.heads.runs_per_stage])
+        chosen, levels = self.heads.take(kinds.rows), [level.ranks for level in platform.levels]
+        alike: dict[Homes, list[int]] = {}
+        for row in range(len(chosen)):
+            alike.setdefault(stages_of_ranks(*pipeline_numbers(chosen, row)), []).append(row)
+        nearest = np.zeros(len(chosen), dtype=np.int64)
+        for stages_of, rows in alike.items():
+            hops = hop_levels(levels, chosen.stage_stride[rows], chosen.runs_per_stage[rows], stages_of)
+            nearest[rows] = np.where(hops < 0, len(levels), hops).min(axis=1)
+        return np.where(nearest < len(levels), nearest, 0)[kinds.of][self.head.of]
 
     @cached_property
     def parts(self) -> list[Parts]:
@@ -131,13 +133,6 @@ def _combos(table: StrategyTable) -> Kinds:
 def _parts(layers: tuple[bool, ...], predictions: int, stages: int, split: tuple[int, ...]) -> Parts:
     shapes = shapes_of(layers, predictions, stages, split)
     return tuple(zip(*(getattr(shapes, field.name).tolist() for field in fields(shapes)), strict=True))
-
-
-@lru_cache(maxsize=8192)
-def _nearest_hop(name: str, ranks: int, chunks: int, stride: int, runs: int, levels: tuple[int, ...]) -> int:
-    """Where some are farther the bound is lower by so much."""
-    [found] = hop_levels(levels, np.array([stride]), np.array([runs]), stages_of_ranks(name, ranks, chunks))
-    return min((hop for hop in found.tolist() if hop >= 0), default=0)
 
 
 def _layout(model: ModelSpec, pipelines: StrategyTable, row: int) -> tuple:

@@ -163,7 +163,7 @@ def instants(pipeline: Pipeline, *, by_rank: bool = False) -> Instants:
         walk = _Walk(parts, _held(parts, chunks[work.rank], count), whole.before(work.context))
         walk.through(work)
         rows[class_of[work.rank]] += walk.found
-    best = [_largest(np.unique(np.array(each), axis=0)) for each in rows]
+    best = [_largest(np.array(list({bytes(row): row for row in each}.values()))) for each in rows]
     owner = np.repeat(np.arange(len(kinds)), [len(each) for each in best])
     every = np.concatenate(best)
     groups, of = np.unique(np.column_stack([owner, every[:, len(Feature) :]]), axis=0, return_inverse=True)
@@ -307,7 +307,7 @@ def _held(parts: Sequence[Sequence[Part]], chunks: tuple[int, ...], count: NDArr
 
 
 def _largest(features: NDArray) -> NDArray:
-    """The rows that no other exceeds or equals in every number; activations are at least as large as a message."""
+    """The rows, sorted, that no other exceeds or equals in every number; activations are no smaller than a message."""
     measure = features.copy()
     measure[:, Feature.OUTPUT] = features[:, _SUMMED].sum(axis=1)
     measure[:, [Feature.GRADIENT, Feature.INCOMING, Feature.STREAM, Feature.RECEIVED]] = 0
@@ -318,4 +318,5 @@ def _largest(features: NDArray) -> NDArray:
         same = (others[:, _WORK] == measure[row, _WORK]).all(axis=1)
         if not (same & (others >= measure[row]).all(axis=1)).any():
             kept.append(int(row))
-    return features[np.sort(kept)]
+    largest = features[kept]
+    return largest[np.lexsort(largest.T[::-1])]

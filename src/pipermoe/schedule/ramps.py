@@ -40,7 +40,8 @@ def ramps(name: str, pipeline_parallel: int, virtual_stages: int, microbatches: 
     """The ramps of all ranks of a named schedule."""
 
     def capped(counts: Chunks) -> Chunks:
-        return tuple(min(count, microbatches) for count in counts)
+        fits = max(counts, default=0) <= microbatches
+        return counts if fits else tuple(min(count, microbatches) for count in counts)
 
     found = (_RAMPS[name](pipeline_parallel, virtual_stages, microbatches, rank) for rank in range(pipeline_parallel))
     return tuple(

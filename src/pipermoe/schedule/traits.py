@@ -9,7 +9,7 @@ from functools import lru_cache
 from pipermoe.schedule.action import Kind
 from pipermoe.schedule.builders import RECIPES, Homes, build
 
-SAMPLE_RANKS, SAMPLE_MICROBATCHES = 2, 8  # of the pipeline in which every kind of action of a schedule occurs
+SAMPLE_RANKS, SAMPLE_MICROBATCHES = 2, 4  # of the pipeline in which every kind of action of a schedule occurs
 
 
 @dataclass(frozen=True, slots=True)
