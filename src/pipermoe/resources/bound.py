@@ -54,11 +54,11 @@ def grouped_bound(
     """`step_bound` of the rows of `groups`, `price_of` being `unit_seconds`."""
     found = groups.chains()
     ends = _chain_seconds(platform, groups, found, price_of, ways)
-    states, levels = groups.state.rows, groups.levels
-    shapes, ranks = classes_of_rows(found, np.tile(groups.schedule.of[groups.both.of[states]], len(levels)))
-    each = _closing(model, platform, train, shapes, ranks, in_each(levels, groups.table.take(states)))
-    after = each.reshape(len(levels), len(states), -1).min(axis=0).T.copy()
-    return groups.largest_sum(ends, after[:-1]) + after[-1].take(groups.state.of)
+    states, levels = groups.states, groups.levels
+    shapes, ranks = classes_of_rows(found, np.tile(states.schedule, len(levels)))
+    each = _closing(model, platform, train, shapes, ranks, in_each(levels, states.table))
+    after = each.reshape(len(levels), len(states.table), -1).min(axis=0).T.copy()
+    return groups.largest_sum(ends, after[:-1]) + after[-1].take(states.of)
 
 
 def _chain_seconds(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property, lru_cache
 from itertools import pairwise
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,17 +33,26 @@ INSIDE = (*COMPUTED, *(name for name in EXCHANGED if name not in COMPUTED))
 PIPELINE = ("schedule", "pipeline_parallel", "virtual_stages", "layer_split")
 PLACE = ("data_parallel", "expert_data_parallel", "rank_order")  # how ranks lie
 DEGREES = ("pipeline_parallel", *PLACE, *SHAPE[1:])
+ZERO_LEVELS = 4
 HEAD = (*PIPELINE, *PLACE, *SHAPE)  # all but what is recomputed and sharded and how tokens travel
 
 Ways = Sequence[Mapping[str, int]]  # values of columns that a row may have instead of its own
 Parts = tuple[tuple[int, ...], ...]  # of every stage, in the order of StageShapes
 
 
+class States(NamedTuple):
+    """A table of the states that differ, the schedule of one combo with each of them, and the state `of` every row."""
+
+    table: StrategyTable
+    schedule: NDArray[np.int64]
+    of: NDArray[np.int64]
+
+
 class Groups:
     """The rows of a table by what a formula reads: `both` is pipeline and what happens inside a stage.
 
     Of these `combos` those with one arrangement, micro-batch and schedule share one of the `heads`: what depends on
-    these alone is worked out for them. With `levels`, values of the columns of ZeRO, rows are grouped for any of them
+    these alone is worked out for them. `schedule` is pipeline and number of micro-batches. With `levels`, values of the columns of ZeRO, rows are grouped for any of them
     instead of for their own.
     """
 
@@ -53,15 +62,13 @@ class Groups:
         self.combos = table.take(self.both.rows)
         self.head = distinct(_columns(self.combos, HEAD))
         self.heads = self.combos.take(self.head.rows)
-        self.inside = distinct(_columns(self.combos, INSIDE))
+        shape = distinct(_columns(self.heads, SHAPE)).of[self.head.of]
+        self.inside = distinct([shape, *_columns(self.combos, [name for name in INSIDE if name not in SHAPE])])
         self._microbatches = self.heads.microbatches(train.global_batch_size)
         self._pipe = distinct(_columns(self.heads, PIPELINE))
-        self.microbatches, self.pipe = self._microbatches[self.head.of], self._pipe.within(self.head)
-
-    @cached_property
-    def schedule(self) -> Kinds:
-        """The combos by pipeline and number of micro-batches."""
-        return distinct([self._pipe.of, self._microbatches]).within(self.head)
+        self._schedule = distinct([self._pipe.of, self._microbatches])
+        self.pipe, self.schedule = self._pipe.within(self.head), self._schedule.within(self.head)
+        self.microbatches = self._microbatches[self.head.of]
 
     def chains(self) -> list[Chains]:
         """The chains of every schedule, which depend on few micro-batches."""
@@ -102,20 +109,28 @@ class Groups:
         return np.array(layouts)[self._pipe.of]
 
     @cached_property
-    def state(self) -> Kinds:
-        """The rows by what states, and their reduction, read: from ZeRO-2 on also the number of micro-batches."""
+    def states(self) -> States:
+        """What states, and their reduction, read: from ZeRO-2 on also the number of micro-batches."""
+        dense, expert = _columns(self.table, ("zero_dense", "zero_expert"))
+        number = (self.head.of * ZERO_LEVELS**2).take(self.both.of) + (dense * ZERO_LEVELS + expert)
+        known = np.zeros(len(self.heads) * ZERO_LEVELS**2, dtype=bool)
+        known[number] = True
+        head, zero = np.divmod(np.flatnonzero(known), ZERO_LEVELS**2)
+        dense, expert = np.divmod(zero, ZERO_LEVELS)
         once = distinct([self._layout, *_columns(self.heads, DEGREES)])
         per_microbatch = distinct([once.of, self._microbatches])
-        levels = _columns(self.table, ("zero_dense", "zero_expert"))
-        repeats = (levels[0] >= 2) | (levels[1] >= 2)
-        repeats |= any(level >= 2 for each in self.levels for level in each.values())
-        numbers = (once.of.astype(np.int32), (len(once.rows) + per_microbatch.of).astype(np.int32))
-        at_once, each_time = (number[self.head.of].take(self.both.of) for number in numbers)
-        return distinct([np.where(repeats, each_time, at_once), *levels])
+        repeats = (dense >= 2) | (expert >= 2) | any(level >= 2 for each in self.levels for level in each.values())
+        alike = distinct([np.where(repeats, len(once.rows) + per_microbatch.of[head], once.of[head]), zero])
+        table = self.heads.take(head[alike.rows])
+        return States(
+            table.with_columns(zero_dense=dense[alike.rows], zero_expert=expert[alike.rows]),
+            self._schedule.of[head[alike.rows]],
+            alike.of[np.cumsum(known) - 1].take(number),
+        )
 
     def largest_sum(self, by_combo: NDArray[np.float64], by_state: NDArray[np.float64]) -> NDArray[np.float64]:
         """The maximum over classes of (classes, combos) and (classes, states), both gathered: (rows,)."""
-        return largest_sum(by_combo, self.both.of, by_state, self.state.of)
+        return largest_sum(by_combo, self.both.of, by_state, self.states.of)
 
 
 def _columns(table: StrategyTable, names: Sequence[str]) -> list[NDArray[np.integer]]:

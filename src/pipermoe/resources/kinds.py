@@ -41,10 +41,11 @@ def runs(columns: Columns) -> Kinds:
 
 def _begins(columns: Columns) -> NDArray[np.bool_]:
     """Which rows differ from the one before."""
-    found = np.ones(len(columns[0]), dtype=bool)
+    found = np.zeros(len(columns[0]), dtype=bool)
+    found[:1] = True
+    later = found[1:]
     for column in columns:
-        differs = column[1:] != column[:-1]
-        found[1:] = differs if column is columns[0] else found[1:] | differs
+        later |= column[1:] != column[:-1]
     return found
 
 

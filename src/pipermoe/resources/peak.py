@@ -69,7 +69,7 @@ def grouped_peak_bytes(model: ModelSpec, train: TrainConfig, groups: Groups, pri
     activations = per_group(pipe.of, len(found), width, lambda rows, g: peak_activations(found[g], price, inside[rows]))
     # States depend on a pipeline by the classes of its ranks, and where there are whole units by its instants.
     instants_of = np.where(np.array([each == NOTHING_SHARDED for each in modes])[pipe.of], 0, 1 + pipe.of)
-    state = distinct([groups.state.of, instants_of[both.of]])
+    state = distinct([groups.states.of, instants_of[both.of]])
     chosen = table.take(state.rows)
     of_unit = unit_bytes(model, chosen, train.recipe.state)
 
@@ -120,12 +120,12 @@ def grouped_floor(
 
     width = max(len(each.holds) for each in found)
     activations = per_group(schedule.of[both.rows], len(found), width, most_held)
-    rows = groups.state.rows
-    shapes, _ = classes_of_rows(found, np.tile(schedule.of[groups.both.of[rows]], len(levels)))
-    each = in_each(levels, groups.table.take(rows))
+    states = groups.states
+    shapes, _ = classes_of_rows(found, np.tile(states.schedule, len(levels)))
+    each = in_each(levels, states.table)
     least = _states(model, train, shapes, each) + least_whole_bytes(model, shapes, each, train.recipe.state)
-    states = least.reshape(len(levels), len(rows), -1).min(axis=0).T.copy()
-    return largest_sum(activations, both.of.take(groups.both.of), states, groups.state.of)
+    held = least.reshape(len(levels), len(states.table), -1).min(axis=0).T.copy()
+    return largest_sum(activations, both.of.take(groups.both.of), held, states.of)
 
 
 def _states(model: ModelSpec, train: TrainConfig, shapes: StageShapes, table: StrategyTable) -> NDArray[np.float64]:
