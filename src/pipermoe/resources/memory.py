@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipermoe.resources.activations.ends import embedding_memory, head_memory, join_memory
 from pipermoe.resources.activations.layers import dense_layer, moe_layer
-from pipermoe.resources.activations.ledger import BIRTHS, BlockMemory, Held, alone
+from pipermoe.resources.activations.ledger import BIRTHS, Amount, BlockMemory, Total, alone
 from pipermoe.resources.activations.sizes import RUNTIME, MemoryProfile, Recompute, Sizes, sizes_of
 from pipermoe.resources.instants import (
     DEFERRED,
@@ -64,39 +64,40 @@ def prices(
         rebuilt = table.recompute_modules & sum(1 << RECOMPUTE_MODULES.index(module) for module in modules)
         kinds = distinct([rebuilt if name == "recompute_modules" else getattr(table, name) for name in names])
         chosen = table.take(kinds.rows)
-        held = part(sizes_of(model, train, chosen, profile, imbalance), Recompute.of(chosen))
+        held = part(sizes_of(model, train, chosen, profile, imbalance, Total()), Recompute.of(chosen))
         total = np.stack([np.broadcast_to(each.total, len(chosen)) for each in held.values()], axis=1)
-        price[:, list(held)] = total[kinds.of]
+        price[:, list(held)] = total.take(kinds.of, axis=0)
     return price
 
 
-def _held(sizes: Sizes, recompute: Recompute) -> dict[Feature, Held]:
+def _held(sizes: Sizes, recompute: Recompute) -> dict[Feature, Amount]:
     """What a unit of every feature holds."""
     return {feature: held for part, *_ in _PARTS for feature, held in part(sizes, recompute).items()}
 
 
-def _of_ends(sizes: Sizes, _: Recompute) -> dict[Feature, Held]:
-    hidden = sizes.hidden
+def _of_ends(sizes: Sizes, _: Recompute) -> dict[Feature, Amount]:
+    hidden, nothing = sizes.hidden, sizes.nothing
+    kept, received = nothing.more(hidden, "activations"), nothing.more(hidden, "communication")
     return {
-        Feature.OUTPUT: Held(activations=hidden),
-        Feature.GRADIENT: Held(temporary=hidden),
-        Feature.INCOMING: Held(communication=hidden),
-        Feature.RECEIVED: Held(activations=-hidden, communication=hidden),
-        Feature.STREAM: Held(activations=hidden),
+        Feature.OUTPUT: kept,
+        Feature.GRADIENT: nothing.more(hidden, "temporary"),
+        Feature.INCOMING: received,
+        Feature.RECEIVED: received.more(-hidden, "activations"),
+        Feature.STREAM: kept,
         **_of_block(Part.HEAD, head_memory(sizes)),
         **_of_block(Part.EMBEDDING, embedding_memory(sizes)),
     }
 
 
-def _of_join(sizes: Sizes, recompute: Recompute) -> dict[Feature, Held]:
+def _of_join(sizes: Sizes, recompute: Recompute) -> dict[Feature, Amount]:
     return _of_block(Part.JOIN, join_memory(sizes, recompute))
 
 
-def _of_dense(sizes: Sizes, recompute: Recompute) -> dict[Feature, Held]:
+def _of_dense(sizes: Sizes, recompute: Recompute) -> dict[Feature, Amount]:
     return _of_block(Part.DENSE, dense_layer(sizes, recompute))
 
 
-def _of_moe(sizes: Sizes, recompute: Recompute) -> dict[Feature, Held]:
+def _of_moe(sizes: Sizes, recompute: Recompute) -> dict[Feature, Amount]:
     moe = moe_layer(sizes, recompute)
     legs = (*moe.forward, *moe.deferring)
     attend, route, compute, _, split, compute_back, attend_back = legs
@@ -113,7 +114,7 @@ def _of_moe(sizes: Sizes, recompute: Recompute) -> dict[Feature, Held]:
     }
 
 
-def _of_block(part: Part, block: BlockMemory) -> dict[Feature, Held]:
+def _of_block(part: Part, block: BlockMemory) -> dict[Feature, Amount]:
     """What every part has: what stays of it, and its work when nothing comes between the steps."""
     return {
         KEPT[part]: block.kept,

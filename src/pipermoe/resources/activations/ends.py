@@ -8,27 +8,28 @@ from collections.abc import Callable
 from typing import Any
 
 from pipermoe.resources.activations.attention import normalise, normalise_backward
-from pipermoe.resources.activations.ledger import BlockMemory, Held, Ledger
+from pipermoe.resources.activations.ledger import Amount, BlockMemory, Ledger
 from pipermoe.resources.activations.sizes import INDEX_BYTES, STATISTIC_BYTES, Recompute, Sizes, product_bytes
 
 
 def _block(
-    forward: Ledger, kept: Held, backward: Callable[[Ledger], None], *, enters: Any = 0.0, product: Any = 0.0
+    forward: Ledger, kept: Amount, backward: Callable[[Ledger], None], *, enters: Any = 0.0, product: Any = 0.0
 ) -> BlockMemory:
     """`enters` is the gradient with which the backward begins."""
     forward.end_step()
-    works = [Ledger("temporary", kept + Held(temporary=enters), defers=defers) for defers in (False, True)]
+    works = [Ledger("temporary", kept.more(enters, "temporary"), defers=defers) for defers in (False, True)]
     for work in works:
         backward(work)
         work.end_step()
-    return BlockMemory(kept, *(tuple(work.steps) for work in (forward, *works)), product=Held(temporary=product))
+    widest = type(kept)().more(product, "temporary")
+    return BlockMemory(kept, *(tuple(work.steps) for work in (forward, *works)), product=widest)
 
 
 def embedding_memory(sizes: Sizes) -> BlockMemory:
     """The indices of the tokens; a deferred gradient of the table is that of its output. Rows are added in fp32."""
     tokens = sizes.tokens * INDEX_BYTES
     exact = sizes.exact_hidden * (sizes.element < STATISTIC_BYTES)
-    work = Ledger("activations")
+    work = Ledger("activations", sizes.nothing)
     work.take(tokens, sizes.hidden)
 
     def backward(work: Ledger) -> None:
@@ -37,7 +38,7 @@ def embedding_memory(sizes: Sizes) -> BlockMemory:
         work.release(sizes.hidden)
         work.release(tokens, of="activations")
 
-    return _block(work, Held(tokens), backward, enters=sizes.hidden, product=exact)
+    return _block(work, sizes.nothing.more(tokens, "activations"), backward, enters=sizes.hidden, product=exact)
 
 
 def head_memory(sizes: Sizes) -> BlockMemory:
@@ -54,7 +55,7 @@ def head_memory(sizes: Sizes) -> BlockMemory:
     differs = sizes.element != element
     statistics = tokens * (STATISTIC_BYTES + INDEX_BYTES)
     product = product_bytes(sizes, vocabulary * sizes.model.hidden_size)
-    work = Ledger("activations")
+    work = Ledger("activations", sizes.nothing)
     work.take(hidden)
     normalise(work, sizes)
     work.take(rounded * differs)
@@ -83,7 +84,7 @@ def join_memory(sizes: Sizes, recompute: Recompute) -> BlockMemory:
     """
     tokens, hidden, full = sizes.tokens * INDEX_BYTES, sizes.hidden, recompute.full
     inside = 2 * hidden + 2 * sizes.stream * STATISTIC_BYTES
-    work = Ledger("activations")
+    work = Ledger("activations", sizes.nothing)
     work.take(tokens + hidden)
     work.take(inside)
     work.brief(2 * hidden)

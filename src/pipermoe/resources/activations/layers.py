@@ -19,7 +19,7 @@ from pipermoe.resources.activations.attention import (
     renormalise,
 )
 from pipermoe.resources.activations.journeys import Deduplicated, Plain
-from pipermoe.resources.activations.ledger import BlockMemory, Held, Ledger
+from pipermoe.resources.activations.ledger import Amount, BlockMemory, Ledger, Total
 from pipermoe.resources.activations.sizes import INDEX_BYTES, STATISTIC_BYTES, Recompute, Sizes, product_bytes
 
 CLAMPED_FACTORS = 5  # tensors of a clamped product's backward beside its gradients; of a plain one silu(gate)
@@ -83,18 +83,18 @@ def _moe_layer(sizes: Sizes, recompute: Recompute, way: Plain | Deduplicated) ->
     return BlockMemory(forward.now, *(tuple(work.steps) for work in (forward, *backward)), product=_moe_product(sizes))
 
 
-def _moe_product(sizes: Sizes) -> Held:
+def _moe_product(sizes: Sizes) -> Amount:
     """Of one expert at a time."""
     moe, hidden = sizes.model.moe, sizes.model.hidden_size
     expert = hidden * (moe.expert_matrices - 1) * moe.expert_width / sizes.etp
     shared = hidden * (moe.expert_matrices - 1) * moe.shared_width / sizes.tp
     widest = product_bytes(sizes, expert, shared, hidden * moe.num_experts, *attention_matrices(sizes))
-    return Held(temporary=widest)
+    return sizes.nothing.more(widest, "temporary")
 
 
 def _moe_forward(sizes: Sizes, recompute: Recompute, way: Plain | Deduplicated) -> Ledger:
     hidden, full, choices = sizes.hidden, recompute.full, sizes.rows * INDEX_BYTES
-    work = Ledger("activations")
+    work = Ledger("activations", sizes.nothing)
     work.take(hidden)
     attend(work, sizes, recompute)
     work.take(_scores(sizes), choices, way.weights)
@@ -124,9 +124,11 @@ def _moe_forward(sizes: Sizes, recompute: Recompute, way: Plain | Deduplicated) 
     return work
 
 
-def _moe_backward(sizes: Sizes, recompute: Recompute, way: Plain | Deduplicated, kept: Held, *, defers: bool) -> Ledger:
+def _moe_backward(
+    sizes: Sizes, recompute: Recompute, way: Plain | Deduplicated, kept: Amount, *, defers: bool
+) -> Ledger:
     hidden, has_shared = sizes.hidden, int(sizes.model.moe.shared_width > 0)
-    work = Ledger("temporary", kept + Held(temporary=hidden), defers=defers)
+    work = Ledger("temporary", kept.more(hidden, "temporary"), defers=defers)
     way.split(work)
     work.end_step()
 
@@ -214,9 +216,9 @@ def _shared_backward(work: Ledger, sizes: Sizes, recompute: Recompute) -> None:
 
 def _rebuild_attention(work: Ledger, sizes: Sizes, recompute: Recompute, scores: Any) -> None:
     """All of a piece that full recomputation has dropped."""
-    again = Ledger("temporary")
+    again = Ledger("temporary", Total())
     attend(again, sizes, Recompute())
-    work.take(again.now.temporary * recompute.full, sizes.hidden * recompute.full, scores * recompute.full)
+    work.take(again.now.total * recompute.full, sizes.hidden * recompute.full, scores * recompute.full)
     work.drop(sizes.hidden * recompute.full)
 
 
@@ -251,7 +253,7 @@ def dense_layer(sizes: Sizes, recompute: Recompute) -> BlockMemory:
     forward = _dense_forward(sizes, recompute)
     backward = (_dense_backward(sizes, recompute, forward.now, defers=defers) for defers in (False, True))
     widest = sizes.model.hidden_size * (sizes.model.dense_matrices - 1) * sizes.model.dense_width / sizes.tp
-    product = Held(temporary=product_bytes(sizes, widest, *attention_matrices(sizes)))
+    product = sizes.nothing.more(product_bytes(sizes, widest, *attention_matrices(sizes)), "temporary")
     return BlockMemory(forward.now, *(tuple(work.steps) for work in (forward, *backward)), product=product)
 
 
@@ -267,7 +269,7 @@ def _mlp(sizes: Sizes, recompute: Recompute) -> FeedForward:
 
 def _dense_forward(sizes: Sizes, recompute: Recompute) -> Ledger:
     hidden, full = sizes.hidden, recompute.full
-    work = Ledger("activations")
+    work = Ledger("activations", sizes.nothing)
     work.take(hidden)
     attend(work, sizes, recompute)
     _mlp(sizes, recompute).forward(work, hidden)
@@ -279,9 +281,9 @@ def _dense_forward(sizes: Sizes, recompute: Recompute) -> Ledger:
     return work
 
 
-def _dense_backward(sizes: Sizes, recompute: Recompute, kept: Held, *, defers: bool) -> Ledger:
+def _dense_backward(sizes: Sizes, recompute: Recompute, kept: Amount, *, defers: bool) -> Ledger:
     hidden, mlp = sizes.hidden, _mlp(sizes, recompute)
-    work = Ledger("temporary", kept + Held(temporary=hidden), defers=defers)
+    work = Ledger("temporary", kept.more(hidden, "temporary"), defers=defers)
     _rebuild_attention(work, sizes, recompute, 0)
     work.take((mlp.gate_up + mlp.gated) * recompute.full)
     work.brief(2 * hidden * recompute.full)

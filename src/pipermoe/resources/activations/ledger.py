@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import reduce
+from operator import add
 from typing import Any, Literal
 
 import numpy as np
@@ -28,23 +29,42 @@ class Held:
     def total(self) -> Any:
         return self.activations + self.communication + self.temporary
 
+    def more(self, size: Any, birth: Birth) -> Held:
+        """With `size` bytes born so; fewer if it is negative."""
+        return replace(self, **{birth: getattr(self, birth) + size})
+
     def __add__(self, other: Held) -> Held:
         return Held(*(getattr(self, birth) + getattr(other, birth) for birth in BIRTHS))
-
-    def __sub__(self, other: Held) -> Held:
-        return Held(*(getattr(self, birth) - getattr(other, birth) for birth in BIRTHS))
 
     def where(self, mask: Any, other: Held) -> Held:
         """This one where `mask` is true, elsewhere the other."""
         return Held(*(np.where(mask, getattr(self, birth), getattr(other, birth)) for birth in BIRTHS))
 
+    def or_larger(self, other: Held) -> Held:
+        """The other where it is more in all."""
+        return other.where(other.total > self.total, self)
 
-NOTHING = Held()
+
+@dataclass(frozen=True, slots=True)
+class Total:
+    """The same where nobody asks how they were born: a third of the work."""
+
+    total: Any = 0.0
+
+    def more(self, size: Any, birth: Birth) -> Total:
+        return Total(self.total + size)
+
+    def __add__(self, other: Total) -> Total:
+        return Total(self.total + other.total)
+
+    def where(self, mask: Any, other: Total) -> Total:
+        return Total(np.where(mask, self.total, other.total))
+
+    def or_larger(self, other: Total) -> Total:
+        return Total(np.maximum(self.total, other.total))
 
 
-def largest(*each: Held) -> Held:
-    """Of every strategy the one that is most in all."""
-    return reduce(lambda a, b: b.where(b.total > a.total, a), each)
+Amount = Any  # Held or Total, one of them in all of an account
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +75,9 @@ class Step:
     which is in the peak but not in `held`, and in no later step of this work.
     """
 
-    peak: Held
-    held: Held
-    deferred: Held
+    peak: Amount
+    held: Amount
+    deferred: Amount
 
     def where(self, mask: Any, other: Step) -> Step:
         return Step(
@@ -73,15 +93,15 @@ class Ledger:
     With `defers`, weight gradients come later: what they read is released by the work but not free.
     """
 
-    def __init__(self, phase: Birth, start: Held = NOTHING, *, defers: bool = False):
+    def __init__(self, phase: Birth, start: Amount, *, defers: bool = False):
         self.phase, self.defers = phase, defers
         self.now, self.steps = start, []
-        self._peak, self._deferred = start, NOTHING
+        self._peak, self._deferred = start, type(start)()
 
     def take(self, *sizes: Any, of: Birth | None = None) -> None:
         """Tensors are made, one after another."""
         self._change(sum(sizes), of)
-        self._peak = largest(self._peak, self.now + self._deferred)
+        self._peak = self._peak.or_larger(self.now + self._deferred)
 
     def drop(self, *sizes: Any, of: Birth | None = None) -> None:
         """Tensors are freed."""
@@ -101,8 +121,7 @@ class Ledger:
         """Drop what nothing but weight gradients reads from now on."""
         self.drop(*sizes, of=of)
         if self.defers:
-            birth = of or self.phase
-            self._deferred = replace(self._deferred, **{birth: getattr(self._deferred, birth) + sum(sizes)})
+            self._deferred = self._deferred.more(sum(sizes), of or self.phase)
 
     def release_kept(self, size: Any, rebuilt: Any) -> None:
         """Release what was kept from the forward, or where `rebuilt` made again."""
@@ -112,11 +131,10 @@ class Ledger:
     def end_step(self) -> None:
         """Other work may come here."""
         self.steps.append(Step(self._peak, self.now, self._deferred))
-        self._peak, self._deferred = self.now, NOTHING
+        self._peak, self._deferred = self.now, type(self.now)()
 
     def _change(self, size: Any, of: Birth | None) -> None:
-        birth = of or self.phase
-        self.now = replace(self.now, **{birth: getattr(self.now, birth) + size})
+        self.now = self.now.more(size, of or self.phase)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,16 +144,16 @@ class BlockMemory:
     `kept` stays from forward to backward. A weight gradient makes `product` on its way to where it is added.
     """
 
-    kept: Held
+    kept: Amount
     forward: tuple[Step, ...]
     full: tuple[Step, ...]
     deferring: tuple[Step, ...]
-    product: Held = NOTHING
+    product: Amount
 
     @property
-    def deferred(self) -> Held:
+    def deferred(self) -> Amount:
         """What weight gradients hold from I to W."""
-        return sum((step.deferred for step in self.deferring), NOTHING)
+        return reduce(add, (step.deferred for step in self.deferring))
 
     def where(self, mask: Any, other: BlockMemory) -> BlockMemory:
         """This one where `mask` is true, elsewhere the other."""
@@ -146,10 +164,9 @@ class BlockMemory:
         return BlockMemory(self.kept.where(mask, other.kept), *steps, product=self.product.where(mask, other.product))
 
 
-def alone(steps: tuple[Step, ...]) -> Held:
+def alone(steps: tuple[Step, ...]) -> Amount:
     """The most that work holds when nothing comes between its steps."""
-    waiting, peaks = NOTHING, []
-    for step in steps:
-        peaks.append(step.peak + waiting)
-        waiting = waiting + step.deferred
-    return largest(*peaks)
+    most, waiting = steps[0].peak, steps[0].deferred
+    for step in steps[1:]:
+        most, waiting = most.or_larger(step.peak + waiting), waiting + step.deferred
+    return most

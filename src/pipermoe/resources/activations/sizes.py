@@ -7,10 +7,12 @@ al., arXiv 2205.05198), K choices a token, A = X * K rows that leave the rank, R
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from pipermoe.resources.activations.ledger import Amount, Held
 from pipermoe.resources.dispatch import balanced_copies, kept_rows
 from pipermoe.resources.kinds import distinct
 from pipermoe.specs.model import ModelSpec
@@ -39,12 +41,12 @@ class MemoryProfile:
 RUNTIME = MemoryProfile()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Sizes:
     """One micro-batch on one rank; every field but the specification broadcasts over strategies.
 
     `imbalance` is the rows of the busiest rank over the mean. With a `capacity_factor` above 0 an expert takes at most
-    so many times its even share; nothing is padded to it.
+    so many times its even share; nothing is padded to it. Bytes are told as `nothing` is: by birth, or in all.
     """
 
     model: ModelSpec
@@ -60,31 +62,32 @@ class Sizes:
     profile: MemoryProfile = RUNTIME
     deduplicated: Any = False
     ranks_per_copy: Any = 1
+    nothing: Amount = Held()
 
-    @property
+    @cached_property
     def stream(self) -> Any:
         return self.tokens // self.tp
 
-    @property
+    @cached_property
     def hidden(self) -> Any:
         return self.stream * self.model.hidden_size * self.element
 
-    @property
+    @cached_property
     def exact_hidden(self) -> Any:
         """The residual stream in fp32, in which norms work."""
         return self.stream * self.model.hidden_size * STATISTIC_BYTES
 
-    @property
+    @cached_property
     def rows(self) -> Any:
         """Rows that leave this rank's tokens for experts."""
         return self.stream * self.model.moe.top_k
 
-    @property
+    @cached_property
     def leaving(self) -> Any:
         """Rows that this rank's tokens send once capacities have cut them, from a rank with balanced choices."""
         return kept_rows(self.rows, self.model.moe.num_experts, self.capacity_factor)
 
-    @property
+    @cached_property
     def arriving(self) -> Any:
         """Rows that this rank's experts compute; the ranks of an expert tensor group compute the same ones."""
         return np.ceil(self.rows * self.etp * self._within_capacity(self.imbalance))
@@ -104,12 +107,12 @@ class Sizes:
         """At most `capacity_factor` times the even share: what the busiest rank has when all its experts are full."""
         return np.minimum(share, self.capacity_factor) if self.capacity_factor else share
 
-    @property
+    @cached_property
     def copies(self) -> Any:
         """Copies of tokens that a deduplicated dispatch sends to ranks, the sender itself included; as many arrive."""
         return self._copies(1)
 
-    @property
+    @cached_property
     def crossing(self) -> Any:
         """Copies that it sends to nodes before, the sender's own included; 0 where a node is a rank."""
         return self._copies(self.ranks_per_copy) * (np.asarray(self.ranks_per_copy) > 1)
@@ -126,7 +129,7 @@ class Sizes:
         ]
         return np.array(found)[kinds.of].reshape(each[0].shape)
 
-    @property
+    @cached_property
     def local_experts(self) -> Any:
         return self.model.moe.num_experts // self.ep
 
@@ -142,7 +145,12 @@ class Sizes:
 
 
 def sizes_of(
-    model: ModelSpec, train: TrainConfig, table: StrategyTable, profile: MemoryProfile = RUNTIME, imbalance: Any = 1.0
+    model: ModelSpec,
+    train: TrainConfig,
+    table: StrategyTable,
+    profile: MemoryProfile = RUNTIME,
+    imbalance: Any = 1.0,
+    nothing: Amount = Held(),
 ) -> Sizes:
     """The sizes of every row of a table."""
     return Sizes(
@@ -159,6 +167,7 @@ def sizes_of(
         profile,
         table.dispatcher == DISPATCHER_NAMES.index("deduplicated"),
         table.ranks_per_copy,
+        nothing,
     )
 
 
