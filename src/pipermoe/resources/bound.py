@@ -76,15 +76,16 @@ def _chain_seconds(
     price = np.floor(np.column_stack([least[inside, :SENDS], least[inside, SENDS + hop]]) * TICKS)
     microbatches = groups.microbatches[groups.schedule.rows]
 
-    def seconds(rows: NDArray, g: int) -> NDArray[np.float64]:
+    def seconds(rows: NDArray, g: int, longest: NDArray) -> None:
         chain, repeats = found[g], microbatches[g]
         counts = np.concatenate([repeats * chain.computed[None], chain.once + repeats * chain.each])
         paths = counts @ price.take(kinds.of[rows], axis=0).T
-        together = paths[0] * share[rows]
-        paths[1:] /= chain.over
-        return np.stack([together, *largest_of_each(paths[1:], chain.starts)]) / TICKS
+        np.multiply(paths[0], share[rows], out=longest[0])
+        paths[1:] *= 1 / chain.over
+        largest_of_each(paths[1:], chain.starts, longest[1:])
 
-    return per_group(groups.schedule.of, len(found), 1 + max(len(each.holds) for each in found), seconds)
+    width = 1 + max(len(each.holds) for each in found)
+    return per_group(groups.schedule.of, len(found), width, seconds) / TICKS
 
 
 def _shares(platform: Platform, table: StrategyTable) -> NDArray[np.float64]:

@@ -52,8 +52,8 @@ class Groups:
     """The rows of a table by what a formula reads: `both` is pipeline and what happens inside a stage.
 
     Of these `combos` those with one arrangement, micro-batch and schedule share one of the `heads`: what depends on
-    these alone is worked out for them. `schedule` is pipeline and number of micro-batches. With `levels`, values of the columns of ZeRO, rows are grouped for any of them
-    instead of for their own.
+    these alone is worked out for them. `schedule` is pipeline and number of micro-batches. With `levels`, values of the
+    columns of ZeRO, rows are grouped for any of them instead of for their own.
     """
 
     def __init__(self, model: ModelSpec, train: TrainConfig, table: StrategyTable, levels: Ways = ({},)) -> None:
@@ -170,24 +170,24 @@ def pipeline_numbers(table: StrategyTable, row: int) -> tuple[str, int, int]:
 
 
 def per_group(
-    group: NDArray, count: int, width: int, evaluate: Callable[[NDArray, int], NDArray]
+    group: NDArray, count: int, width: int, fill: Callable[[NDArray, int, NDArray], None]
 ) -> NDArray[np.float64]:
-    """(width, rows): of every group `evaluate(rows, g)`, (up to width, rows); what is not there is -inf."""
+    """(width, rows): of every group `fill(rows, g, found)` writes to `found`, (width, rows); what it leaves is -inf."""
     result = np.full((width, len(group)), -np.inf)
     order = np.argsort(group, kind="stable")
     bounds = np.searchsorted(group[order], np.arange(count + 1)).tolist()
     for index, (start, end) in enumerate(pairwise(bounds)):
         if start < end:
-            found = evaluate(order[start:end], index)
-            result[: len(found), start:end] = found
+            fill(order[start:end], index, result[:, start:end])
     everywhere = np.empty_like(result)
     everywhere[:, order] = result
     return everywhere
 
 
-def largest_of_each(rows: NDArray[np.float64], starts: Iterable[int]) -> list[NDArray[np.float64]]:
-    """The maximum over the rows of each group, of which one begins at each of `starts`."""
-    return [rows[start:end].max(axis=0) for start, end in pairwise([*starts, len(rows)])]
+def largest_of_each(rows: NDArray[np.float64], starts: Iterable[int], found: NDArray[np.float64]) -> None:
+    """Into `found` the maximum over the rows of each group, of which one begins at each of `starts`."""
+    for place, (start, end) in enumerate(pairwise([*starts, len(rows)])):
+        np.maximum.reduce(rows[start:end], axis=0, out=found[place])
 
 
 BLOCK = 1 << 14  # rows that stay in the cache
@@ -200,12 +200,15 @@ def largest_sum(
     `some_of[i]` and `other_of[i]`: (rows,).
     """
     total = np.full(len(some_of), -np.inf)
+    room = np.empty((2, BLOCK))
     for start in range(0, len(total), BLOCK):
         rows = slice(start, start + BLOCK)
         mine, theirs, most = some_of[rows], other_of[rows], total[rows]
+        each, other = room[:, : len(most)]
         for a, b in zip(some, others, strict=True):
-            each = a.take(mine)
-            each += b.take(theirs)
+            a.take(mine, out=each, mode="clip")  # "raise" would buffer
+            b.take(theirs, out=other, mode="clip")
+            each += other
             np.maximum(most, each, out=most)
     return total
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipermoe.resources.activations.ends import embedding_memory, head_memory, join_memory
 from pipermoe.resources.activations.layers import dense_layer, moe_layer
-from pipermoe.resources.activations.ledger import BIRTHS, Amount, BlockMemory, Total, alone
+from pipermoe.resources.activations.ledger import BIRTHS, IN_ALL, Amount, BlockMemory, alone
 from pipermoe.resources.activations.sizes import RUNTIME, MemoryProfile, Recompute, Sizes, sizes_of
 from pipermoe.resources.instants import (
     DEFERRED,
@@ -64,7 +64,7 @@ def prices(
         rebuilt = table.recompute_modules & sum(1 << RECOMPUTE_MODULES.index(module) for module in modules)
         kinds = distinct([rebuilt if name == "recompute_modules" else getattr(table, name) for name in names])
         chosen = table.take(kinds.rows)
-        held = part(sizes_of(model, train, chosen, profile, imbalance, Total()), Recompute.of(chosen))
+        held = part(sizes_of(model, train, chosen, profile, imbalance, IN_ALL), Recompute.of(chosen))
         total = np.stack([np.broadcast_to(each.total, len(chosen)) for each in held.values()], axis=1)
         price[:, list(held)] = total.take(kinds.of, axis=0)
     return price

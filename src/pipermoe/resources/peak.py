@@ -66,16 +66,20 @@ def grouped_peak_bytes(model: ModelSpec, train: TrainConfig, groups: Groups, pri
     found = [instants(pipeline_of(model, train, pipelines, row, sharded=each)) for row, each in enumerate(modes)]
     width = max(len(each.starts) for each in found)
     price, inside = price_of(groups.combos.take(groups.inside.rows)), groups.inside.of[combo]
-    activations = per_group(pipe.of, len(found), width, lambda rows, g: peak_activations(found[g], price, inside[rows]))
+
+    def in_work(rows: NDArray, g: int, most: NDArray) -> None:
+        most[: len(found[g].starts)] = peak_activations(found[g], price, inside[rows])
+
+    activations = per_group(pipe.of, len(found), width, in_work)
     # States depend on a pipeline by the classes of its ranks, and where there are whole units by its instants.
     instants_of = np.where(np.array([each == NOTHING_SHARDED for each in modes])[pipe.of], 0, 1 + pipe.of)
     state = distinct([groups.states.of, instants_of[both.of]])
     chosen = table.take(state.rows)
     of_unit = unit_bytes(model, chosen, train.recipe.state)
 
-    def states(rows: NDArray, g: int) -> NDArray[np.float64]:
+    def states(rows: NDArray, g: int, most: NDArray) -> None:
         held = _states(model, train, StageShapes(*found[g].holds.T), chosen.take(rows))
-        return (held[:, found[g].owner] + of_unit[rows] @ found[g].whole.T).T
+        most[: len(found[g].starts)] = (held[:, found[g].owner] + of_unit[rows] @ found[g].whole.T).T
 
     held = per_group(pipe.of[both.of[state.rows]], len(found), width, states)
     return largest_sum(activations, both.of, held, state.of)
@@ -114,9 +118,8 @@ def grouped_floor(
     both = runs([schedule.of, inside.of])
     price, of = price_of(combos.take(inside.rows)), inside.of[both.rows]
 
-    def most_held(rows: NDArray, g: int) -> NDArray[np.float64]:
-        held = found[g].held @ price.take(of[rows], axis=0).T
-        return np.stack(largest_of_each(held, found[g].starts))
+    def most_held(rows: NDArray, g: int, most: NDArray) -> None:
+        largest_of_each(found[g].held @ price.take(of[rows], axis=0).T, found[g].starts, most)
 
     width = max(len(each.holds) for each in found)
     activations = per_group(schedule.of[both.rows], len(found), width, most_held)

@@ -19,7 +19,7 @@ from pipermoe.resources.activations.attention import (
     renormalise,
 )
 from pipermoe.resources.activations.journeys import Deduplicated, Plain
-from pipermoe.resources.activations.ledger import Amount, BlockMemory, Ledger, Total
+from pipermoe.resources.activations.ledger import IN_ALL, Amount, BlockMemory, Ledger
 from pipermoe.resources.activations.sizes import INDEX_BYTES, STATISTIC_BYTES, Recompute, Sizes, product_bytes
 
 CLAMPED_FACTORS = 5  # tensors of a clamped product's backward beside its gradients; of a plain one silu(gate)
@@ -216,7 +216,7 @@ def _shared_backward(work: Ledger, sizes: Sizes, recompute: Recompute) -> None:
 
 def _rebuild_attention(work: Ledger, sizes: Sizes, recompute: Recompute, scores: Any) -> None:
     """All of a piece that full recomputation has dropped."""
-    again = Ledger("temporary", Total())
+    again = Ledger("temporary", IN_ALL)
     attend(again, sizes, Recompute())
     work.take(again.now.total * recompute.full, sizes.hidden * recompute.full, scores * recompute.full)
     work.drop(sizes.hidden * recompute.full)

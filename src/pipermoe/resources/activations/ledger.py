@@ -65,6 +65,7 @@ class Total:
 
 
 Amount = Any  # Held or Total, one of them in all of an account
+BY_BIRTH, IN_ALL = Held(), Total()  # nothing yet, of either
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,7 @@ class Ledger:
     With `defers`, weight gradients come later: what they read is released by the work but not free.
     """
 
-    def __init__(self, phase: Birth, start: Amount, *, defers: bool = False):
+    def __init__(self, phase: Birth, start: Amount = BY_BIRTH, *, defers: bool = False):
         self.phase, self.defers = phase, defers
         self.now, self.steps = start, []
         self._peak, self._deferred = start, type(start)()

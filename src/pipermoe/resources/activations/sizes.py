@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pipermoe.resources.activations.ledger import Amount, Held
+from pipermoe.resources.activations.ledger import BY_BIRTH, Amount
 from pipermoe.resources.dispatch import balanced_copies, kept_rows
 from pipermoe.resources.kinds import distinct
 from pipermoe.specs.model import ModelSpec
@@ -62,7 +62,7 @@ class Sizes:
     profile: MemoryProfile = RUNTIME
     deduplicated: Any = False
     ranks_per_copy: Any = 1
-    nothing: Amount = Held()
+    nothing: Amount = BY_BIRTH
 
     @cached_property
     def stream(self) -> Any:
@@ -150,7 +150,7 @@ def sizes_of(
     table: StrategyTable,
     profile: MemoryProfile = RUNTIME,
     imbalance: Any = 1.0,
-    nothing: Amount = Held(),
+    nothing: Amount = BY_BIRTH,
 ) -> Sizes:
     """The sizes of every row of a table."""
     return Sizes(
