@@ -27,7 +27,7 @@ def test_what_weight_gradients_read_stays_until_they_have_run(defers, peaks, lef
     steps = tuple(work.steps)
     assert [step.peak.total for step in steps] == [5, 4]  # in a pair the weight gradients have run in between
     assert alone(steps).total == max(peaks)
-    assert BlockMemory(Held(), (), (), steps).deferred.total == left
+    assert BlockMemory(Held(), (), (), steps, Held()).deferred.total == left
 
 
 def test_each_strategy_has_a_peak_of_its_own():
