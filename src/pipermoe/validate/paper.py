@@ -2,17 +2,17 @@
 
 Piper, arXiv 2605.05049, figures 13 and 14; X-MoE, arXiv 2508.13337. Their mappings are not published whole, so nothing
 is judged here. Assumed where a row is silent: 1,024 sequences a step (X-MoE's) and 4,096 tokens each. Planned in bf16,
-which runs and weighs as their fp16.
+which runs and weighs as their fp16, and into all of the memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from pipermoe.planner.find import find_plan
+from pipermoe.planner.find import searched
+from pipermoe.planner.nothing_fits import nothing_fits
 from pipermoe.specs.base import Frozen
 from pipermoe.specs.catalogue import load_model
-from pipermoe.specs.errors import NoPlanFits
 from pipermoe.specs.platform_file import load_platform
 from pipermoe.specs.strategy_text import strategy_text
 from pipermoe.specs.train import TrainConfig
@@ -62,8 +62,9 @@ def paper_rows(rows: Sequence[PublishedRow]) -> Iterator[PaperRow]:
 
 def _planned(name: str, gcds: int, seq_len: int, sequences: int) -> tuple[float | None, str]:
     model, train = load_model(name), TrainConfig(seq_len=seq_len, global_batch_size=sequences, precision="bf16")
-    try:
-        best = find_plan(model, load_platform(MACHINE), train, world_size=gcds, top=1).chosen
-    except NoPlanFits as reason:
-        return None, str(reason).splitlines()[0]
-    return model_flops(model, train) / (best.step_seconds * gcds), strategy_text(best.strategy)
+    field = searched(model, load_platform(MACHINE), train, gcds, headroom=0)
+    ranking = field.best()
+    if not ranking.best:
+        return None, str(nothing_fits(field)).splitlines()[0]
+    [best] = ranking.best
+    return model_flops(model, train) / (best.seconds * gcds), strategy_text(field.space.strategy(best.place))
