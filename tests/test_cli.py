@@ -127,6 +127,7 @@ def test_options_win_over_the_job_file(folder):
         (["balance", "tiny-none", "--policy", "best"], "--policy = 'best': must be one of static, "),
         (["balance", "tiny-none", "--plan", "plan.toml"], "--plan and --platform go together"),
         (["balance", "model.toml"], "a trace is a .npz, .csv or .jsonl file"),
+        (["export", "slurm", "--plan", "plan.toml", "--time", "soon"], "--time = 'soon': must be a limit of Slurm"),
         (["measure", "--nproc", "0"], "nproc = 0"),
         (["measure", "--colour"], "--colour"),
         (["teleport"], "teleport"),

@@ -14,10 +14,11 @@ from tests.export.plans import plan_for
 from tests.plans import tiny_plan
 from tests.ports import free_ports
 
+from pipermoe.cli.app import run
 from pipermoe.export import cluster_of, export_plan
 from pipermoe.export.slurm import batch_script
 from pipermoe.specs.catalogue import load_model
-from pipermoe.specs.documents import load, write_files
+from pipermoe.specs.documents import load, save, write_files
 from pipermoe.specs.plan import Measurement, Plan, RuntimeName
 from pipermoe.specs.strategy import Strategy
 
@@ -45,6 +46,13 @@ def test_what_is_not_given_is_left_to_the_cluster():
     assert not {"gpus", "partition", "account"} & {
         line[10:].split("-")[0].split("=")[0] for line in script.splitlines()
     }
+
+
+@pytest.mark.parametrize("limit", ["90", "90:30", "24:00:00", "7-12", "7-12:30:00", "UNLIMITED"])
+def test_the_command_takes_a_limit_in_every_form_that_slurm_has(limit, tmp_path):
+    plan, job = save(tmp_path / "plan.toml", tiny_plan(Strategy.parse(TRAINED))), tmp_path / "job"
+    assert run(["export", "slurm", "--plan", str(plan), "-o", str(job), "--time", limit, "--cpu"]) == 0
+    assert f"#SBATCH --time={limit}\n" in (job / "job.sbatch").read_text()
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")

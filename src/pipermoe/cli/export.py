@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,8 +11,16 @@ from cyclopts import Parameter
 
 from pipermoe.cli.options import Output, Switch
 from pipermoe.cli.output import note, show
+from pipermoe.specs.errors import UserError
 
 DEFAULT_RANKS_PER_NODE = 8
+SLURM_TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}|UNLIMITED", re.ASCII)
+
+
+def _is_slurm_time(_: object, text: str) -> None:
+    if not SLURM_TIME.fullmatch(text):
+        forms = "24:00:00, 7-12 (days-hours) or 90 (minutes)"
+        raise UserError(f"--time = {text!r}: must be a limit of Slurm, such as {forms}")
 
 
 @Parameter(name="*")
@@ -19,7 +28,7 @@ DEFAULT_RANKS_PER_NODE = 8
 class SlurmOptions:
     """What a Slurm job asks for."""
 
-    time: Annotated[str, Parameter(help="The limit of a Slurm job.")] = "24:00:00"
+    time: Annotated[str, Parameter(help="The limit of a Slurm job.", validator=_is_slurm_time)] = "24:00:00"
     partition: Annotated[str | None, Parameter(help="The partition of a Slurm job. Default: the cluster's.")] = None
     account: Annotated[str | None, Parameter(help="The account of a Slurm job. Default: the user's.")] = None
     cpu: Annotated[bool, Parameter(negative="", help="Ask Slurm for no GPUs.")] = False
