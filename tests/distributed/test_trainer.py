@@ -34,12 +34,13 @@ def text(tmp_path):
     return {"paths": (str(path),)}
 
 
-def test_a_hybrid_run_learns_what_one_process_learns_and_reports_it(tmp_path, text, capfd):
+@pytest.mark.parametrize("spread", [HYBRID, pytest.param(MIRRORED, marks=pytest.mark.slow)], ids=["1f1b", "dualpipe"])
+def test_a_hybrid_run_learns_what_one_process_learns_and_reports_it(tmp_path, text, capfd, spread):
     runs = {}
-    for strategy in (Strategy(), HYBRID):
+    for strategy in (Strategy(), spread):
         plan = tiny_plan(strategy, data=text, z_loss=0.01, **FASTER)
         runs[strategy] = launch(plan, Run(tmp_path / strategy.compact().replace("/", "-")))
-    one, hybrid = runs[Strategy()], runs[HYBRID]
+    one, hybrid = runs[Strategy()], runs[spread]
     assert one is not None
     assert hybrid is not None
     assert hybrid.losses == pytest.approx(one.losses, rel=1e-5)
@@ -49,7 +50,7 @@ def test_a_hybrid_run_learns_what_one_process_learns_and_reports_it(tmp_path, te
     assert len(hybrid.losses) == hybrid.steps == 6
     assert hybrid.measured_steps == len(hybrid.step_seconds) == 3
 
-    folder = tmp_path / HYBRID.compact()
+    folder = tmp_path / spread.compact().replace("/", "-")
     assert load(folder / "measurement.json", Measurement) == hybrid
     lines = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
     assert tuple(line["loss"] for line in lines) == hybrid.losses
