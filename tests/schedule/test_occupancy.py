@@ -20,77 +20,81 @@ BACKWARDS = (Kind.BACKWARD, Kind.INPUT_GRAD)
 Passing = tuple[str, int, int]  # an input of a stage and micro-batch, "F" or "B"
 
 
-def held(schedule: Schedule, rank: int) -> Iterator[tuple[tuple, tuple[int, ...]]]:
-    """(work, counts) of every action of `rank`, with what it holds written out as sets."""
-    arrived, stages = acknowledgements(schedule, rank), schedule.stages_of(rank)
-    kept: set[tuple[int, int]] = set()
-    deferred: set[tuple[int, int]] = set()
-    outputs: set[Passing] = set()
-    gradients: set[Passing] = set()
-    incoming: set[Passing] = set()
-    came: set[tuple[int, int]] = set()
+class Holding:
+    """What a rank holds, written out as sets of (stage, micro-batch) and of messages."""
 
-    def begin(part: Action) -> None:
+    def __init__(self, schedule: Schedule, rank: int) -> None:
+        self.schedule, self.rank, self.stages = schedule, rank, schedule.stages_of(rank)
+        self.kept: set[tuple[int, int]] = set()
+        self.deferred: set[tuple[int, int]] = set()
+        self.came: set[tuple[int, int]] = set()
+        self.outputs: set[Passing] = set()
+        self.gradients: set[Passing] = set()
+        self.incoming: set[Passing] = set()
+
+    def begin(self, part: Action) -> None:
         here = (part.stage, part.microbatch)
         if part.kind is Kind.FORWARD:
-            kept.add(here)
-            incoming.discard(("F", *here))
-            if receive_of(schedule, part, rank):
-                came.add(here)
-            if part.stage < schedule.num_stages - 1:
-                outputs.add(("F", part.stage + 1, part.microbatch))
+            self.kept.add(here)
+            self.incoming.discard(("F", *here))
+            if receive_of(self.schedule, part, self.rank):
+                self.came.add(here)
+            if part.stage < self.schedule.num_stages - 1:
+                self.outputs.add(_result(part))
 
-    def end(part: Action) -> None:
-        here, sent = (part.stage, part.microbatch), send_of(schedule, part, rank)
-        after = (
-            ("F", part.stage + 1, part.microbatch)
-            if part.kind is Kind.FORWARD
-            else ("B", part.stage - 1, part.microbatch)
-        )
+    def end(self, part: Action) -> None:
+        here, sent, after = (part.stage, part.microbatch), send_of(self.schedule, part, self.rank), _result(part)
         if part.kind in BACKWARDS:
-            kept.remove(here)
-            came.discard(here)
-            incoming.discard(("B", *here))
+            self.kept.remove(here)
+            self.came.discard(here)
+            self.incoming.discard(("B", *here))
             if part.kind is Kind.INPUT_GRAD:
-                deferred.add(here)
+                self.deferred.add(here)
             if sent:
-                gradients.add(after)
+                self.gradients.add(after)
         if part.kind is Kind.WEIGHT_GRAD:
-            deferred.discard(here)
-        elif not sent and 0 <= after[1] < schedule.num_stages:
-            outputs.discard(after)
-            incoming.add(after)
+            self.deferred.discard(here)
+        elif not sent and 0 <= after[1] < self.schedule.num_stages:
+            self.outputs.discard(after)
+            self.incoming.add(after)
 
-    actions = list(schedule.ranks[rank])
+    def arrive(self, send: Action) -> None:
+        """A message of this rank is known to have arrived."""
+        (self.outputs if send.kind is Kind.SEND_FORWARD else self.gradients).remove(_result(send))
+
+    def counts(self, posted: int) -> tuple[int, ...]:
+        chunks = [sum(s == stage for s, _ in each) for each in (self.kept, self.deferred) for stage in self.stages]
+        return (*chunks, len(self.outputs), len(self.gradients), len(self.incoming) + posted, len(self.came))
+
+
+def _result(part: Action) -> Passing:
+    """What a forward, a backward or a message of either hands on, by where it goes."""
+    if part.kind in (Kind.FORWARD, Kind.SEND_FORWARD):
+        return "F", part.stage + 1, part.microbatch
+    return "B", part.stage - 1, part.microbatch
+
+
+def held(schedule: Schedule, rank: int) -> Iterator[tuple[tuple, tuple[int, ...]]]:
+    """(work, counts) of every action of `rank`."""
+    arrived, holding, actions = acknowledgements(schedule, rank), Holding(schedule, rank), schedule.ranks[rank]
     weights = [(action.stage, action.microbatch) for action in actions if action.kind is Kind.WEIGHT_GRAD]
     for i, action in enumerate(actions):
         if action.kind in COMPUTE:
             for part in action.parts:
-                begin(part)
+                holding.begin(part)
             after = next((n for n in range(i + 1, len(actions)) if actions[n].kind in COMPUTE), len(actions))
-            posted = sum(each.kind in RECEIVES for each in actions[i:after])
-            work = (
-                rank,
-                action.parts[-1].kind,
-                action.parts[-1].stage,
-                action.stage if action.pair else -1,
-                NO_CONTEXT,
-            )
-            chunks = [sum(s == stage for s, _ in each) for each in (kept, deferred) for stage in stages]
-            if action.kind is not Kind.WEIGHT_GRAD or (action.stage, action.microbatch) in deferred:
-                yield work, (*chunks, len(outputs), len(gradients), len(incoming) + posted, len(came))
+            posted, last = sum(each.kind in RECEIVES for each in actions[i:after]), action.parts[-1]
+            if action.kind is not Kind.WEIGHT_GRAD or (action.stage, action.microbatch) in holding.deferred:
+                beside = action.stage if action.pair else -1
+                yield (rank, last.kind, last.stage, beside, NO_CONTEXT), holding.counts(posted)
             for part in action.parts:
-                end(part)
-            if action.pair and deferred:  # as many weight gradients have run as the pair has left behind
-                deferred.remove(next(here for here in weights if here in deferred))
+                holding.end(part)
+            if action.pair and holding.deferred:  # as many weight gradients have run as the pair has left behind
+                holding.deferred.remove(next(here for here in weights if here in holding.deferred))
         elif action.kind in RECEIVES:
-            incoming.add(("F" if action.kind is Kind.RECV_FORWARD else "B", action.stage, action.microbatch))
+            holding.incoming.add(("F" if action.kind is Kind.RECV_FORWARD else "B", action.stage, action.microbatch))
         for send in arrived.get(action, ()):
-            forward = send.kind is Kind.SEND_FORWARD
-            if forward:
-                outputs.remove(("F", send.stage + 1, send.microbatch))
-            else:
-                gradients.remove(("B", send.stage - 1, send.microbatch))
+            holding.arrive(send)
 
 
 def measure(counts: tuple[int, ...]) -> np.ndarray:
