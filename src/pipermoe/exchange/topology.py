@@ -154,28 +154,6 @@ class Topology:
         ranks = [r for r in self.ranks_of_node[node] if self.nic[r] == nic]
         return ranks[turn % len(ranks)]
 
-    def subset(self, ranks: Sequence[int]) -> Topology:
-        """The topology of a process group: its rank i is `ranks[i]` here."""
-        nodes = sorted({self.node[r] for r in ranks})
-        groups = sorted({self.group[n] for n in nodes})
-        return Topology(
-            node=tuple(nodes.index(self.node[r]) for r in ranks),
-            nic=tuple(self.nic[r] for r in ranks),
-            group=tuple(groups.index(self.group[n]) for n in nodes),
-            **{name: getattr(self, name) for name in LINKS},
-        )
-
-
-LINKS = (
-    "nic_bandwidth",
-    "local_bandwidth",
-    "global_bandwidth",
-    "local_latency",
-    "nic_latency",
-    "global_latency",
-    "message_seconds",
-)
-
 
 def _place_in(label: Ints) -> Ints:
     """For every entry how many equal ones come before it."""

@@ -29,10 +29,6 @@ class Timeline:
     def step_seconds(self) -> float:
         return max((max(ends, default=0.0) for ends in self.end), default=0.0)
 
-    def span_seconds(self, rank: int) -> float:
-        """From the rank's first start to its last end."""
-        return max(self.end[rank]) - min(self.start[rank])
-
     def idle_seconds(self, rank: int) -> float:
         """The part of the step in which the rank neither computes nor runs an exposed all-to-all: the bubble."""
         return self.step_seconds - self.compute_seconds[rank] - self.exchange_seconds[rank]
