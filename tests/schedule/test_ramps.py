@@ -4,7 +4,7 @@ import pytest
 
 from pipermoe.schedule.action import Action, Kind
 from pipermoe.schedule.builders import RECIPES, build, illegal
-from pipermoe.schedule.occupancy import occupancies
+from pipermoe.schedule.occupancy import OUTPUTS, RECEIVED, occupancies
 from pipermoe.schedule.ramps import ramps
 
 CASES = [
@@ -75,6 +75,23 @@ def test_so_many_weight_gradients_wait_while_a_backward_runs(name):
                     for (where, kind, *_), counts in zip(found.work, found.counts, strict=True)
                     if where == rank and kind in (Kind.BACKWARD, Kind.INPUT_GRAD)
                 ), (p, chunks, m, rank, least)
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if any(ramp.paired for ramp in ramps(name, 4, 2, 16))])
+def test_so_much_is_held_while_a_pair_runs(name):
+    for _, p, chunks, m in (case for case in CASES if case[0] == name):
+        schedule, ranks = build(name, p, m, chunks), ramps(name, p, chunks, m)
+        found = occupancies(schedule)
+        for rank, ramp in enumerate(ranks):
+            for chunk, held, messages in ramp.paired:
+                stage = schedule.stages_of(rank)[chunk]
+                assert any(
+                    work.rank == rank
+                    and work.stage == work.beside == stage
+                    and (counts[: len(held)] >= held).all()
+                    and counts[OUTPUTS:RECEIVED].sum() >= messages
+                    for work, counts in zip(found.work, found.counts, strict=True)
+                ), (p, chunks, m, rank, held, messages)
 
 
 @pytest.mark.parametrize("name", ["v-half", "v-half-overlap", "v-min"])

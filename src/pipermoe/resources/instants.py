@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pipermoe.resources.turns import Leg, Part, Step, in_turn, parts_of_stages, steps, turns
 from pipermoe.resources.whole_units import NOTHING_SHARDED, Sharded, WholeUnits
 from pipermoe.schedule.action import Kind
+from pipermoe.schedule.context import NO_CONTEXT
 from pipermoe.schedule.occupancy import Work, growth
 
 
@@ -176,6 +177,19 @@ def instants(pipeline: Pipeline, *, by_rank: bool = False) -> Instants:
         holds=np.array(kinds, dtype=np.int64),
         class_of=class_of,
     )
+
+
+@lru_cache
+def pair_instants(layers: int) -> NDArray[np.int64]:
+    """The features (instants, len(Feature)) of a pair through as many layers with experts, in the middle of a pipeline,
+    beside what both micro-batches keep; their layers that are not kept yet, or no more, count negative.
+    """
+    parts = [(Part.MOE,) * layers] * 3
+    state = np.zeros(len(Feature), dtype=np.int64)
+    state[[Feature.OUTPUT, Feature.INCOMING]] = 1
+    walk = _Walk(parts, state, WholeUnits(parts, NOTHING_SHARDED).before(NO_CONTEXT))
+    walk.through(Work(0, Kind.BACKWARD, stage=1, beside=1))
+    return _largest(np.array(walk.found))[:, : len(Feature)]
 
 
 class _Walk:

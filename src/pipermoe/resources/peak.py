@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from pipermoe.resources.groups import (
     per_group,
     pipeline_numbers,
 )
-from pipermoe.resources.instants import DEFERRED, DEFERRING, FULL, KEPT, Feature, instants
+from pipermoe.resources.instants import DEFERRED, DEFERRING, FULL, KEPT, LEGS, Feature, instants, pair_instants
 from pipermoe.resources.kinds import distinct, runs
 from pipermoe.resources.memory import EXPERTS, peak_activations, pipeline_of, prices
 from pipermoe.resources.price_list import Price, cheapest, in_each
@@ -39,6 +39,7 @@ from pipermoe.specs.train import TrainConfig
 # By each part of a stage, in the order of StageShapes.
 SHAPES = ((Part.MOE,), (Part.DENSE,), (Part.EMBEDDING,), (Part.HEAD,), (Part.MOE, Part.HEAD, Part.JOIN))
 TOPS = (Part.MOE, Part.DENSE, Part.HEAD)  # what a backward can begin with
+PAIR = [*range(Feature.STREAM, Feature.DEFERRED_ATTEND_BACK + 1), *LEGS]  # what a pair holds beside what it keeps
 
 
 def peak_bytes(
@@ -158,7 +159,8 @@ def floor_prices(price_of: Price, ways: Ways = ({},)) -> Price:
 
 def _floor_prices(price: NDArray[np.float64]) -> NDArray[np.float64]:
     """Bytes (rows, prices): what a micro-batch keeps in each part of a stage, what it leaves to its weight gradients,
-    and by how much a backward at least exceeds what it finds, if it begins with any of a set of parts.
+    by how much a backward at least exceeds what it finds, if it begins with any of a set of parts, and what a pair
+    holds between its steps.
     """
 
     def shapes(features: Sequence[Feature]) -> list[NDArray[np.float64]]:
@@ -167,7 +169,7 @@ def _floor_prices(price: NDArray[np.float64]) -> NDArray[np.float64]:
     works = [[FULL[top], DEFERRING[top], *([Feature.COMPUTE_BACK] if top is Part.MOE else [])] for top in TOPS]
     more = [price[:, work].min(axis=1) - price[:, KEPT[top]] for top, work in zip(TOPS, works, strict=True)]
     least = [np.min([more[top] for top in tops], axis=0) for tops in _TOP_SETS]
-    return np.stack([*shapes(KEPT), *shapes(DEFERRED), *least], axis=1)
+    return np.column_stack([*shapes(KEPT), *shapes(DEFERRED), *least, price[:, PAIR]])
 
 
 _TOP_SETS = [[top for top in range(len(TOPS)) if each >> top & 1] for each in range(1, 1 << len(TOPS))]
@@ -177,21 +179,44 @@ _TOP_SETS = [[top for top in range(len(TOPS)) if each >> top & 1] for each in ra
 def _floor(parts: Parts, name: str, ranks: int, chunks: int, microbatches: int) -> _Floor:
     stages_of = stages_of_ranks(name, ranks, chunks)
     holds, class_of, alike = rank_classes(stages_of, parts)
-    nothing = (0,) * len(stages_of[0])
+    found, nothing = ramps(name, ranks, chunks, microbatches), (0,) * len(stages_of[0])
     rank, kept, waiting = zip(
         *(
             (rank, *held)
-            for rank, ramp in enumerate(ramps(name, ranks, chunks, microbatches))
+            for rank, ramp in enumerate(found)
             for held in (*((kept, nothing) for kept in ramp.kept), *ramp.waiting)
         ),
         strict=True,
     )
     each = np.array(parts, dtype=np.int64)[np.array(stages_of)]  # (ranks, chunks, parts)
     counts = (np.einsum("ic,icp->ip", np.array(held), each[list(rank)]) for held in (kept, waiting))
-    rows = np.column_stack([class_of[list(rank)], *counts, _begins_with(each)[list(rank)]])
-    owner, *held = zip(*sorted(set(map(tuple, rows.tolist()))), strict=True)
+    no_pair = np.zeros((len(rank), len(PAIR)), dtype=np.int64)
+    rows = np.column_stack([class_of[list(rank)], *counts, _begins_with(each)[list(rank)], no_pair])
+    paired = _pairs(each, class_of, [ramp.paired for ramp in found])
+    owner, *held = zip(*sorted({tuple(row) for each in (rows, *paired) for row in each.tolist()}), strict=True)
     starts = np.searchsorted(owner, np.arange(len(holds))).tolist()
     return _Floor(holds, alike, np.array(held, dtype=np.float64).T, starts)
+
+
+def _pairs(
+    each: NDArray[np.int64], class_of: NDArray[np.int64], paired: Sequence[tuple[tuple[int, tuple[int, ...], int], ...]]
+) -> Iterator[NDArray[np.int64]]:
+    """Pairs of chunks of layers with experts alone: rows of a class and counts, of the rank of it that keeps most."""
+    most: dict[tuple[int, int], tuple[NDArray[np.int64], int]] = {}
+    for rank, pairs in enumerate(paired):
+        for chunk, held, messages in pairs:
+            layers, *others = each[rank, chunk].tolist()
+            kept, key = np.array(held) @ each[rank], (int(class_of[rank]), layers)
+            if layers and not any(others) and (key not in most or kept.sum() > most[key][0].sum()):
+                most[key] = kept, messages
+    for (owner, layers), (kept, messages) in most.items():
+        found = pair_instants(layers)
+        rows = np.zeros((len(found), 1 + 2 * len(SHAPES) + len(_TOP_SETS) + len(PAIR)), dtype=np.int64)
+        rows[:, 0], rows[:, 1 : 1 + len(SHAPES)], rows[:, -len(PAIR) :] = owner, kept, found[:, PAIR]
+        rows[:, 1] += found[:, KEPT[Part.MOE]]
+        rows[:, 1 + len(SHAPES)] += found[:, DEFERRED[Part.MOE]]
+        rows[:, -len(PAIR)] += messages - 2  # as large as a stream; of two the pair has made its own
+        yield rows
 
 
 def _begins_with(each: NDArray[np.int64]) -> NDArray[np.bool_]:

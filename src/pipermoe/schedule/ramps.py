@@ -22,7 +22,9 @@ class Ramp(NamedTuple):
     the forward of the `most`-th after it. Between the backwards of its highest and its lowest stage are never more than
     `returning` (0: not known), so a micro-batch has come back through the stages in between before the
     `returning`-th after it sets out; but for the `last` micro-batches, which may be closer. In schedules of pairs,
-    `alone_forward` and `alone_backward` passes are in no pair, and none at all of a chunk that is `never_paired` (1).
+    `alone_forward` and `alone_backward` passes are in no pair, and none at all of a chunk that is `never_paired` (1);
+    `paired` are chunks of which a forward and a backward are a pair at some instant, with all that is held then at
+    least, both of them included, and how many buffers of messages.
     """
 
     kept: tuple[Chunks, ...]
@@ -33,6 +35,7 @@ class Ramp(NamedTuple):
     returning: int = 0
     last: int = 0
     waiting: tuple[tuple[Chunks, Chunks], ...] = ()
+    paired: tuple[tuple[int, Chunks, int], ...] = ()
 
 
 @lru_cache(maxsize=8192)
@@ -54,6 +57,7 @@ def ramps(name: str, pipeline_parallel: int, virtual_stages: int, microbatches: 
             ramp.returning,
             ramp.last,
             ramp.waiting,
+            ramp.paired,
         )
         for ramp in found
     )
@@ -81,8 +85,8 @@ def _zb_h2(p: int, v: int, m: int, rank: int) -> Ramp:
 
 def _pairs(p: int, v: int, m: int, rank: int) -> Ramp:
     """A forward for every slot of the round trip, then pairs."""
-    alone = (2 * (p - rank) - 1,)
-    return Ramp((alone,), 2 * (p - rank), alone, alone)
+    alone, most, messages = (2 * (p - rank) - 1,), 2 * (p - rank), 5 if 0 < rank < p - 1 else 0
+    return Ramp((alone,), most, alone, alone, paired=((0, (most,), messages),) if m >= 2 * p else ())
 
 
 def _zb_h1_pairs(p: int, v: int, m: int, rank: int) -> Ramp:
@@ -155,8 +159,10 @@ def _v_half(p: int, v: int, m: int, rank: int) -> Ramp:
 def _v_half_pairs(p: int, v: int, m: int, rank: int) -> Ramp:
     """On every second rank the passes down are in pairs, on the others those up."""
     never = (0, 1) if rank % 2 == 0 else (1, 0)
-    held = (p - rank // 2, (rank + 2) // 2)
-    return Ramp((held,), p + 1 - (rank + 1) // 2, (0, 0), (0, 0), never, _half_returning(p, rank))
+    held, most = (p - rank // 2, (rank + 2) // 2), p + 1 - (rank + 1) // 2
+    messages = 4 - rank % 2 if 0 < rank < p - 1 else 0
+    paired = ((rank % 2, (most, 1 + (rank + 1) // 2), messages),) if p % 2 == 0 and m >= 2 * p else ()
+    return Ramp((held,), most, (0, 0), (0, 0), never, _half_returning(p, rank), paired=paired)
 
 
 def _half_returning(p: int, rank: int) -> int:
