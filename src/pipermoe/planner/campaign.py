@@ -15,6 +15,7 @@ from pipermoe.resources.goodput import Reliability, checkpoint_interval, goodput
 from pipermoe.resources.parameters import total_parameters
 from pipermoe.specs.base import Frozen
 from pipermoe.specs.errors import NoPlanFits, UserError
+from pipermoe.specs.units import format_count
 
 _COUNT = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 _PERIOD = {"hour": 3600.0, "day": 86_400.0, "week": 604_800.0}
@@ -86,16 +87,18 @@ def sizes(job: Job) -> Iterator[int]:
 
 def fewest_ranks(job: Job, goal: Goal) -> int:
     """The smallest of `sizes` on which the best strategy reaches the goal in its time. Raises `NoPlanFits`."""
-    most = goal.seconds or math.inf
-    nearest = math.inf
-    for sized, chosen in best_by_size(job):
-        run = campaign(sized, chosen, goal)
-        if run.seconds <= most:
-            return sized.world_size
-        nearest = min(nearest, run.seconds)
+    most, nearest = goal.seconds or math.inf, math.inf
+    for field in _fields(job):
+        seconds = goal.tokens / job.train.tokens_per_step * float(field.bound.min())  # no strategy takes less
+        if seconds <= most and (chosen := _fastest(field)):
+            seconds = campaign(field.job, chosen, goal).seconds
+            if seconds <= most:
+                return field.job.world_size
+        nearest = min(nearest, seconds)
     raise NoPlanFits(
-        f"no number of ranks of {job.platform.name} trains {goal.tokens:.3g} tokens in {most / 86_400:.3g} days; the "
-        f"nearest takes {nearest / 86_400:.3g}; allow more time, or more sequences than {job.train.global_batch_size}"
+        f"no number of ranks of {job.platform.name} trains {format_count(goal.tokens)} tokens in {most / 86_400:.3g} "
+        f"days; the nearest takes at least {nearest / 86_400:.3g} days; allow more time, or more sequences than "
+        f"{job.train.global_batch_size}"
     )
 
 
@@ -112,9 +115,17 @@ def fewest_device_hours(job: Job, goal: Goal) -> int:
 
 def best_by_size(job: Job, wanted: Callable[[int], bool] = lambda size: True) -> Iterator[tuple[Job, Candidate]]:
     """For every wanted size on which anything is legal and fits, the job of that size and its fastest strategy."""
-    for size in filter(wanted, sizes(job)):
-        sized = replace(job, world_size=size)
-        field = Field.of(sized)
-        ranking = field.best() if len(field.space.heads) else None
-        if ranking and ranking.best:
-            yield sized, candidate(sized, field.space.strategy(ranking.best[0].place))
+    for field in _fields(job, wanted):
+        if chosen := _fastest(field):
+            yield field.job, chosen
+
+
+def _fields(job: Job, wanted: Callable[[int], bool] = lambda size: True) -> Iterator[Field]:
+    """The space of every wanted size on which anything is legal."""
+    fields = (Field.of(replace(job, world_size=size)) for size in filter(wanted, sizes(job)))
+    return (field for field in fields if len(field.space.heads))
+
+
+def _fastest(field: Field) -> Candidate | None:
+    """The fastest strategy that fits, if one does."""
+    return next((candidate(field.job, field.space.strategy(found.place)) for found in field.best().best), None)
