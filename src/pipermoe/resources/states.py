@@ -27,8 +27,8 @@ class StateElements:
 
     `weights`, `gradients` and `updated` (master and moments) are what the rank keeps of both under its ZeRO levels;
     `owned` is the slice whose part of the gradient norm it counts. `copied` is the whole buffer of an embedding that
-    both ends of the pipeline hold. `uses` dense buffers, of `used` elements, are in turn whole in a forward, or a
-    backward, that sharding brings weights for, or takes gradients from: one twice counts twice.
+    both ends of the pipeline hold. A forward, or a backward, comes to `uses` dense buffers of `used` elements in all,
+    each of which sharding makes whole for that use; what it comes to twice counts twice.
     """
 
     dense: Any
