@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from pipermoe.dryrun.dry_run import dry_run
+from pipermoe.resources.activations.sizes import MemoryProfile
 from pipermoe.resources.memory import rank_memory
 from pipermoe.resources.states import state_elements
 from pipermoe.resources.step import placement_of
@@ -33,6 +34,10 @@ LATENT = ModelSpec(
     ),
     moe=MixtureOfExperts(num_experts=8, top_k=4, expert_width=48, shared_width=48, router=Router(score="sigmoid")),
 )
+# Values narrower than queries, as DeepSeek's: torch has no fused attention for them on CPUs.
+NARROW = LATENT.model_copy(
+    update={"attention": LATENT.attention.model_copy(update={"qk_nope_head_dim": 16}), "name": "narrow values"}
+)
 DENSE_FIRST = ModelSpec(
     name="dense layers first",
     vocab_size=512,
@@ -43,7 +48,7 @@ DENSE_FIRST = ModelSpec(
     dense_layers=(0, 1),
     dense_width=192,
 )
-MODELS = {"shared": SHARED, "latent": LATENT, "dense-first": DENSE_FIRST}
+MODELS = {"shared": SHARED, "latent": LATENT, "narrow": NARROW, "dense-first": DENSE_FIRST}
 
 
 class Case(NamedTuple):
@@ -62,7 +67,9 @@ class Case(NamedTuple):
 def predicted(case: Case) -> list[dict[MemoryCategory, int]]:
     """Bytes by category at the peak of every pipeline rank."""
     model, table = MODELS[case.model], StrategyTable.of([Strategy.parse(case.strategy)])
-    return rank_memory(model, case.train(), table, state_elements(model, placement_of(model, table).ranks, table))
+    states = state_elements(model, placement_of(model, table).ranks, table)
+    profile = MemoryProfile(materialised_attention=model is NARROW)
+    return rank_memory(model, case.train(), table, states, profile)
 
 
 def executed(case: Case) -> list[dict[MemoryCategory, int]]:

@@ -14,6 +14,7 @@ WITHIN = (
     Case("dense-first", "fp32", "pp2 dp2 ep2 1f1b"),
     Case("shared", "fp32", "pp2 dp2 ep2 1f1b z2"),
     Case("latent", "fp32", "pp2 dp4 ep2 edp2 1f1b z3"),
+    Case("narrow", "bf16", "pp2 dp2 ep2 1f1b"),
 )
 WITHIN_TOO = (
     Case("shared", "fp32", "pp2 dp2 ep2 zb-h1"),
@@ -26,6 +27,10 @@ WITHIN_TOO = (
     Case("latent", "fp32", "pp2 dp2 ep2 1f1b"),
     Case("latent", "bf16", "pp2 dp2 ep2 1f1b full"),
     Case("dense-first", "fp32", "pp2 dp2 ep2 1f1b full"),
+    Case("narrow", "fp32", "pp2 dp2 ep2 1f1b full"),
+    Case("narrow", "fp32", "pp2 dp2 ep2 1f1b selective:attention"),
+    Case("narrow", "fp32", "pp2 dp2 ep2 vpp2 zb-v"),
+    Case("narrow", "fp32", "pp1 dp2 ep2 mbs2 1f1b"),
     Case("shared", "fp32", "pp2 dp4 ep4 1f1b deduplicated"),
 )
 

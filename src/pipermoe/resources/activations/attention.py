@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from pipermoe.resources.activations.ledger import Ledger
 from pipermoe.resources.activations.sizes import STATISTIC_BYTES, Recompute, Sizes
 from pipermoe.specs.model import Attention, GroupedQueryAttention, LatentAttention
@@ -14,28 +16,39 @@ from pipermoe.specs.model import Attention, GroupedQueryAttention, LatentAttenti
 class AttentionTensors:
     """`inside` lies between the norm and the output projection, `read` of it is read by weight gradients, as are
     `written`, the gradients of the products' outputs. `core` are the gradients of the core's output and operands.
+    `scores` of every query and key exist for a moment in the forward, twice in the backward; 0 of a fused core.
     """
 
     inside: Any
     read: Any
     written: Any
     core: Any
+    scores: Any = 0
 
 
 def attention_tensors(sizes: Sizes) -> AttentionTensors:
-    """Of either kind; without a fused core with the scores of every query and key."""
+    """Of either kind, and of either core."""
     attention = sizes.model.attention
     found = _latent(sizes, attention) if isinstance(attention, LatentAttention) else _grouped(sizes, attention)
-    return replace(found, inside=found.inside + _scores(sizes) + _windows(sizes, attention))
+    found = replace(found, inside=found.inside + _windows(sizes, attention))
+    return _materialised(sizes, found) if sizes.profile.materialised_attention else found
 
 
-def _scores(sizes: Sizes) -> Any:
-    """Without a fused core: scores' probabilities, before and after dropout or masking, of every query and key.
-
-    Korthikanti et al., arXiv 2205.05198, section 4.1 (their 5 a s / h counts a dropout mask of one byte as well).
+def _materialised(sizes: Sizes, fused: AttentionTensors) -> AttentionTensors:
+    """Without a fused core torch works in fp32. It keeps the probabilities of every query and key instead of their
+    log-sum-exp, and its operands: queries and keys scaled, and in place of the output by heads a copy of the values;
+    in place of the copy their view of the expanded ones if that is in order, as those of one sequence in fp32 are.
     """
-    heads = sizes.model.attention.num_heads
-    return 2 * sizes.tokens_by(heads * sizes.seq_len) * sizes.profile.materialised_attention
+    attention = sizes.model.attention
+    by_heads = sizes.tokens * attention.num_heads / sizes.tp
+    scores = by_heads * sizes.seq_len * STATISTIC_BYTES
+    values, expanded = by_heads * attention.value_dim * STATISTIC_BYTES, 0
+    if isinstance(attention, LatentAttention):
+        expanded = by_heads * (attention.qk_nope_head_dim + attention.v_head_dim) * sizes.element
+    viewed = (sizes.tokens * sizes.cp <= sizes.seq_len) & (sizes.element == STATISTIC_BYTES)
+    exact = by_heads * (2 * attention.query_key_dim + attention.value_dim) * (STATISTIC_BYTES - sizes.element)
+    gone = by_heads * STATISTIC_BYTES + np.where(viewed, values, expanded)
+    return replace(fused, inside=fused.inside + scores + exact - gone, scores=scores)
 
 
 def _windows(sizes: Sizes, attention: Attention) -> Any:
@@ -106,9 +119,11 @@ def attention_matrices(sizes: Sizes) -> tuple[Any, ...]:
 def attend(work: Ledger, sizes: Sizes, recompute: Recompute) -> None:
     """From x in hand to the residual h and its norm, both in hand beside what is kept."""
     hidden, statistics = sizes.hidden, sizes.stream * STATISTIC_BYTES
-    inside, drops_norm = attention_tensors(sizes).inside, recompute.norm | recompute.full
+    tensors, drops_norm = attention_tensors(sizes), recompute.norm | recompute.full
+    inside = tensors.inside
     normalise(work, sizes)
     work.take(inside)
+    work.brief(tensors.scores)
     work.take(hidden)  # the output
     work.drop(inside * (recompute.attention | recompute.full), (hidden + statistics) * drops_norm)
     work.take(hidden)  # h
@@ -122,6 +137,7 @@ def attend_backward(work: Ledger, sizes: Sizes, recompute: Recompute) -> None:
     hidden, tensors, dropped = sizes.hidden, attention_tensors(sizes), recompute.attention | recompute.full
     renormalise(work, sizes, recompute)
     work.take(tensors.inside * recompute.attention)
+    work.brief(2 * tensors.scores)
     work.take(tensors.core)
     work.free(tensors.inside - tensors.read, dropped)
     work.release_kept(tensors.read, dropped)
