@@ -8,7 +8,7 @@ import sys
 import tempfile
 from argparse import ArgumentParser
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -43,7 +43,7 @@ class Machine(Protocol):
     def measure(self, model: ModelSpec) -> Platform: ...
 
     def train(self, plans: list[Plan], steps: int) -> list[StepReport]:
-        """What `steps` steps of every plan measured, one plan after the other."""
+        """What `steps` steps of every plan measured, one plan after the other; interrupted, of those before."""
         ...
 
 
@@ -57,11 +57,12 @@ class ThisMachine:
 
     def train(self, plans: list[Plan], steps: int) -> list[StepReport]:
         reports = []
-        for plan in plans:
-            with tempfile.TemporaryDirectory(prefix="pipermoe-demo-") as folder:
-                measurement = launch(plan, Run(Path(folder), steps=steps, quiet=True))
-            assert measurement is not None, "this process starts the ranks, so it has the result"
-            reports.append(measurement.report)
+        with suppress(KeyboardInterrupt):
+            for plan in plans:
+                with tempfile.TemporaryDirectory(prefix="pipermoe-demo-") as folder:
+                    measurement = launch(plan, Run(Path(folder), steps=steps, quiet=True))
+                assert measurement is not None, "this process starts the ranks, so it has the result"
+                reports.append(measurement.report)
         return reports
 
 
@@ -79,9 +80,10 @@ class TwoHosts:
         with tempfile.TemporaryDirectory(prefix="pipermoe-demo-") as folder:
             for number, plan in enumerate(plans):
                 save(Path(folder) / f"{number}.toml", plan)
-            self._start("benchmarks.demo_rank", folder, str(steps))
-            runs = [Path(folder) / str(number) for number in range(len(plans))]
-            return [load(run / MEASUREMENT_FILE, Measurement).report for run in runs]
+            with suppress(KeyboardInterrupt):
+                self._start("benchmarks.demo_rank", folder, str(steps))
+            files = [Path(folder) / str(number) / MEASUREMENT_FILE for number in range(len(plans))]
+            return [load(file, Measurement).report for file in files if file.exists()]
 
     def _start(self, *command: str) -> None:
         """Run a module as every rank, until all have ended; the output of a rank that fails goes to stderr."""
@@ -152,11 +154,16 @@ class Demo:
         )
 
     def measured(self, plans: list[Plan], steps: int, passes: int) -> dict[str, list[StepReport]]:
-        """What every plan took in every pass; every second pass goes backwards, so that drift cancels."""
+        """What every plan took in every pass; every second pass goes backwards, so that drift cancels.
+
+        Plans that were not trained, as somebody interrupted it, are left out; where that is all of them it ends.
+        """
         order = [plan for number in range(passes) for plan in (plans if number % 2 == 0 else reversed(plans))]
-        reports: dict[str, list[StepReport]] = {plan.name: [] for plan in plans}
-        for plan, report in zip(order, self.machine.train(order, steps), strict=True):
-            reports[plan.name].append(report)
+        reports: dict[str, list[StepReport]] = {}
+        for plan, report in zip(order, self.machine.train(order, steps), strict=False):
+            reports.setdefault(plan.name, []).append(report)
+        if not reports:
+            sys.exit("interrupted before a strategy was trained")
         return reports
 
 

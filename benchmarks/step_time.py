@@ -50,14 +50,16 @@ class WatchedMachine(ThisMachine):
         self.stolen: dict[str, list[float]] = {}
 
     def train(self, plans: list[Plan], steps: int) -> list[StepReport]:
-        return [self._watched(plan, steps) for plan in plans]
-
-    def _watched(self, plan: Plan, steps: int) -> StepReport:
-        before = processor_ticks()
-        [report] = super().train([plan], steps)
-        ticks = [now - then for now, then in zip(processor_ticks(), before, strict=True)]
-        self.stolen.setdefault(plan.name, []).append(ticks[STEAL] / sum(ticks))
-        return report
+        reports = []
+        for plan in plans:
+            before = processor_ticks()
+            found = super().train([plan], steps)
+            if not found:
+                break
+            ticks = [now - then for now, then in zip(processor_ticks(), before, strict=True)]
+            self.stolen.setdefault(plan.name, []).append(ticks[STEAL] / sum(ticks))
+            reports += found
+        return reports
 
 
 def processor_ticks() -> list[int]:
@@ -118,7 +120,7 @@ def main() -> None:
     demo = Demo.on(machine, options.platform)
     plans = [demo.plan(text) for text in STRATEGIES if options.only in text]
     measured = demo.measured(plans, options.steps, options.passes)
-    rows = [row_of(plan, measured[plan.name], machine.stolen[plan.name]) for plan in plans]
+    rows = [row_of(plan, measured[plan.name], machine.stolen[plan.name]) for plan in plans if plan.name in measured]
     summary = summary_of(rows)
     print_rows(rows, summary)
     write_json(options, {"summary": summary, "rows": rows})
