@@ -64,6 +64,8 @@ def test_the_fewest_ranks_are_the_first_size_that_is_fast_enough():
     assert fewest_ranks(WIDE, Goal(tokens=1e9, seconds=1.2 * fast)) == expected
     with pytest.raises(NoPlanFits, match=r"trains 1 G tokens in .* days; the nearest takes at least"):
         fewest_ranks(WIDE, Goal(tokens=1e9, seconds=0.5 * fast))
+    with pytest.raises(NoPlanFits, match="no number of ranks of machine holds"):
+        fewest_ranks(replace(WIDE, memory_bytes=2**16), Goal(tokens=1e9, seconds=100 * max(runs.values())))
     hours = {size: size * seconds for size, seconds in runs.items() if size <= 4}
     assert fewest_device_hours(replace(WIDE, world_size=4), Goal(tokens=1e9)) == min(hours, key=hours.__getitem__)
 

@@ -90,11 +90,14 @@ def fewest_ranks(job: Job, goal: Goal) -> int:
     most, nearest = goal.seconds or math.inf, math.inf
     for field in _fields(job):
         seconds = goal.tokens / job.train.tokens_per_step * float(field.bound.min())  # no strategy takes less
-        if seconds <= most and (chosen := _fastest(field)):
-            seconds = campaign(field.job, chosen, goal).seconds
+        if seconds <= most:
+            chosen = _fastest(field)
+            seconds = campaign(field.job, chosen, goal).seconds if chosen else math.inf
             if seconds <= most:
                 return field.job.world_size
         nearest = min(nearest, seconds)
+    if nearest == math.inf:
+        raise NoPlanFits(f"no number of ranks of {job.platform.name} holds {job.model.name}")
     raise NoPlanFits(
         f"no number of ranks of {job.platform.name} trains {format_count(goal.tokens)} tokens in {most / 86_400:.3g} "
         f"days; the nearest takes at least {nearest / 86_400:.3g} days; allow more time, or more sequences than "
