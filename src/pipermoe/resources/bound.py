@@ -70,30 +70,27 @@ def _chain_seconds(
     combos = groups.combos
     insides = combos.take(groups.inside.rows)
     least = cheapest(price_of, ways)(insides)
-    hop, share = groups.nearest_hops(platform), _shares(platform, groups.heads)[groups.head.of]
+    hop, share = groups.nearest_hops(platform), _shares(platform, groups.heads)
+    crowded = share * groups.heads.pipeline_parallel > 1
     kinds = distinct([groups.inside.of, hop])
     inside, hop = groups.inside.of[kinds.rows], hop[kinds.rows]
     price = np.floor(np.column_stack([least[inside, :SENDS], least[inside, SENDS + hop]]) * TICKS)
     used = np.flatnonzero(price.any(axis=0))
-    price, counts = price.take(used, axis=1), _counts(found, groups.microbatches[groups.schedule.rows], used)
+    price, microbatches = price.take(used, axis=1), groups.microbatches[groups.schedule.rows].tolist()
 
     def seconds(rows: NDArray, g: int, longest: NDArray) -> None:
-        paths = counts[g] @ price.take(kinds.of[rows], axis=0).T
-        np.multiply(paths[0], share[rows], out=longest[0])
-        paths[1:] *= 1 / found[g].over
-        largest_of_each(paths[1:], found[g].starts, longest[1:])
+        chain, repeats = found[g], microbatches[g]
+        counts = np.concatenate([repeats * chain.computed[None], chain.once + repeats * chain.each])
+        paths = counts.take(used, axis=1) @ price.take(kinds.of[rows], axis=0).T
+        longest[0] = paths[0]
+        paths[1:] *= 1 / chain.over
+        largest_of_each(paths[1:], chain.starts, longest[1:])
 
     width = 1 + max(len(each.holds) for each in found)
-    return per_group(groups.schedule.of, len(found), width, seconds) / TICKS
-
-
-def _counts(found: Sequence[Chains], microbatches: NDArray[np.int64], used: NDArray[np.int64]) -> list[NDArray]:
-    """Of every schedule and all its micro-batches what the cores compute, then its paths: (1 + paths, used prices)."""
-    lengths = [1 + len(chain.once) for chain in found]
-    once = np.concatenate([rows for chain in found for rows in (0 * chain.computed[None], chain.once)])
-    each = np.concatenate([rows for chain in found for rows in (chain.computed[None], chain.each)])
-    counts = once.take(used, axis=1) + np.repeat(microbatches, lengths)[:, None] * each.take(used, axis=1)
-    return np.split(counts, np.cumsum(lengths)[:-1])
+    longest = per_group(groups.schedule.of, len(found), width, seconds) / TICKS
+    # Where every rank has a core for itself, the one that computes most is no earlier than all of them together.
+    longest[0] = np.where(crowded[groups.head.of], longest[0] * share[groups.head.of], -np.inf)
+    return longest
 
 
 def _shares(platform: Platform, table: StrategyTable) -> NDArray[np.float64]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pipermoe.exchange.regular import planned_seconds
 from pipermoe.resources.activations.sizes import Sizes
 from pipermoe.resources.dispatch import Hops, balanced_hops, expected_hops
+from pipermoe.resources.kinds import distinct
 from pipermoe.resources.rates import collective_seconds, level_send_seconds
 from pipermoe.resources.shared_cores import carried_share, meeting_work
 from pipermoe.resources.stages import StageShapes
@@ -117,15 +118,17 @@ def _hops(sizes: Sizes, ep_rank: int | None) -> Hops:
 
     Exactly that of balanced choices on `ep_rank`; without one what independent choices lead to.
     """
-    moe, found = sizes.model.moe, []
-    for deduplicated, rows, ep, block in np.broadcast(sizes.deduplicated, sizes.rows, sizes.ep, sizes.ranks_per_copy):
+    moe, of = sizes.model.moe, expected_hops if ep_rank is None else balanced_hops
+    each = np.broadcast_arrays(sizes.deduplicated, sizes.rows, sizes.ep, sizes.ranks_per_copy)
+    kinds = distinct([np.ravel(column).astype(np.int64) for column in each])
+    found = []
+    for deduplicated, rows, ep, block in zip(*(np.ravel(column)[kinds.rows] for column in each), strict=True):
         if not deduplicated or ep == 1:
             found.append([0] * len(fields(Hops)))
             continue
-        of = expected_hops if ep_rank is None else balanced_hops
         hops = of(int(rows), moe.top_k, moe.num_experts, int(ep), int(block), sizes.capacity_factor)
-        found.append([np.atleast_1d(getattr(hops, each.name))[ep_rank or 0] for each in fields(Hops)])
-    return Hops(*np.array(found).T[..., None])
+        found.append([np.ravel(getattr(hops, field.name))[ep_rank or 0] for field in fields(Hops)])
+    return Hops(*np.array(found)[kinds.of].T[..., None])
 
 
 def _tensor_parallel(sizes: Sizes, shapes: StageShapes) -> tuple[list[Call], list[Call]]:

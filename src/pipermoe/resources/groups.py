@@ -199,13 +199,14 @@ def largest_sum(
     """The maximum over classes of the sum of two tables, (classes, kinds) of their own; row i is of the kinds
     `some_of[i]` and `other_of[i]`: (rows,).
     """
+    pairs = [(a, b) for a, b in zip(some, others, strict=True) if a.max() > -np.inf]
     total = np.full(len(some_of), -np.inf)
     room = np.empty((2, BLOCK))
     for start in range(0, len(total), BLOCK):
         rows = slice(start, start + BLOCK)
         mine, theirs, most = some_of[rows], other_of[rows], total[rows]
         each, other = room[:, : len(most)]
-        for a, b in zip(some, others, strict=True):
+        for a, b in pairs:
             a.take(mine, out=each, mode="clip")  # "raise" would buffer
             b.take(theirs, out=other, mode="clip")
             each += other

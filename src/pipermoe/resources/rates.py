@@ -124,7 +124,7 @@ def collective_seconds(platform: Platform, collective: Collective, spread: Sprea
     group_size, span, moved_bytes, calls = np.broadcast_arrays(spread.ranks, spread.span, moved_bytes, calls)
     shared = [np.broadcast_to(spread.inside(level.ranks), group_size.shape) for level in platform.levels]
     seconds = np.zeros(group_size.shape)
-    pending = group_size > 1
+    pending = (group_size > 1) & (calls > 0)
     for index, level in enumerate(platform.levels):
         here = pending & ((level.ranks % span == 0) | (level is platform.levels[-1]))
         if here.any():

@@ -57,13 +57,15 @@ def least_whole_bytes(
     model: ModelSpec, shapes: StageShapes, table: StrategyTable, per_parameter: StateBytes
 ) -> NDArray[np.float64]:
     """What the ranks of `shapes` hold of it at least while they use weights: the two smallest units, (rows, ranks)."""
-    units = unit_bytes(model, table, per_parameter)[:, : len(UnitKind), None]
-    counts = np.stack(
-        [shapes.moe_layers, shapes.dense_layers, shapes.has_embedding, shapes.has_head, shapes.predictions], axis=-2
-    )
-    copies = [np.where((counts > copy) & (units > 0), units, np.inf) for copy in range(RESIDENT)]
-    least = np.sort(np.concatenate(copies, axis=1), axis=1)[:, :RESIDENT]
-    return np.where(np.isfinite(least), least, 0.0).sum(axis=1)
+    units = unit_bytes(model, table, per_parameter)
+    counts = (shapes.moe_layers, shapes.dense_layers, shapes.has_embedding, shapes.has_head, shapes.predictions)
+    least = following = np.inf
+    for kind, count in zip(UnitKind, counts, strict=True):
+        unit = units[:, kind, None]
+        for copy in range(RESIDENT):
+            size = np.where((count > copy) & (unit > 0), unit, np.inf)
+            least, following = np.minimum(least, size), np.minimum(following, np.maximum(least, size))
+    return np.where(np.isfinite(least), least, 0.0) + np.where(np.isfinite(following), following, 0.0)
 
 
 def _sharded_from(level: int, table: StrategyTable) -> tuple[Any, Any]:
