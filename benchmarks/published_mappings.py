@@ -142,18 +142,21 @@ def compare(row_id: str, recipe: Recipe, options: argparse.Namespace) -> dict:
     return row | {"best": strategy_text(better), "best_seconds": best.step_seconds, "term": term}
 
 
-def summary_of(rows: list[dict]) -> dict:
+def summary_of(rows: list[dict], searched: bool) -> dict:
     shares = np.array([row["share_below"] for row in rows if row["share_below"] is not None])
-    searched = [row for row in rows if "best" in row]
-    gains = [row["published_seconds"] / row["best_seconds"] for row in searched] or [1.0]
-    return {
+    ranks = {
         "mappings": len(rows),
         "ranked": len(shares),
         "in_top": {f"{top:.1%}": int(np.count_nonzero(shares <= top)) for top in TOPS},
         "rank_quantiles": {f"{q:.0%}": float(np.quantile(shares, q)) for q in QUANTILES} if len(shares) else {},
         "published_does_not_fit_here": sum(not row["published_fits"] for row in rows),
-        "with_better": len(searched),
-        "best_at_least_as_good": sum(row["best_seconds"] <= row["published_seconds"] for row in searched),
+    }
+    gains = np.array([row["published_seconds"] / row["best_seconds"] for row in rows if "best" in row])
+    if not searched or not len(gains):
+        return ranks
+    return ranks | {
+        "searched": len(gains),
+        "best_at_least_as_good": int(np.count_nonzero(gains >= 1)),
         "median_speedup": float(np.median(gains)),
     }
 
@@ -188,7 +191,7 @@ def main() -> None:
     rows = [
         compare(row, recipe, options) for row, recipe in track(chosen[: options.most], console=Console(stderr=True))
     ]
-    summary = summary_of(rows)
+    summary = summary_of(rows, searched=not options.rank_only)
     print_rows(rows, summary)
     write_json(options, {"summary": summary, "rows": rows})
 
