@@ -8,6 +8,7 @@ simulation undercuts its bound, the ranking is that of simulating every strategy
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -163,19 +164,23 @@ class _Search:
 
     def _divide(self, heads: NDArray) -> None:
         """The branches of `heads`, but those that would not fit with any tail."""
-        may_fit = self.judge.head_floors(heads) <= self.budget
+        may_fit = self._may_fit(self.judge.head_floors, heads)
         self.not_fitting += len(self.space.places(heads[~may_fit], self.selection))
         branches, strategies = self.space.branches(heads[may_fit], self.selection)
-        fits = self.judge.branch_floors(branches) <= self.budget
+        fits = self._may_fit(self.judge.branch_floors, branches)
         self.not_fitting += int(strategies[~fits].sum())
         self.branches.add(branches[fits], self.judge.branch_bounds(branches[fits]) * (1 - ROUNDING))
 
     def _write_out(self, branches: NDArray) -> None:
         """The strategies of `branches`, but those that no order of the schedule could make fit."""
         places = self.space.places_of(branches, self.selection)
-        fits = self.judge.floors(places) <= self.budget
+        fits = self._may_fit(self.judge.floors, places)
         self.not_fitting += int(np.count_nonzero(~fits))
         self.places.add(places[fits], self.judge.bounds(places[fits]) * (1 - ROUNDING))
+
+    def _may_fit(self, floors: Callable[[NDArray], NDArray], numbers: NDArray) -> NDArray[np.bool_]:
+        """Whose floors fit; without a limit none has to be known."""
+        return np.ones(len(numbers), dtype=bool) if np.isinf(self.budget) else floors(numbers) <= self.budget
 
     def _weigh(self) -> None:
         """Weigh the first place, and with it those of the same schedule that could win."""
