@@ -43,7 +43,8 @@ test-slow: $(READY)
 COUNTS := .venv-counts
 $(COUNTS)/.ready: constraints.txt
 	$(PYTHON) -m venv $(COUNTS)
-	$(COUNTS)/bin/pip install --quiet --constraint constraints.txt torch==2.13.0 pytest pytest-timeout transformers==5.23.0
+	$(COUNTS)/bin/pip install --quiet --constraint constraints.txt torch==2.13.0 transformers==5.23.0 \
+	  pytest pytest-timeout hypothesis
 	$(COUNTS)/bin/pip install --quiet --no-deps aiconfigurator-core==0.12.0
 	$(COUNTS)/bin/pip install --quiet --constraint constraints.txt --editable .
 	@touch $@

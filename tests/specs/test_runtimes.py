@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tests.export.plans import plan_for
 
@@ -84,6 +84,7 @@ def test_many_rows_are_judged_as_each_alone(strategies, name):
 
 @SLOWLY
 @given(any_strategies())
+@example(Strategy(schedule="dualpipe"))  # two ranks hold every stage
 def test_sharding_levels_of_rows_are_those_of_strategies(strategy):
     alike, unsharded, level = sharding(StrategyTable.of([strategy]))
     levels = strategy.sharding_levels

@@ -77,7 +77,7 @@ def sharding(table: StrategyTable) -> tuple[Mask, Mask, NDArray[np.int64]]:
 
     Over one replica no level shards anything: `Strategy.sharding_levels`.
     """
-    dense, expert = table.data_parallel * table.context_parallel > 1, table.expert_data_parallel > 1
+    dense, expert = table.dense_replicas > 1, table.expert_replicas > 1
     alike = ~(dense & expert) | (table.zero_dense == table.zero_expert)
     level = np.maximum(np.where(dense, table.zero_dense, 0), np.where(expert, table.zero_expert, 0))
     return alike, ~(dense | expert), level
