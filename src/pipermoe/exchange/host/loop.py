@@ -16,7 +16,7 @@ from pipermoe.exchange.host.shared_memory import SharedNode
 from pipermoe.exchange.host.sockets import Bytes, Sockets
 from pipermoe.specs.errors import MachineError
 
-LOOK_AGAIN_SECONDS = 1e-3  # while a half of the shared memory is not free, for which no bell rings
+LOOK_AGAIN_SECONDS = 1e-3  # while this rank's shared memory is not free, for which no bell rings
 SLEEP_SECONDS = 0.2
 
 
@@ -47,7 +47,7 @@ class PythonLoop:
     def complete(self) -> None:
         """Until all has arrived and left. MachineError if nothing at all moves for the sockets' timeout."""
         if self.node is not None:
-            self.node.begin(self.program.shared_bytes)
+            self.node.begin(self.program.written_bytes)
         for receive in self.program.receives:
             self._expect(receive)
         last = time.monotonic()
@@ -91,7 +91,7 @@ class PythonLoop:
             self._scatter(self._gathered(send), send.copied_to)
         elif send.way == Way.MEMORY:
             assert self.node is not None
-            self._gather_into(self.node.half[send.slot :], send.ranges)
+            self._gather_into(self.node.region(self.node.index)[send.slot :], send.ranges)
             self.node.send(self.local_index[send.peer])
         elif not self.sockets.send(send.peer, send.message, self._gathered(send)):
             return
@@ -102,7 +102,8 @@ class PythonLoop:
         for peer, queue in self.inbox.items():
             while queue and self.node is not None and self.node.has_message(peer):
                 receive = queue.popleft()
-                self._scatter(self.node.half[receive.slot : receive.slot + receive.length], receive.ranges)
+                region = self.node.region(peer)
+                self._scatter(region[receive.slot : receive.slot + receive.length], receive.ranges)
                 self.node.take(peer)
                 self._finish(receive.message)
                 taken = True

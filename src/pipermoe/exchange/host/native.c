@@ -42,8 +42,8 @@ typedef struct {
     char *readable;
 
     Program program;
-    uint8_t *buffer[3], *half;
-    int turn, half_is_free;
+    uint8_t *buffer[3], *const *region; /* region: what each local rank writes in this exchange */
+    int turn, region_is_free;
     int64_t unfinished, capacity;
     int64_t *waits, *ready, *next, num_ready; /* next: receive from the same peer */
     int64_t *memory_head;
@@ -136,7 +136,7 @@ static void ring(Links *l, int peer) {
 }
 
 static void send_by_memory(Links *l, const Send *send) {
-    uint8_t *slot = l->half + send->slot;
+    uint8_t *slot = l->region[l->index] + send->slot;
     for (int64_t r = send->first; r < send->last; r++) {
         const Range *from = l->program.range + r;
         memcpy(slot, place(l, from), from->length);
@@ -212,7 +212,7 @@ static int take_from_memory(Links *l) {
         for (int64_t r; (r = l->memory_head[peer]) != NOBODY; moved = 1) {
             if (__atomic_load_n(sent_word(l, peer, l->index), __ATOMIC_SEQ_CST) == l->taken[peer]) break;
             const Receive *receive = &l->program.receive[r];
-            const uint8_t *slot = l->half + receive->slot;
+            const uint8_t *slot = l->region[peer] + receive->slot;
             for (int64_t i = receive->first; i < receive->last; i++) {
                 const Range *to = l->program.range + i;
                 memcpy(place(l, to), slot, to->length);
@@ -226,11 +226,11 @@ static int take_from_memory(Links *l) {
 }
 
 static int memory_is_free(Links *l) {
-    for (int peer = 0; peer < l->size && !l->half_is_free; peer++) {
+    for (int peer = 0; peer < l->size && !l->region_is_free; peer++) {
         uint32_t taken = __atomic_load_n(taken_word(l, l->index, peer), __ATOMIC_ACQUIRE);
         if (peer != l->index && (int32_t)(taken - l->free_at[l->turn][peer]) < 0) return 0;
     }
-    return l->half_is_free = 1;
+    return l->region_is_free = 1;
 }
 
 /* Starts what is ready; what must wait for shared memory stays ready. */
@@ -299,11 +299,11 @@ int exchange_progress(Links *l, int milliseconds) {
     return MOVED;
 }
 
-/* Starts a program on input, output and staging and half `turn` of the shared memory, and goes on as above. */
-int exchange_run(Links *l, const Program *program, uint8_t *input, uint8_t *output, uint8_t *staging, uint8_t *half,
-                 int turn, int milliseconds) {
+/* Starts a program on input, output and staging and the halves `turn` of the regions, and goes on as above. */
+int exchange_run(Links *l, const Program *program, uint8_t *input, uint8_t *output, uint8_t *staging,
+                 uint8_t *const *region, int turn, int milliseconds) {
     l->buffer[0] = input, l->buffer[1] = output, l->buffer[2] = staging;
-    l->half = half, l->turn = turn, l->half_is_free = 0;
+    l->region = region, l->turn = turn, l->region_is_free = 0;
     begin(l, program);
     return exchange_progress(l, milliseconds);
 }

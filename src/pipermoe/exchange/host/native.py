@@ -143,11 +143,11 @@ class NativeLoop:
         """
         if len(self._connected) < len(self.sockets.connections):
             self._adopt_connections()
-        half, turn = None, 0
+        regions, turn = None, 0
         if self.node is not None:
-            self.node.begin(native.program.shared_bytes)
-            half, turn = self.node.half_address, self.node.turn
-        status = self._run(self._links, native.address, input, output, staging, half, turn, SLICE_MILLISECONDS)
+            self.node.begin(native.program.written_bytes)
+            regions, turn = self.node.regions_address, self.node.turn
+        status = self._run(self._links, native.address, input, output, staging, regions, turn, SLICE_MILLISECONDS)
         if status != _DONE:
             self._go_on(native.program, status)
 

@@ -29,7 +29,7 @@ class Transfer:
     """This rank's end of one message.
 
     `waits` are earlier messages of this rank: it starts when they have arrived, or left. `slot` is its place in shared
-    memory. `copied_to` are the ranges of the other end where that is this rank, too.
+    memory, in its source's region. `copied_to` are the ranges of the other end where that is this rank, too.
     """
 
     message: int
@@ -55,7 +55,7 @@ class Program:
     staging_bytes: int
     receives: tuple[Transfer, ...]
     sends: tuple[Transfer, ...]
-    shared_bytes: int  # of shared memory that the node of this rank needs
+    written_bytes: tuple[int, ...]  # into shared memory by each rank of the node
 
     @cached_property
     def socket_peers(self) -> set[int]:
@@ -67,7 +67,7 @@ def lower(plan: ExchangePlan, rank: int, topology: Topology, inside: Way, betwee
 
     By memory and by socket, a message also waits until the one before it to the same peer has left.
     """
-    slots, shared_bytes = _slots(plan, rank, topology) if inside == Way.MEMORY else ({}, 0)
+    slots, written_bytes = _slots(plan, rank, topology) if inside == Way.MEMORY else ({}, ())
     node = topology.node_of
     receives, sends = [], []
     last_to: dict[int, int] = {}
@@ -94,7 +94,7 @@ def lower(plan: ExchangePlan, rank: int, topology: Topology, inside: Way, betwee
         int(plan.staging_bytes[rank]),
         tuple(receives),
         tuple(sends),
-        shared_bytes,
+        written_bytes,
     )
 
 
@@ -114,12 +114,16 @@ def _written(plan: ExchangePlan, here: slice) -> tuple[Range, ...]:
     return tuple(joined)
 
 
-def _slots(plan: ExchangePlan, rank: int, topology: Topology) -> tuple[dict[int, int], int]:
-    """Offsets in the node's shared memory of the messages between its ranks: equal on all of them."""
+def _slots(plan: ExchangePlan, rank: int, topology: Topology) -> tuple[dict[int, int], tuple[int, ...]]:
+    """Offsets of the messages between the ranks of a node, each in its source's region, and the regions' bytes."""
     node = topology.node_of
     mine = node[rank]
     inside = (node[plan.source] == mine) & (node[plan.destination] == mine) & (plan.source != plan.destination)
-    messages = np.flatnonzero(inside)
-    size = -(-plan.message_bytes[messages] // ALIGNMENT) * ALIGNMENT
-    end = np.cumsum(size)
-    return dict(zip(messages.tolist(), (end - size).tolist(), strict=True)), int(end[-1]) if len(end) else 0
+    slots: dict[int, int] = {}
+    written = []
+    for source in topology.ranks_of_node[mine]:
+        messages = np.flatnonzero(inside & (plan.source == source))
+        size = -(-plan.message_bytes[messages] // ALIGNMENT) * ALIGNMENT
+        slots.update(zip(messages.tolist(), (np.cumsum(size) - size).tolist(), strict=True))
+        written.append(int(size.sum()))
+    return slots, tuple(written)

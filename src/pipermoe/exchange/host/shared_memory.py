@@ -1,8 +1,10 @@
 """Messages between the ranks of a node through shared memory: one copy in, one copy out, a bell to wake up.
 
 For every ordered pair of local ranks there are two counters, of messages sent and of messages taken. They only grow
-(modulo 2^32), so nothing is ever reset. The bytes lie in an arena of two halves that exchanges use in turn; a half is
-written again once the messages of the exchange before last have been taken. A rank sleeps at its bell, a named pipe.
+(modulo 2^32), so nothing is ever reset. Every rank writes into a region of its own, of two halves that exchanges use in
+turn; it writes a half again once its messages of the exchange before last have been taken. Nobody else writes there, so
+ranks that have nothing to say to each other may be any number of exchanges apart. A rank sleeps at its bell, a named
+pipe.
 
 Needs Linux and, in Python, a processor that keeps stores in order (x86-64); `native.c` orders them itself.
 """
@@ -14,6 +16,7 @@ import mmap
 import os
 import platform
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,25 +43,28 @@ class SharedNode:
     def __init__(self, name: str, index: int, size: int):
         self.name, self.index, self.size = name, index, size
         self.sent, self._taken = [0] * size, [0] * size
-        self.capacity = self.turn = 0
-        self.half: NDArray[np.uint8] = np.zeros(0, dtype=np.uint8)
-        self.half_address = 0
-        self._halves, self._addresses = [self.half, self.half], [0, 0]
+        self.turn = 0
+        self._capacity = [0] * size  # bytes of a half of each rank's region
+        self._halves: list[list[NDArray[np.uint8]]] = [[np.zeros(0, dtype=np.uint8)] * size for _ in range(2)]
+        self._addresses = np.zeros((2, size), dtype=np.uint64)
         self._free_at = [[0] * size, [0] * size]
-        self._arena_at = _pages(self._control_bytes())
+        self._control_bytes = _pages(
+            (2 * size * size + size) * WORDS_PER_LINE * 4
+        )  # the last R: who sleeps, in native.c
+        self._end = self._control_bytes  # of the file
 
     def create(self) -> None:
         """This rank's bell, and on the first rank the file."""
         os.mkfifo(self._bell_path(self.index), 0o600)
         if self.index == 0:
             descriptor = os.open(self._path(), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-            os.posix_fallocate(descriptor, 0, self._arena_at)  # fails now, not with a bus error at the first write
+            os.posix_fallocate(descriptor, 0, self._control_bytes)  # fails now, not with a bus error at the first write
             os.close(descriptor)
 
     def attach(self) -> None:
         self._file = os.open(self._path(), os.O_RDWR)
         self.bells = [os.open(self._bell_path(r), os.O_RDWR | os.O_NONBLOCK) for r in range(self.size)]
-        self.control = mmap.mmap(self._file, self._arena_at)
+        self.control = mmap.mmap(self._file, self._control_bytes)
         self._words = memoryview(self.control).cast("I")
 
     def unlink(self) -> None:
@@ -74,20 +80,29 @@ class SharedNode:
         for descriptor in (self._file, *self.bells):
             os.close(descriptor)
 
-    def begin(self, needed: int) -> None:
-        """Starts an exchange that needs `needed` bytes of shared memory, the same on all ranks of the node."""
-        if needed > self.capacity:
-            self._grow(needed)
+    def begin(self, written: Sequence[int]) -> None:
+        """Starts an exchange in which local rank r writes `written[r]` bytes: the same on all ranks of the node."""
+        for rank, size in enumerate(written):
+            if size > self._capacity[rank]:
+                self._grow(rank, size)
         self.turn ^= 1
-        self.half, self.half_address = self._halves[self.turn], self._addresses[self.turn]
+
+    def region(self, rank: int) -> NDArray[np.uint8]:
+        """What local rank `rank` writes in this exchange."""
+        return self._halves[self.turn][rank]
+
+    @property
+    def regions_address(self) -> int:
+        """Where the addresses of all ranks' regions in this exchange lie, [R]."""
+        return self._addresses[self.turn].ctypes.data
 
     def end(self) -> None:
-        """Remembers up to where the others must have read before this half is written again."""
+        """Remembers up to where the others must have read before this rank writes this half again."""
         self._free_at[self.turn] = list(self.sent)
 
     @property
     def free(self) -> bool:
-        """Whether this half may be written: the others have read what was in it."""
+        """Whether this rank may write: the others have read what it left in this half."""
         taken = [self._words[self._word(TAKEN, self.index, peer)] for peer in range(self.size)]
         behind = [(there - wanted) & 1 << 31 for there, wanted in zip(taken, self._free_at[self.turn], strict=True)]
         return not any(count for peer, count in enumerate(behind) if peer != self.index)
@@ -108,21 +123,18 @@ class SharedNode:
         self._taken[peer] = (self._taken[peer] + 1) & _MASK
         self._words[self._word(TAKEN, peer, self.index)] = self._taken[peer]
 
-    def _grow(self, needed: int) -> None:
-        """A larger arena behind the old one, in which others may still be reading. All ranks come to the same place."""
-        self._arena_at += 2 * self.capacity
-        self.capacity = max(1 << 16, 1 << (needed - 1).bit_length())
+    def _grow(self, rank: int, needed: int) -> None:
+        """A larger region at the end of the file: others may still read the old one. The same place on all ranks."""
+        capacity = self._capacity[rank] = max(mmap.ALLOCATIONGRANULARITY, 1 << (needed - 1).bit_length())
         try:
-            os.posix_fallocate(self._file, self._arena_at, 2 * self.capacity)
-            arena = mmap.mmap(self._file, 2 * self.capacity, offset=self._arena_at)
+            os.posix_fallocate(self._file, self._end, 2 * capacity)
+            region = mmap.mmap(self._file, 2 * capacity, offset=self._end)
         except OSError as error:
-            raise MachineError(f"{FOLDER}: {2 * self.capacity} bytes of shared memory: {error.strerror}") from error
-        both = np.frombuffer(arena, dtype=np.uint8)
-        self._halves = [both[: self.capacity], both[self.capacity :]]
-        self._addresses = [half.ctypes.data for half in self._halves]
-
-    def _control_bytes(self) -> int:
-        return (2 * self.size * self.size + self.size) * WORDS_PER_LINE * 4  # the last R say who sleeps, in native.c
+            raise MachineError(f"{FOLDER}: {2 * capacity} bytes of shared memory: {error.strerror}") from error
+        self._end += 2 * capacity
+        both = np.frombuffer(region, dtype=np.uint8)
+        for turn, half in enumerate((both[:capacity], both[capacity:])):
+            self._halves[turn][rank], self._addresses[turn, rank] = half, half.ctypes.data
 
     def _word(self, kind: int, source: int, destination: int) -> int:
         return ((kind * self.size + source) * self.size + destination) * WORDS_PER_LINE
