@@ -48,9 +48,8 @@ class SharedNode:
         self._halves: list[list[NDArray[np.uint8]]] = [[np.zeros(0, dtype=np.uint8)] * size for _ in range(2)]
         self._addresses = np.zeros((2, size), dtype=np.uint64)
         self._free_at = [[0] * size, [0] * size]
-        self._control_bytes = _pages(
-            (2 * size * size + size) * WORDS_PER_LINE * 4
-        )  # the last R: who sleeps, in native.c
+        words = 2 * size * size + size  # the last R say who sleeps, in native.c
+        self._control_bytes = _pages(words * WORDS_PER_LINE * 4)
         self._end = self._control_bytes  # of the file
 
     def create(self) -> None:
