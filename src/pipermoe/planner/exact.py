@@ -13,8 +13,11 @@ from pipermoe.resources.step import close_step, compute_slots, cost_rows, durati
 from pipermoe.schedule.batch import end_seconds
 from pipermoe.schedule.durations import Durations
 from pipermoe.schedule.shared_host import simulate_shared_host
+from pipermoe.schedule.timeline import simulate
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.strategy_table import StrategyTable
+
+FEW = 2  # candidates that are simulated sooner one after the other
 
 
 def schedule_kinds(job: Job, table: StrategyTable) -> NDArray[np.int64]:
@@ -52,7 +55,10 @@ def _ends(job: Job, strategy: Strategy, candidates: Sequence[Durations]) -> list
     """When each rank ends its last action: of every candidate."""
     schedule = schedule_of(strategy, job.train.global_batch_size)
     slots = compute_slots(job.platform, strategy.world_size)
-    if slots >= strategy.world_size:
+    if slots < strategy.world_size:
+        timelines = (simulate_shared_host(schedule, each, slots, strategy.ranks_per_stage) for each in candidates)
+    elif len(candidates) > FEW:
         return end_seconds(schedule, candidates).tolist()
-    timelines = (simulate_shared_host(schedule, each, slots, strategy.ranks_per_stage) for each in candidates)
+    else:
+        timelines = (simulate(schedule, each) for each in candidates)
     return [[max(ends) for ends in timeline.end] for timeline in timelines]

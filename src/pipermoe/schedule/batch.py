@@ -50,21 +50,23 @@ class _Walk:
 
     def advance(self, rank: int, woken: list[int]) -> None:
         steps, arrival, now = self.program.steps[rank], self.arrival, self.now[rank]
+        works, links = self.program.works, self.program.links
         for position in range(self.done[rank], len(steps)):
-            needs, compute, exchange, gives, lane = steps[position]
+            needs, work, gives = steps[position]
             missing = [slot for slot in needs if arrival[slot] is None]
             if missing:
                 self.waiting[missing[0]] = rank
                 break
             for slot in needs:
                 now = np.maximum(now, arrival[slot])
+            compute, exchange, lane = works[work]
             if lane is None:
                 end = now = now + compute + exchange
             else:
                 end = self.lane_free[rank] = np.maximum(now, self.lane_free[rank]) + lane
             self.last[rank] = np.maximum(self.last[rank], end)
-            for slot, receiver, seconds in gives:
-                arrival[slot] = self._carry(rank, receiver, end, seconds)
+            for slot, receiver, link in gives:
+                arrival[slot] = self._carry(rank, receiver, end, links[link])
                 if slot in self.waiting:
                     woken.append(self.waiting.pop(slot))
             self.done[rank] = position + 1

@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import lru_cache
 from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipermoe.schedule.action import COMPUTE, SENDS, Action, Kind, Schedule
+from pipermoe.schedule.action import COMPUTE, SENDS, Action, Kind, Schedule, overlap
 from pipermoe.schedule.columns import KINDS, Columns, Ints, inboxes
 from pipermoe.schedule.durations import WorkTable
 
-Give = tuple[int, int, Any]  # data delivered: to a mailbox slot, of a rank, so many seconds after the action's end
+Give = tuple[int, int, int]  # data delivered: to a mailbox slot, of a rank, by a link of `Program.links`
 
 
 class Step(NamedTuple):
-    """An action as the simulations see it. A mailbox slot is an inbox (columns.py) or holds a stage's gathered weights.
-
-    Seconds are numbers, or arrays with one number per candidate (schedule/batch.py).
+    """An action as the simulations see it. A mailbox slot is an inbox (columns.py) or holds a stage's gathered weights;
+    `work` is a place in `Program.works`.
     """
 
     needs: tuple[int, ...]
+    work: int
+    gives: tuple[Give, ...]
+
+
+class Work(NamedTuple):
+    """Seconds of an action: numbers, or arrays with one number per candidate (schedule/batch.py)."""
+
     compute: Any
     exchange: Any
-    gives: tuple[Give, ...]
-    lane: Any = None  # seconds on the collective lane, beside computation
+    lane: Any = None  # on the collective lane, beside computation
 
 
 class Program(NamedTuple):
-    """Steps aligned with `schedule.ranks`."""
+    """Steps aligned with `schedule.ranks`, and the seconds of all works and links that they name."""
 
     schedule: Schedule
     steps: list[list[Step]]
     slots: int
+    works: list[Work]
+    links: list[Any]
 
     def check_finished(self, done: list[int]) -> None:
         """Raise ValueError, naming what waits, unless every rank did all its steps."""
@@ -45,33 +52,38 @@ class Program(NamedTuple):
 
 def compile_program(schedule: Schedule, work: WorkTable) -> Program:
     """Resolve every action's inputs, work and outputs once, so that simulating is a short loop."""
-    columns = Columns.of(schedule)
-    compute, exchange, lane = _seconds(schedule, columns, work)
-    parts = map(Step, _needs(schedule, columns), compute, exchange, _gives(schedule, columns, work), lane)
+    steps, examples = _steps(schedule)
     slots = inboxes(schedule) + schedule.num_ranks * schedule.num_stages
+    links = [0.0, *work.transfer, *work.transfer_backward]
+    return Program(schedule, steps, slots, [_work(work, action) for action in examples], links)
+
+
+def _work(table: WorkTable, action: Action) -> Work:
+    if action.kind in table.lane:
+        return Work(0.0, 0.0, table.lane[action.kind][action.stage])
+    return Work(*table.work(action)) if action.kind in COMPUTE else Work(0.0, 0.0)
+
+
+@lru_cache(maxsize=16)  # a schedule is simulated with many durations
+def _steps(schedule: Schedule) -> tuple[list[list[Step]], list[Action]]:
+    """The steps of every rank, and an action of every work that they name."""
+    columns, stages = Columns.of(schedule), schedule.num_stages
+    codes, which = np.unique(columns.kind * stages + columns.stage, return_inverse=True)
+    examples = [Action(KINDS[code // stages], code % stages, 0) for code in codes.tolist()]
+    parts = map(Step, _needs(schedule, columns), which.tolist(), _gives(schedule, columns))
     if len(columns.rank) == sum(map(len, schedule.ranks)):
-        return Program(schedule, [list(islice(parts, len(actions))) for actions in schedule.ranks], slots)
-    together: dict[tuple[tuple[Kind, int], ...], tuple[Any, Any]] = {}
+        return [list(islice(parts, len(actions))) for actions in schedule.ranks], examples
+    pairs: dict[tuple[int, int], int] = {}
 
     def step(action: Action) -> Step:
         if not action.pair:
             return next(parts)
         forward, backward = next(parts), next(parts)
-        stages = tuple((part.kind, part.stage) for part in action.pair)
-        if stages not in together:
-            together[stages] = work.work(action)
-        return Step(forward.needs + backward.needs, *together[stages], forward.gives + backward.gives)
+        work = pairs.setdefault((forward.work, backward.work), len(codes) + len(pairs))
+        return Step(forward.needs + backward.needs, work, forward.gives + backward.gives)
 
-    return Program(schedule, [list(map(step, actions)) for actions in schedule.ranks], slots)
-
-
-def _seconds(schedule: Schedule, columns: Columns, work: WorkTable) -> Iterator[Iterator[Any]]:
-    """Of every elementary action: computation, exposed all-to-all, and seconds on the collective lane or None."""
-    stages = range(schedule.num_stages)
-    which = (columns.kind * schedule.num_stages + columns.stage).tolist()
-    for tables, otherwise in ((work.compute, 0.0), (work.exchange, 0.0), (work.lane, None)):
-        table = [tables[kind][stage] if kind in tables else otherwise for kind in KINDS for stage in stages]
-        yield map(table.__getitem__, which)
+    steps = [list(map(step, actions)) for actions in schedule.ranks]
+    return steps, examples + [overlap(examples[forward], examples[backward]) for forward, backward in pairs]
 
 
 def _needs(schedule: Schedule, columns: Columns) -> list[tuple[int, ...]]:
@@ -83,18 +95,17 @@ def _needs(schedule: Schedule, columns: Columns) -> list[tuple[int, ...]]:
     return needs
 
 
-def _gives(schedule: Schedule, columns: Columns, work: WorkTable) -> Iterator[tuple[Give, ...]]:
+def _gives(schedule: Schedule, columns: Columns) -> list[tuple[Give, ...]]:
     """What every elementary action hands to another, if it does; in a lowered schedule sends do between ranks."""
     gathers, remote = columns.of_kind(Kind.UNSHARD), columns.target != columns.rank
     slot, peer = np.where(gathers, _weights(schedule, columns), columns.outbox), columns.target
     peer, remote = np.where(gathers, columns.rank, peer), remote & ~gathers
     if columns.of_kind(*SENDS).any():
         slot = np.where(columns.of_kind(*COMPUTE) & remote, -1, slot)
-    seconds = [0.0, *work.transfer, *work.transfer_backward]
     backward = columns.outbox >= schedule.num_stages * schedule.microbatches
-    which = np.where(remote, 1 + backward * schedule.num_stages + columns.stage, 0)
-    for each, to, link in zip(slot.tolist(), peer.tolist(), which.tolist(), strict=True):
-        yield ((each, to, seconds[link]),) if each >= 0 else ()
+    link = np.where(remote, 1 + backward * schedule.num_stages + columns.stage, 0)
+    gives = zip(slot.tolist(), peer.tolist(), link.tolist(), strict=True)
+    return [(give,) if give[0] >= 0 else () for give in gives]
 
 
 def _weights(schedule: Schedule, columns: Columns) -> Ints:

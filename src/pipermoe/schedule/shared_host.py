@@ -7,7 +7,7 @@ from itertools import count
 
 from pipermoe.schedule.action import Schedule
 from pipermoe.schedule.durations import Durations
-from pipermoe.schedule.program import compile_program
+from pipermoe.schedule.program import Work, compile_program
 from pipermoe.schedule.timeline import Mail, Timeline, timeline_of
 
 
@@ -83,7 +83,7 @@ class _SharedHost:
             else:
                 _, _, rank = heapq.heappop(self.computing)
                 self.clock.change(ends, -1)
-                exchange = self.program.steps[rank][len(self.end[rank])].exchange
+                exchange = self._work(rank).exchange
                 if exchange:
                     heapq.heappush(self.later, (ends + exchange, next(self.tie), rank, False))
                 else:
@@ -93,16 +93,16 @@ class _SharedHost:
     def _next(self, rank: int) -> None:
         """Let `rank` go on to its next computation, if its data is there or on its way."""
         while (position := len(self.end[rank])) < len(self.program.steps[rank]):
-            step = self.program.steps[rank][position]
+            step, work = self.program.steps[rank][position], self._work(rank)
             start = self.mail.ready(step.needs, rank, self.free_at[rank])
             if start is None:
                 return
-            if step.lane is None and (step.compute or step.exchange):
+            if work.lane is None and (work.compute or work.exchange):
                 heapq.heappush(self.later, (start, next(self.tie), rank, True))
                 return
-            if step.lane is not None:
+            if work.lane is not None:
                 start = max(start, self.lane_free[rank])
-                end = self.lane_free[rank] = start + step.lane
+                end = self.lane_free[rank] = start + work.lane
             else:
                 end = self.free_at[rank] = start
             self._record(rank, start, end)
@@ -110,8 +110,11 @@ class _SharedHost:
     def _compute(self, rank: int, time: float) -> None:
         self.start[rank].append(time)
         self.clock.change(time, 1)
-        work = self.program.steps[rank][len(self.end[rank])].compute
-        heapq.heappush(self.computing, (self.clock.virtual(time) + work, next(self.tie), rank))
+        heapq.heappush(self.computing, (self.clock.virtual(time) + self._work(rank).compute, next(self.tie), rank))
+
+    def _work(self, rank: int) -> Work:
+        """The next one of `rank`."""
+        return self.program.works[self.program.steps[rank][len(self.end[rank])].work]
 
     def _finish(self, rank: int, time: float) -> None:
         self.free_at[rank] = time

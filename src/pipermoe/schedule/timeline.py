@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from pipermoe.schedule.action import Kind, Schedule
 from pipermoe.schedule.durations import Durations
@@ -85,8 +86,8 @@ def timeline_of(
         program.schedule,
         tuple(map(tuple, start)),
         tuple(map(tuple, end)),
-        tuple(sum(step.compute for step in steps) for steps in program.steps),
-        tuple(sum(step.exchange for step in steps) for steps in program.steps),
+        tuple(sum(program.works[step.work].compute for step in steps) for steps in program.steps),
+        tuple(sum(program.works[step.work].exchange for step in steps) for steps in program.steps),
         tuple(transfer_seconds),
     )
 
@@ -95,6 +96,7 @@ class Mail:
     """When every piece of data reaches its consumer."""
 
     def __init__(self, program: Program) -> None:
+        self.links: list[float] = program.links
         self.arrival: list[float | None] = [None] * program.slots
         self.sent: dict[int, float] = {}  # slot -> when a message that took time was ready to leave
         self.link_free: dict[tuple[int, int], float] = {}
@@ -112,17 +114,17 @@ class Mail:
             if arrival > start:
                 start = arrival
         if start > now and self.sent:
-            left = max((self.sent.get(slot, start) for slot in needs if self.arrival[slot] == start), default=start)
-            self.transfer_seconds[rank] += start - max(left, now)
+            latest = [self.sent.get(slot, start) for slot in needs if self.arrival[slot] == start]
+            self.transfer_seconds[rank] += start - max(now, *latest)
         return start
 
     def deliver(self, sender: int, give: Give, end: float) -> int | None:
         """Data is produced at `end`; the rank that waited for it, if any."""
-        slot, receiver, seconds = give
+        slot, receiver, link = give
         if receiver != sender:
-            link = (sender, receiver)
-            left, end = end, max(end, self.link_free.get(link, 0.0)) + seconds
-            self.link_free[link] = end
+            way = (sender, receiver)
+            left, end = end, max(end, self.link_free.get(way, 0.0)) + self.links[link]
+            self.link_free[way] = end
             if end > left:
                 self.sent[slot] = left
         self.arrival[slot] = end
@@ -144,12 +146,12 @@ class _Run:
     def advance(self, rank: int, woken: list[int]) -> None:
         """Run `rank` until an action lacks its data; ranks whose data comes meanwhile are added to `woken`."""
         starts, ends, mail, now = self.start[rank], self.end[rank], self.mail, self.now[rank]
-        steps = self.program.steps[rank]
-        for position in range(len(ends), len(steps)):
-            needs, compute, exchange, gives, lane = steps[position]
+        works = self.program.works
+        for needs, work, gives in islice(self.program.steps[rank], len(ends), None):
             start = mail.ready(needs, rank, now) if needs else now
             if start is None:
                 break
+            compute, exchange, lane = works[work]
             if lane is None:
                 end = now = start + compute + exchange
             else:

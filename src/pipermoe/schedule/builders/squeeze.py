@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from pipermoe.schedule.action import Action, Kind, Schedule
 from pipermoe.schedule.durations import Durations
-from pipermoe.schedule.program import Step, compile_program
+from pipermoe.schedule.program import Step, Work, compile_program
 from pipermoe.schedule.timeline import Mail
 
 # What overlapped variants are laid out for: F = I = W = 1 and all-to-alls of half of F and of I.
@@ -72,11 +72,18 @@ class _Queue:
     is not known.
     """
 
-    def __init__(self, spine: Sequence[Action], steps: Sequence[Step], stage: Sequence[float], last_stage: int) -> None:
-        self.spine, self.steps = spine, steps
+    def __init__(
+        self,
+        spine: Sequence[Action],
+        steps: Sequence[Step],
+        works: Sequence[Work],
+        stage: Sequence[float],
+        last_stage: int,
+    ) -> None:
+        self.spine, self.steps, self.works = spine, steps, [works[step.work] for step in steps]
         self.changes = [[_change(part, stage) for part in action.parts] for action in spine]
         self.extra = [_peak([action], stage) for action in spine]
-        self.seconds = [step.compute + step.exchange for step in steps]
+        self.seconds = [work.compute + work.exchange for work in self.works]
         self.todo = list(range(len(spine)))
         # The last stage's backward gets nothing from elsewhere: it needs its own forward.
         self.turns = {
@@ -119,7 +126,7 @@ class _ListScheduler:
         self.weight_grad = durations.per_stage(spines.num_stages).compute[Kind.WEIGHT_GRAD]
         self.last_stage = spines.num_stages - 1
         pairs = zip(spines.ranks, program.steps, strict=True)
-        self.queues = [_Queue(*pair, limits.stage, self.last_stage) for pair in pairs]
+        self.queues = [_Queue(*pair, program.works, limits.stage, self.last_stage) for pair in pairs]
         self.reader = {slot: i for steps in program.steps for i, step in enumerate(steps) for slot in step.needs}
         self.window = 4 * spines.num_stages  # how far ahead a rank looks for something ready
         self.events = [(0.0, rank) for rank in range(len(self.queues))]
@@ -180,7 +187,7 @@ class _ListScheduler:
 
     def _run_spine(self, queue: _Queue, rank: int, i: int, now: float) -> None:
         queue.take(i)
-        action, step = queue.spine[i], queue.steps[i]
+        action, work = queue.spine[i], queue.works[i]
         for part in action.parts:
             if part.kind is Kind.INPUT_GRAD:
                 queue.pending.append(Action(Kind.WEIGHT_GRAD, part.stage, part.microbatch))
@@ -189,8 +196,8 @@ class _ListScheduler:
                 queue.held += _change(part, self.limits.stage)
             if part.kind is Kind.FORWARD and part.stage == self.last_stage:
                 queue.receive(queue.turns[part.microbatch], 0.0)
-        self._append(queue, rank, action, now + step.compute + step.exchange)
-        for give in step.gives:
+        self._append(queue, rank, action, now + work.compute + work.exchange)
+        for give in queue.steps[i].gives:
             slot, peer, _ = give
             self.mail.deliver(rank, give, queue.free_at)
             arrival = self.mail.arrival[slot] or 0.0
