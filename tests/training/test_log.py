@@ -48,6 +48,10 @@ def test_the_step_line_is_in_the_order_that_people_grep_for():
     )
 
 
+def test_a_slow_machine_sees_its_rate_too():
+    assert "tflops: 0.00016  mfu" in format_line(line(flops_per_second=158.8e6), GIB)
+
+
 def test_a_validation_stands_beside_the_loss():
     assert "grad_norm:   0.8123  validation:  1.62500  memory:" in format_line(line(validation_loss=1.625), GIB)
 

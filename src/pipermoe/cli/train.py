@@ -104,7 +104,8 @@ def train(
     output
         Folder for the log, the measurement and checkpoints.
     steps
-        Stop after this many steps; the learning rate goes on as if all of the plan's were to come.
+        Stop after this many steps; the learning rate goes on as if all of the plan's were to come. To resume later,
+        the plan needs train.checkpoint_every.
     resume
         Go on from the newest checkpoint in the output folder; without one yet, begin.
     weights

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pipermoe.layout.policies import POLICIES
-from pipermoe.runtime.layout.lay_out import unlayable
 from pipermoe.schedule.builders import illegal
 from pipermoe.specs.errors import UserError, describe_value
 from pipermoe.specs.legality import LEGAL, violations
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.runtimes.own import EXECUTABLE, unbuildable_parts, untrainable_parts
 from pipermoe.specs.strategy import Strategy
-from pipermoe.specs.train import TrainConfig
+from pipermoe.specs.train import Mechanism, TrainConfig
 
 
 def check_supported(model: ModelSpec, train: TrainConfig, strategy: Strategy) -> None:
@@ -32,6 +31,28 @@ def check_model(model: ModelSpec) -> None:
     _refuse(_described(unbuildable_parts(model)))
 
 
+def check_layable(strategy: Strategy, mechanism: Mechanism | None) -> None:
+    """Raise `UserError` for what experts do not move with."""
+    if problem := _unlayable(strategy, mechanism):
+        raise UserError(problem)
+
+
+def _unlayable(strategy: Strategy, mechanism: Mechanism | None) -> str:
+    """What experts do not move with, or nothing."""
+    if strategy.dispatcher != "all_to_all":
+        rule = 'experts that move need dispatcher = "all_to_all"'
+        return describe_value("", "strategy.dispatcher", strategy.dispatcher, rule)
+    if strategy.stage_homes > 1:
+        rule = "holds every stage on two ranks, whose experts do not move together; use dualpipe-v"
+        return describe_value("", "strategy.schedule", strategy.schedule, rule)
+    sharded = strategy.zero_expert if strategy.expert_data_parallel > 1 else 0
+    most = {"bound": 0, "decoupled": 1, "sparse": 1, None: 3}[mechanism]
+    if sharded > most:
+        rule = f'experts that move by balance.mechanism = "{mechanism}" have at most {most}'
+        return describe_value("", "strategy.zero_expert", sharded, rule)
+    return ""
+
+
 def _unmovable(train: TrainConfig, strategy: Strategy) -> Iterator[str]:
     """What stands in the way of experts that move."""
     balance = train.balance
@@ -44,7 +65,7 @@ def _unmovable(train: TrainConfig, strategy: Strategy) -> Iterator[str]:
                 yield describe_value("", "balance.policy", balance.policy, rule + "use static")
             else:
                 yield describe_value("", "balance.spill_above", balance.spill_above, rule + "leave it out")
-        if problem := unlayable(strategy, balance.mechanism if balance.moves else None):
+        if problem := _unlayable(strategy, balance.mechanism if balance.moves else None):
             yield problem
 
 

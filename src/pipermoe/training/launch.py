@@ -34,11 +34,12 @@ def launch(
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # gloo prints a C++ stack for every closed connection
     from pipermoe.processes.progress import Display
-    from pipermoe.training.checkpoint.store import check_same_text, partial_folder
 
     world = existing_world(os.environ)
     _check_world(plan, world, nproc, where)
     _check_plan(plan, run, where)
+    from pipermoe.training.checkpoint.store import check_same_text, partial_folder  # torch: not for a wrong plan
+
     run = _with_start(plan, run, resume)
     speaks = world is None or world.rank == 0
     if resume and run.resume is None and speaks:
@@ -108,7 +109,6 @@ def _check_world(plan: Plan, world: World | None, nproc: int | None, where: str)
 
 def _check_plan(plan: Plan, run: Run, where: str) -> None:
     """Everything about the plan that can be known to be wrong before a rank starts."""
-    from pipermoe.modules.hf.weights import check_weights
     from pipermoe.runtime.support import check_supported
     from pipermoe.training.tensorboard import require_tensorboard
 
@@ -127,6 +127,8 @@ def _check_plan(plan: Plan, run: Run, where: str) -> None:
         if plan.train.balance.policy != "static":
             rule = "published weights are read in the order of experts; use static"
             raise UserError(describe_value(where, "train.balance.policy", plan.train.balance.policy, rule))
+        from pipermoe.modules.hf.weights import check_weights
+
         check_weights(run.weights, plan.model)
 
 

@@ -66,7 +66,7 @@ def format_line(line: StepLine, budget_bytes: int, *, coloured: bool = False) ->
         scale, unit = (GIB, "GiB") if line.peak_bytes >= GIB else (MIB, "MiB")
         fields["memory"] = f"{line.peak_bytes / scale:6.2f}{unit}({line.peak_bytes / budget_bytes:.2%})"
     fields["tps"] = f"{line.tokens_per_second:8,.0f}"
-    fields["tflops"] = f"{line.flops_per_second / 1e12:.{2 if line.flops_per_second >= 1e12 else 4}f}"
+    fields["tflops"] = f"{line.flops_per_second / 1e12:{'.2f' if line.flops_per_second >= 1e12 else '.2g'}}"
     if line.mfu is not None:
         fields["mfu"] = f"{line.mfu:.1%}"
     texts = (f"{name}: {value}" for name, value in fields.items())

@@ -2,8 +2,9 @@
 
 No parent watches such ranks, and they may be on many hosts. So a thread of each of them writes a sign of life into the
 store that the ranks have met in, twice a second and beside the work. When a rank fails, the first that knows why writes
-the verdict there, and every rank ends with this one line. What a rank fails with by itself is the verdict. A witness
-(a connection was closed, a collective took too long) looks whose signs have ceased: a process that was killed or
+the verdict there, and every rank ends with this one line. What a rank fails with by itself is the verdict. That a
+process has ended without a word, its lifeline tells (training/lifelines.py). A witness (a connection was closed, a
+collective took too long) looks whose signs have ceased though nothing says that it has ended: a process that was
 stopped, or whose machine is gone. If all live, the ranks that were not waiting for others are to blame.
 """
 
@@ -25,11 +26,13 @@ from pipermoe.processes.blame import Failure, culprit, failure_of, named, not_wa
 from pipermoe.processes.progress import show_cursor
 from pipermoe.processes.world import World
 from pipermoe.specs.errors import UserError
+from pipermoe.training.lifelines import Lifelines
 
 BEAT_SECONDS = 0.5
-SILENCE_SECONDS = 3.0  # without a sign of life, while a witness looks around
-LIMIT_SECONDS = 5 * SILENCE_SECONDS  # of one rank's search for a verdict
-VERDICT, SEARCHERS, HEARD = "pipermoe/verdict", "pipermoe/searchers", "pipermoe/heard"
+LEAST_SILENCE_SECONDS = 3.0
+SILENCE_SHARE = 0.05  # of the timeout: so long a rank gives no sign of life while a witness looks around
+LIMIT = 5  # such silences may one rank's search for a verdict last
+VERDICT, SEARCHERS, HEARD, PORT = "pipermoe/verdict", "pipermoe/searchers", "pipermoe/heard", "pipermoe/lifelines"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,18 +50,23 @@ class RollCall:
     def __init__(self, world: World, output: Path, timeout: timedelta) -> None:
         self._rank, self._size, self._output = world.rank, world.size, output
         self._timeout_seconds = timeout / timedelta(seconds=1)
+        self._silence_seconds = max(LEAST_SILENCE_SECONDS, SILENCE_SHARE * self._timeout_seconds)
+        self._limit_seconds = LIMIT * self._silence_seconds
         self._doing, self._beats = "", 0
         self._host = ""  # what rank 0, which may keep the store, was doing last
         self._failure: Failure | None = None
         self._verdict: Failure | None = None
         self._lock, self._called, self._decided, self._never = Lock(), Event(), Event(), Event()
         self._closing = False
+        self._lifelines, self._tied = Lifelines(), False
         self._thread: Thread | None = None
 
     def open(self, store: Store) -> None:
         """Begin to give signs, through a connection of its own to `store`: that of the ranks' groups may be in use."""
         assert isinstance(store, TCPStore)
         self._store = TCPStore(store.host, store.port, is_master=False, wait_for_workers=False)
+        if self._rank == 0:
+            store.set(PORT, str(self._lifelines.listen(self._size)))
         self._sign()
         self._thread = Thread(target=self._attend, name="roll call", daemon=True)
         self._thread.start()
@@ -73,6 +81,7 @@ class RollCall:
         self._called.set()
         if self._thread is not None:
             self._thread.join()
+        self._lifelines.close()
 
     def verdict(self, error: UserError) -> UserError:
         """What to raise instead of this rank's `error`: what all ranks end with."""
@@ -83,7 +92,7 @@ class RollCall:
     def last_words(self) -> str:
         """What a rank that is told to end says: why the run ends, "" if no rank has failed."""
         if self._failure is not None:
-            self._never.wait(LIMIT_SECONDS)  # the main thread is about to say it
+            self._never.wait(self._limit_seconds)  # the main thread is about to say it
         verdict = self._search(Failure(self._rank, "told", f"rank {self._rank} was terminated"))
         return "" if verdict is None or verdict.kind == "told" else verdict.message
 
@@ -93,7 +102,7 @@ class RollCall:
         with self._lock:
             self._failure = own
         self._called.set()
-        if self._decided.wait(LIMIT_SECONDS):
+        if self._decided.wait(self._limit_seconds):
             return self._verdict
         return self._without_host("does not answer")
 
@@ -103,7 +112,8 @@ class RollCall:
         try:
             while not self._closing:
                 self._sign()
-                if (verdict := self._written()) is not None:
+                self._tie()
+                if (verdict := self._known()) is not None:
                     return self._end(verdict)
                 if self._failure is not None:
                     return self._end(self._decide(self._failure))
@@ -117,6 +127,12 @@ class RollCall:
         if self._rank and self._store.check([_key(0)]):
             self._host = self._read(0).doing
 
+    def _tie(self) -> None:
+        """Have a lifeline, once the first rank can be reached."""
+        if self._rank and not self._tied and self._store.check([PORT]):
+            self._lifelines.connect(self._rank, self._store.host, int(self._store.get(PORT)))
+            self._tied = True
+
     def _read(self, rank: int) -> Sign:
         values = json.loads(self._store.get(_key(rank)))
         failure = values.pop("failure")
@@ -125,28 +141,42 @@ class RollCall:
     def _signs(self) -> dict[int, Sign]:
         return {rank: self._read(rank) for rank in range(self._size) if self._store.check([_key(rank)])}
 
-    def _written(self) -> Failure | None:
-        return Failure(**json.loads(self._store.get(VERDICT))) if self._store.check([VERDICT]) else None
+    def _known(self) -> Failure | None:
+        """The verdict, if there is one by now, or a process' end is one."""
+        if self._store.check([VERDICT]):
+            return Failure(**json.loads(self._store.get(VERDICT)))
+        ended = self._lifelines.ended(BEAT_SECONDS)  # one that had something to say has said it before
+        return self._write(self._death(ended)) if ended else None
+
+    def _death(self, ended: list[int]) -> Failure:
+        signs = self._signs()
+        names = ", ".join(named("rank", rank, signs[rank].doing) for rank in ended)
+        return Failure(ended[0], "own", f"{names} ended without a word: killed, or the machine is out of memory")
+
+    def _write(self, verdict: Failure) -> Failure:
+        """The first that any rank writes is the verdict."""
+        return Failure(**json.loads(self._store.compare_set(VERDICT, "", json.dumps(asdict(verdict)))))
 
     def _decide(self, own: Failure) -> Failure:
-        """The verdict: the first that any rank writes. One witness searches, for all others."""
+        """The verdict on what this rank failed with. One witness searches, for all others."""
         if own.kind in ("witness", "told"):
-            if self._store.add(SEARCHERS, 1) > 1 and (verdict := self._heard_within(2 * SILENCE_SECONDS)) is not None:
+            patience = LEAST_SILENCE_SECONDS if own.kind == "told" else self._silence_seconds
+            if self._store.add(SEARCHERS, 1) > 1 and (verdict := self._heard_within(2 * patience)) is not None:
                 return verdict
-            own = self._look_around(own)
-        return Failure(**json.loads(self._store.compare_set(VERDICT, "", json.dumps(asdict(own)))))
+            own = self._look_around(own, patience)
+        return self._write(own)
 
     def _heard_within(self, seconds: float) -> Failure | None:
-        """The verdict of another rank, if it comes."""
+        """The verdict, if another rank or a lifeline brings it."""
         until = time.monotonic() + seconds
-        while (verdict := self._written()) is None and time.monotonic() < until:
+        while (verdict := self._known()) is None and time.monotonic() < until:
             time.sleep(BEAT_SECONDS / 2)
             self._sign()
         return verdict
 
-    def _look_around(self, own: Failure) -> Failure:
+    def _look_around(self, own: Failure, patience: float) -> Failure:
         before = self._signs()
-        if (verdict := self._heard_within(SILENCE_SECONDS)) is not None:
+        if (verdict := self._heard_within(patience)) is not None:
             return verdict
         now = self._signs()
         failures = {rank: sign.failure for rank, sign in now.items() if sign.failure is not None}
@@ -154,7 +184,8 @@ class RollCall:
         gone = [rank for rank in living if rank in before and now[rank].beats == before[rank].beats]
         if gone:
             names = ", ".join(named("rank", rank, living[rank]) for rank in gone)
-            return Failure(gone[0], "own", f"{names} {_GONE}")
+            silence = f"has given no sign of life for {patience:g} s: stopped, or its machine is gone"
+            return Failure(gone[0], "own", f"{names} {silence}")
         if own.kind == "told":
             return own
         silent = [named("rank", rank, living[rank]) for rank in not_waiting(living)]
@@ -162,7 +193,8 @@ class RollCall:
 
     def _without_host(self, how: str) -> Failure:
         """The store is no more, and with it rank 0, or the launcher's agent beside it, which kept it."""
-        message = f"rank 0, which keeps the store that the ranks have met in, {how}: {_KILLED}"
+        why = "killed or stopped, or its machine is gone"
+        message = f"rank 0, which keeps the store that the ranks have met in, {how}: {why}"
         return Failure(0, "own", f"{message}; last heard of: {self._host}" if self._host else message)
 
     def _end(self, verdict: Failure) -> None:
@@ -172,7 +204,7 @@ class RollCall:
         self._verdict = verdict
         try:
             self._store.add(HEARD, 1)
-            until = time.monotonic() + SILENCE_SECONDS  # the others read the verdict as long as the store is there
+            until = time.monotonic() + LEAST_SILENCE_SECONDS  # while there is a store, others read it
             while self._rank == 0 and self._store.add(HEARD, 0) < self._size and time.monotonic() < until:
                 time.sleep(BEAT_SECONDS / 5)
         except DistError:
@@ -184,10 +216,6 @@ class RollCall:
                     print(f"pipermoe: {line}", file=sys.stderr, flush=True)
                 os._exit(verdict.error.exit_code)
         self._decided.set()
-
-
-_KILLED = "killed or stopped, or its machine is gone"
-_GONE = f"has given no sign of life for {SILENCE_SECONDS:g} s: {_KILLED}"
 
 
 def _key(rank: int) -> str:

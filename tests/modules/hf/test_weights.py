@@ -16,7 +16,7 @@ from tests.runtime.tiny import engine_for
 from torch._C._distributed_c10d import HashStore
 
 from pipermoe.modules.hf.names import FAMILIES
-from pipermoe.modules.hf.weights import INDEX, SINGLE, load_weights, named_parts
+from pipermoe.modules.hf.weights import INDEX, SINGLE, check_weights, load_weights, named_parts
 from pipermoe.modules.weight_gradients import gradient_of
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.pipeline.engine import Engine
@@ -119,6 +119,15 @@ def test_weights_of_another_model_are_refused_by_name(change, message: str, tmp_
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert all(torch.equal(tensor, old) for (_, tensor), old in zip(engine.named_state(), before, strict=True))
+
+
+def test_weights_that_transformers_wrote_without_multi_token_prediction_are_refused_with_the_way_out(tmp_path: Path):
+    config = CONFIGS["deepseek_v3"] | {"num_nextn_predict_layers": 1}
+    (published(tmp_path, "deepseek_v3") / "config.json").write_text(json.dumps(config))
+    model = ModelSpec.from_hf_config(tmp_path)
+    with pytest.raises(UserError, match=r"layers\.2\..* is missing, of multi-token .* by mtp_layers = 0 in the plan"):
+        check_weights(tmp_path, model)
+    check_weights(tmp_path, model.model_copy(update={"mtp_layers": 0}))
 
 
 def test_what_others_save_beside_the_weights_is_passed_over(tmp_path: Path, alone: ProcessGroups):

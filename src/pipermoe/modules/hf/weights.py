@@ -142,7 +142,7 @@ def _check(files: Files, model: ModelSpec, rules: Rules) -> None:
     expected = expected_shapes(model, rules)
     for name in expected:
         if name not in files.shapes:
-            raise UserError(f"{files.where}: {name} is missing; these are not all weights of {model.name}")
+            raise UserError(f"{files.where}: {name} is missing{_advice(name, model)}")
     for name, (shape, number) in files.shapes.items():
         where = files.path_of(name)
         if name not in expected:
@@ -154,14 +154,25 @@ def _check(files: Files, model: ModelSpec, rules: Rules) -> None:
             raise UserError(f"{where}: {name} has the shape {list(shape)}; {model.name} needs {list(expected[name])}")
 
 
+def _advice(name: str, model: ModelSpec) -> str:
+    """transformers leaves multi-token prediction out of what it writes, but not out of config.json."""
+    if _is_behind(name, model):
+        return ", of multi-token prediction: train without it by mtp_layers = 0 in the plan's model"
+    return f"; these are not all weights of {model.name}"
+
+
+def _is_behind(name: str, model: ModelSpec) -> bool:
+    """Whether a tensor belongs to a layer of multi-token prediction, which follow the others."""
+    layer = _LAYER.match(name)
+    return layer is not None and int(layer[1]) >= model.num_layers
+
+
 def _is_known_extra(name: str, model: ModelSpec) -> bool:
     """What other programs save too: rotary tables, a tied head; of multi-token prediction copies of embedding and head,
     or all of it where the model is to be without."""
-    layer = _LAYER.match(name)
     tied = model.tie_word_embeddings and name == "lm_head.weight"
-    behind = layer is not None and int(layer[1]) >= model.num_layers
     copied = name.endswith((".embed_tokens.weight", ".shared_head.head.weight")) or not model.mtp_layers
-    return name.endswith("rotary_emb.inv_freq") or tied or (behind and copied)
+    return name.endswith("rotary_emb.inv_freq") or tied or (_is_behind(name, model) and copied)
 
 
 class Files:

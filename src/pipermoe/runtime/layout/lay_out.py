@@ -23,7 +23,6 @@ from pipermoe.runtime.layout.placement import Placement
 from pipermoe.runtime.layout.sparse import SparseExperts
 from pipermoe.runtime.optimizer.flat_parameters import FlatParameters
 from pipermoe.runtime.optimizer.sharding import Unit
-from pipermoe.specs.errors import UserError, describe_value
 from pipermoe.specs.mesh import coordinates, group_of
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.plan import Plan
@@ -83,28 +82,6 @@ def spill_rule(balance: Balance) -> SpillRule | None:
     if balance.spill_above is None:
         return None
     return SpillRule(slack=balance.spill_above, most_copies=balance.spill_copies)
-
-
-def check_layable(strategy: Strategy, mechanism: Mechanism | None) -> None:
-    """Raise `UserError` for what experts do not move with."""
-    if problem := unlayable(strategy, mechanism):
-        raise UserError(problem)
-
-
-def unlayable(strategy: Strategy, mechanism: Mechanism | None) -> str:
-    """What experts do not move with, or nothing."""
-    if strategy.dispatcher != "all_to_all":
-        rule = 'experts that move need dispatcher = "all_to_all"'
-        return describe_value("", "strategy.dispatcher", strategy.dispatcher, rule)
-    if strategy.stage_homes > 1:
-        rule = "holds every stage on two ranks, whose experts do not move together; use dualpipe-v"
-        return describe_value("", "strategy.schedule", strategy.schedule, rule)
-    sharded = strategy.zero_expert if strategy.expert_data_parallel > 1 else 0
-    most = {"bound": 0, "decoupled": 1, "sparse": 1, None: 3}[mechanism]
-    if sharded > most:
-        rule = f'experts that move by balance.mechanism = "{mechanism}" have at most {most}'
-        return describe_value("", "strategy.zero_expert", sharded, rule)
-    return ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from pipermoe.runtime.balance import Balance
 from pipermoe.runtime.groups import ProcessGroups
 from pipermoe.runtime.layout.carry import Carrier
 from pipermoe.runtime.layout.dispatch import LayoutDispatch
-from pipermoe.runtime.layout.lay_out import Draw, LaidOut, Maker, check_layable
+from pipermoe.runtime.layout.lay_out import Draw, LaidOut, Maker
 from pipermoe.runtime.layout.tally import Tally
 from pipermoe.runtime.meter import Meter
 from pipermoe.runtime.optimizer.flat_parameters import FlatParameters
@@ -30,7 +30,7 @@ from pipermoe.runtime.pipeline.execution import Execution, Program, StepResult
 from pipermoe.runtime.pipeline.flight import Collective, Transport
 from pipermoe.runtime.pipeline.planned_exchange import PlannedExchange
 from pipermoe.runtime.pipeline.stage import Stage
-from pipermoe.runtime.support import check_model
+from pipermoe.runtime.support import check_layable, check_model
 from pipermoe.schedule.action import Kind, Schedule
 from pipermoe.specs.errors import UserError
 from pipermoe.specs.mesh import split_layers

@@ -1,0 +1,78 @@
+"""Lifelines: a connection of every rank with the first, which the system closes when a process ends, however it ends.
+
+So death has evidence, and no process is taken for dead because it is slow. Where a connection cannot be made there is
+none, and nothing is known of that rank.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from contextlib import suppress
+from selectors import EVENT_READ, DefaultSelector
+
+CONNECT_SECONDS = 2.0  # in which the one that connects gives no sign of life
+_GOODBYE = b"."
+
+
+class Lifelines:
+    """One rank's ends: the first rank listens (`listen`) and holds one for each of the others, who hold one each."""
+
+    def __init__(self) -> None:
+        self._ends = DefaultSelector()
+        self._closed_at: dict[int, float] = {}
+
+    def listen(self, ranks: int) -> int:
+        """Accept the others from now on; returns the port."""
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
+        server = socket.create_server(("", 0), family=family, backlog=ranks, dualstack_ipv6=both)
+        self._ends.register(server, EVENT_READ)
+        return server.getsockname()[1]
+
+    def connect(self, rank: int, host: str, port: int) -> None:
+        """Tie rank `rank` to the first, which listens there."""
+        with suppress(OSError):
+            end = socket.create_connection((host, port), CONNECT_SECONDS)
+            end.sendall(rank.to_bytes(4, "big"))
+            self._ends.register(end, EVENT_READ, data=0)
+
+    def ended(self, for_seconds: float = 0.0) -> list[int]:
+        """The ranks whose processes have ended without a goodbye, at least so long ago."""
+        for key, _ in self._ends.select(0):
+            end = key.fileobj
+            assert isinstance(end, socket.socket)
+            if key.data is None:
+                self._accept(end)
+                continue
+            if _closed_without_goodbye(end):
+                self._closed_at[key.data] = time.monotonic()
+            self._ends.unregister(end)
+            end.close()
+        return [rank for rank, moment in self._closed_at.items() if time.monotonic() - moment >= for_seconds]
+
+    def close(self) -> None:
+        """Part from the others, which do not take this for an end."""
+        for key in list(self._ends.get_map().values()):
+            end = key.fileobj
+            assert isinstance(end, socket.socket)
+            if key.data is not None:
+                with suppress(OSError):
+                    end.sendall(_GOODBYE)
+            end.close()
+        self._ends.close()
+
+    def _accept(self, server: socket.socket) -> None:
+        end, _ = server.accept()
+        end.settimeout(CONNECT_SECONDS)
+        with suppress(OSError):
+            name = end.recv(4)
+            if len(name) == 4:
+                self._ends.register(end, EVENT_READ, data=int.from_bytes(name, "big"))
+
+
+def _closed_without_goodbye(end: socket.socket) -> bool:
+    try:
+        return end.recv(1) != _GOODBYE
+    except OSError:  # reset
+        return True
