@@ -9,32 +9,25 @@ import tempfile
 from argparse import ArgumentParser
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import IO, Protocol
 
+from benchmarks.demo_trials import Trials, read_results, try_all
 from benchmarks.network import bed as network
 from pipermoe.measure import measure_platform
-from pipermoe.resources.step import predict
-from pipermoe.specs.catalogue import load_model
-from pipermoe.specs.documents import load, save
+from pipermoe.processes.local_ranks import run_local_ranks
+from pipermoe.specs.documents import load
 from pipermoe.specs.model import ModelSpec
-from pipermoe.specs.plan import Measurement, Plan
 from pipermoe.specs.platform import Platform
-from pipermoe.specs.report import StepReport
-from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.train import TrainConfig
-from pipermoe.specs.units import GIB
-from pipermoe.training.launch import launch
-from pipermoe.training.run import Run
-from pipermoe.training.trainer import MEASUREMENT_FILE
 
 MODEL = "tiny-moe"
 RANKS = 4
 HOSTS = 2  # of the slow link
 MASTER_PORT = 29400
 ENTER = Path(network.__file__).parent / "enter"
+RESULTS = "results.jsonl"
 
 
 class Machine(Protocol):
@@ -42,8 +35,8 @@ class Machine(Protocol):
 
     def measure(self, model: ModelSpec) -> Platform: ...
 
-    def train(self, plans: list[Plan], steps: int) -> list[StepReport]:
-        """What `steps` steps of every plan measured, one plan after the other; interrupted, of those before."""
+    def tried(self, trials: Trials) -> list[list[float]]:
+        """The seconds of every timed step, of as many strategies as were tried before the time was over."""
         ...
 
 
@@ -55,15 +48,12 @@ class ThisMachine:
         assert platform is not None, "this process starts the ranks, so it has the result"
         return platform
 
-    def train(self, plans: list[Plan], steps: int) -> list[StepReport]:
-        reports = []
-        with suppress(KeyboardInterrupt):
-            for plan in plans:
-                with tempfile.TemporaryDirectory(prefix="pipermoe-demo-") as folder:
-                    measurement = launch(plan, Run(Path(folder), steps=steps, quiet=True))
-                assert measurement is not None, "this process starts the ranks, so it has the result"
-                reports.append(measurement.report)
-        return reports
+    def tried(self, trials: Trials) -> list[list[float]]:
+        with tempfile.TemporaryDirectory(prefix="pipermoe-demo-") as folder:
+            results = Path(folder) / RESULTS
+            with suppress(KeyboardInterrupt):
+                run_local_ranks(RANKS, lambda world: try_all(trials, world, results), Path(folder))
+            return read_results(results)
 
 
 class TwoHosts:
@@ -75,15 +65,13 @@ class TwoHosts:
             self._start("pipermoe", "measure", "--model", model.name, "-o", str(written))
             return load(written, Platform)
 
-    def train(self, plans: list[Plan], steps: int) -> list[StepReport]:
-        """The same ranks train all of them: a process spends more time on importing torch than on a few steps."""
+    def tried(self, trials: Trials) -> list[list[float]]:
         with tempfile.TemporaryDirectory(prefix="pipermoe-demo-") as folder:
-            for number, plan in enumerate(plans):
-                save(Path(folder) / f"{number}.toml", plan)
+            asked, results = Path(folder) / "trials.json", Path(folder) / RESULTS
+            asked.write_text(trials.model_dump_json())
             with suppress(KeyboardInterrupt):
-                self._start("benchmarks.demo_rank", folder, str(steps))
-            files = [Path(folder) / str(number) / MEASUREMENT_FILE for number in range(len(plans))]
-            return [load(file, Measurement).report for file in files if file.exists()]
+                self._start("benchmarks.demo_trials", str(asked), str(results))
+            return read_results(results)
 
     def _start(self, *command: str) -> None:
         """Run a module as every rank, until all have ended; the output of a rank that fails goes to stderr."""
@@ -125,50 +113,14 @@ def slow_link(megabits: float) -> Iterator[TwoHosts]:
         network.down()
 
 
-@dataclass(frozen=True)
-class Demo:
-    """The demo's job on a machine."""
-
-    machine: Machine
-    model: ModelSpec
-    train: TrainConfig
-    platform: Platform
-
-    @classmethod
-    def on(cls, machine: Machine, platform: Path | None) -> Demo:
-        """On `machine`, measured now if no platform file says what it can do."""
-        model, job = load_model(MODEL), files("pipermoe.catalogue").joinpath("jobs/demo.toml")
-        train = load(str(job), TrainConfig).model_copy(update={"validation_batches": 1})
-        return cls(machine, model, train, load(platform, Platform) if platform else machine.measure(model))
-
-    def plan(self, strategy: str) -> Plan:
-        parsed = Strategy.parse(strategy)
-        return Plan(
-            name=strategy,
-            platform=self.platform.name,
-            memory_budget_bytes=GIB,
-            model=self.model,
-            train=self.train,
-            strategy=parsed,
-            prediction=predict(self.model, self.platform, self.train, parsed),
-        )
-
-    def measured(self, plans: list[Plan], steps: int, passes: int) -> dict[str, list[StepReport]]:
-        """What every plan took in every pass; every second pass goes backwards, so that drift cancels.
-
-        Plans that were not trained, as somebody interrupted it, are left out; where that is all of them it ends.
-        """
-        order = [plan for number in range(passes) for plan in (plans if number % 2 == 0 else reversed(plans))]
-        reports: dict[str, list[StepReport]] = {}
-        for plan, report in zip(order, self.machine.train(order, steps), strict=False):
-            reports.setdefault(plan.name, []).append(report)
-        if not reports:
-            sys.exit("interrupted before a strategy was trained")
-        return reports
+def demo_job() -> TrainConfig:
+    """What the demo trains its model on."""
+    job = files("pipermoe.catalogue").joinpath("jobs/demo.toml")
+    return load(str(job), TrainConfig).model_copy(update={"validation_batches": 1})
 
 
-def demo_options(parser: ArgumentParser, steps: int) -> None:
+def demo_options(parser: ArgumentParser, *, steps: int, passes: int) -> None:
     """The options of every benchmark that trains the demo's job."""
     parser.add_argument("--platform", type=Path)
     parser.add_argument("--steps", type=int, default=steps)
-    parser.add_argument("--passes", type=int, default=1)
+    parser.add_argument("--passes", type=int, default=passes)

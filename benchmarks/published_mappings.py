@@ -1,6 +1,6 @@
 """Published mappings beside the planner's: is its best at least as good, and how high does the published one rank?
 
-python -m benchmarks.published_mappings [--only WORD] [--most N] [--rank-only] [--sample N] [--json FILE]
+python -m benchmarks.published_mappings [--only WORD] [--most N] [--rank-only] [--sample N] [--seconds N] [--json FILE]
 
 Every distinct recipe of the shipped rows (`pipermoe validate`) that is complete. Both strategies are predicted by the
 same model, under the software profile of the row. The rank is the share of fitting strategies whose lower bound of the
@@ -9,11 +9,22 @@ planner's axes: all degrees of both arrangements, chunks up to the mapping's, or
 recomputation and ZeRO levels (20,000: a share of 1 % is known to within 0.1 %). For the rank, gradients are reduced and
 weights gathered beside computing, as published stacks do and `pipermoe validate` predicts. `--rank-only` leaves the
 search for the best out: the mapping then stands beside the best of those drawn.
+
+The best is searched in the whole space, within the memory of the machine. Where the mapping itself holds more than that
+(the source does not say what it recomputes, or it offloads), and is faster than what fits, the best is searched again
+within what the mapping holds. A search may take `--seconds` of CPU time. FILE is written after every mapping, and what
+stands in it is not done again: the command, stopped and repeated, goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +36,8 @@ from benchmarks.command_line import parser_of, write_json
 from pipermoe.planner.axes import TAIL_COLUMNS, WAY_COLUMNS, all_bodies, all_tails
 from pipermoe.planner.candidate import candidate
 from pipermoe.planner.job import Job
-from pipermoe.planner.search import Field
+from pipermoe.planner.result import Candidate
+from pipermoe.planner.search import ROUNDING, Field
 from pipermoe.report.plan import WORDS
 from pipermoe.resources.bound import step_bound
 from pipermoe.resources.kinds import distinct
@@ -111,10 +123,31 @@ def _fits(job: Job, table: StrategyTable) -> NDArray[np.bool_]:
     return peak_bytes(job.model, job.train, table, imbalance=job.imbalance) <= job.memory_budget_bytes
 
 
-def compare(row_id: str, recipe: Recipe, options: argparse.Namespace) -> dict:
-    """One row of the table."""
-    strategy, model, platform, train = recipe.strategy, recipe.model, recipe.platform, recipe.train
-    job = Job(model, platform, train, strategy.world_size, platform.memory_budget_bytes, runtimes=((),))
+@contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in what takes more CPU seconds."""
+
+    def too_long(*_: object) -> None:
+        raise TimeoutError(f"took more than {seconds:g} CPU seconds")
+
+    before = signal.signal(signal.SIGPROF, too_long)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+
+
+def job_of(recipe: Recipe) -> Job:
+    """The job of a published mapping, planned for whatever runs it."""
+    platform, world = recipe.platform, recipe.strategy.world_size
+    return Job(recipe.model, platform, recipe.train, world, platform.memory_budget_bytes, runtimes=((),))
+
+
+def ranked(job: Job, row_id: str, recipe: Recipe, options: argparse.Namespace) -> dict:
+    """A mapping, how high it ranks, and the best of what was drawn."""
+    strategy, model, platform = recipe.strategy, job.model, job.platform
     published, table = candidate(job, strategy), drawn(job, strategy, options.sample)
     [bound], bounds = stack_bound(job, StrategyTable.of([strategy])), stack_bound(job, table)
     faster = table.take(np.flatnonzero(bounds < bound))
@@ -129,35 +162,88 @@ def compare(row_id: str, recipe: Recipe, options: argparse.Namespace) -> dict:
         "measured_seconds": recipe.measured_seconds,
         "share_below": below / (below + others) if below + others else None,
     }
-    if options.rank_only:
-        better = first_that_fits(job, faster.take(np.argsort(bounds[bounds < bound])))
-    else:
-        field = Field.of(job)
-        better = next((field.space.strategy(found.place) for found in field.best().best), None)
-    if better is None:
-        return row
-    best = candidate(job, better)
+    drawn_best = first_that_fits(job, faster.take(np.argsort(bounds[bounds < bound])))
+    return row | (beside(published, candidate(job, drawn_best)) if drawn_best else {})
+
+
+def searched(field: Field, recipe: Recipe, seconds: float) -> dict:
+    """The best strategy of a mapping's job, or why it is not known."""
+    published = candidate(field.job, recipe.strategy)
+    try:
+        with limited(seconds):
+            best, within = best_of(field), field.job.memory_budget_bytes
+            if best is None or (best.step_seconds > published.step_seconds and published.peak_bytes > within):
+                best, within = best_of(field, published.peak_bytes), published.peak_bytes
+    except TimeoutError as reason:
+        return {"not_searched": str(reason)}
+    assert best is not None, "the mapping itself fits what it holds"
+    return beside(published, best) | {"searched_within_bytes": within}
+
+
+def best_of(field: Field, memory_budget_bytes: float | None = None) -> Candidate | None:
+    """The fastest that fits, if anything does."""
+    best = field.best(memory_budget_bytes=memory_budget_bytes).best
+    return candidate(field.job, field.space.strategy(best[0].place)) if best else None
+
+
+def beside(published: Candidate, best: Candidate) -> dict:
+    """The better strategy, and the term by which it gains most."""
     saved = {term: published.seconds[term] - best.seconds[term] for term in TERMS}
-    term = max(TERMS, key=saved.__getitem__)
-    return row | {"best": strategy_text(better), "best_seconds": best.step_seconds, "term": term}
+    return {
+        "best": strategy_text(best.strategy),
+        "best_seconds": best.step_seconds,
+        "saved_seconds": saved,
+        "term": max(TERMS, key=saved.__getitem__),
+    }
 
 
-def summary_of(rows: list[dict], searched: bool) -> dict:
+def compared(recipes: dict[str, Recipe], options: argparse.Namespace) -> Iterator[dict]:
+    """A row for every mapping, those of one job after each other; what `--json` holds of an earlier run is kept."""
+    earlier = {row["row"]: row for row in _written(options)}
+    in_order = sorted(recipes.items(), key=lambda each: (each[1].model.name, each[1].platform.name, _work(each[1])))
+    for job, mappings in groupby(in_order, key=lambda each: job_of(each[1])):
+        field = None
+        for row_id, recipe in mappings:
+            row = earlier.get(row_id) or ranked(job, row_id, recipe, options)
+            if not options.rank_only and "searched_within_bytes" not in row:
+                field = field or Field.of(job)
+                row |= searched(field, recipe, options.seconds)
+            yield row
+
+
+def _work(recipe: Recipe) -> tuple:
+    train = recipe.train
+    return recipe.software, recipe.strategy.world_size, train.seq_len, train.global_batch_size, train.precision
+
+
+def _written(options: argparse.Namespace) -> list[dict]:
+    """The rows of an earlier run."""
+    return json.loads(options.json.read_text())["rows"] if options.json and options.json.exists() else []
+
+
+def summary_of(rows: list[dict]) -> dict:
     shares = np.array([row["share_below"] for row in rows if row["share_below"] is not None])
-    ranks = {
+    searched_rows = [row for row in rows if "searched_within_bytes" in row]
+    return {
         "mappings": len(rows),
         "ranked": len(shares),
         "in_top": {f"{top:.1%}": int(np.count_nonzero(shares <= top)) for top in TOPS},
         "rank_quantiles": {f"{q:.0%}": float(np.quantile(shares, q)) for q in QUANTILES} if len(shares) else {},
         "published_does_not_fit_here": sum(not row["published_fits"] for row in rows),
+        "not_searched": {row["row"]: row["not_searched"] for row in rows if "not_searched" in row},
+        "searched": gains_of(searched_rows),
+        "searched_and_fit": gains_of([row for row in searched_rows if row["published_fits"]]),
     }
-    gains = np.array([row["published_seconds"] / row["best_seconds"] for row in rows if "best" in row])
-    if not searched or not len(gains):
-        return ranks
-    return ranks | {
-        "searched": len(gains),
-        "best_at_least_as_good": int(np.count_nonzero(gains >= 1)),
-        "median_speedup": float(np.median(gains)),
+
+
+def gains_of(rows: list[dict]) -> dict:
+    """How much faster the planner's best is, and what it saves most of, over some rows."""
+    gains = np.array([row["published_seconds"] / row["best_seconds"] for row in rows])
+    return {
+        "mappings": len(rows),
+        "best_at_least_as_good": int(np.count_nonzero(gains >= 1 - ROUNDING)),
+        "gain_quantiles": {f"{q:.0%}": float(np.quantile(gains, q)) for q in (0, *QUANTILES, 1)} if len(rows) else {},
+        "terms": dict(Counter(row["term"] for row in rows).most_common()),
     }
 
 
@@ -184,16 +270,24 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=1000)
     parser.add_argument("--rank-only", action="store_true")
     parser.add_argument("--sample", type=int, default=20_000)
+    parser.add_argument("--seconds", type=float, default=120.0)
     options = parser.parse_args()
-    chosen = [(row, each) for row, each in distinct_recipes().items() if options.only in f"{row} {each.model.name}"]
+    recipes = distinct_recipes()
+    chosen = [row for row, recipe in recipes.items() if options.only in f"{row} {recipe.model.name}"][: options.most]
     if not chosen:
         parser.error(f"--only {options.only}: no row or model has this in its name, such as r0001 or qwen3")
-    rows = [
-        compare(row, recipe, options) for row, recipe in track(chosen[: options.most], console=Console(stderr=True))
-    ]
-    summary = summary_of(rows, searched=not options.rank_only)
-    print_rows(rows, summary)
-    write_json(options, {"summary": summary, "rows": rows})
+    rows = {row["row"]: row for row in _written(options)}
+    progress = Console(stderr=True)
+    for row in track(compared({row: recipes[row] for row in chosen}, options), total=len(chosen), console=progress):
+        rows[row["row"]] = row
+        write_json(options, _found(rows))
+    found = _found(rows)
+    print_rows(found["rows"], found["summary"])
+
+
+def _found(rows: dict[str, dict]) -> dict:
+    in_order = [rows[row] for row in sorted(rows)]
+    return {"summary": summary_of(in_order), "rows": in_order}
 
 
 if __name__ == "__main__":

@@ -10,17 +10,28 @@ runs. About 5 minutes a pass on two cores.
 
 from __future__ import annotations
 
+import tempfile
+from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 from statistics import fmean, median
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.command_line import parser_of, write_json
-from benchmarks.demo_machine import MODEL, RANKS, Demo, ThisMachine, demo_options
+from benchmarks.demo_machine import MODEL, RANKS, ThisMachine, demo_job, demo_options
+from pipermoe.resources.step import predict
+from pipermoe.specs.catalogue import load_model
+from pipermoe.specs.documents import load
 from pipermoe.specs.plan import Plan
+from pipermoe.specs.platform import Platform
 from pipermoe.specs.report import TERMS, StepReport
-from pipermoe.specs.units import format_seconds
+from pipermoe.specs.strategy import Strategy
+from pipermoe.specs.units import GIB, format_seconds
+from pipermoe.training.launch import launch
+from pipermoe.training.run import Run
 from pipermoe.validate.accuracy import spearman
 
 STEAL = 7  # the place of stolen time among the states of a core (proc(5))
@@ -43,23 +54,44 @@ STRATEGIES = (
 )
 
 
-class WatchedMachine(ThisMachine):
-    """This machine, and the share of its cores' time that the host of a virtual machine kept from each run."""
+class Trained(NamedTuple):
+    """What a run of a plan measured, and what share of the cores' time the host of a virtual machine kept from it."""
 
-    def __init__(self) -> None:
-        self.stolen: dict[str, list[float]] = {}
+    report: StepReport
+    stolen: float
 
-    def train(self, plans: list[Plan], steps: int) -> list[StepReport]:
-        reports = []
-        for plan in plans:
-            before = processor_ticks()
-            found = super().train([plan], steps)
-            if not found:
-                break
-            ticks = [now - then for now, then in zip(processor_ticks(), before, strict=True)]
-            self.stolen.setdefault(plan.name, []).append(ticks[STEAL] / sum(ticks))
-            reports += found
-        return reports
+
+def trained(plan: Plan, steps: int) -> Trained:
+    before = processor_ticks()
+    with tempfile.TemporaryDirectory(prefix="pipermoe-steps-") as folder:
+        measurement = launch(plan, Run(Path(folder), steps=steps, quiet=True))
+    assert measurement is not None, "this process starts the ranks, so it has the result"
+    ticks = [now - then for now, then in zip(processor_ticks(), before, strict=True)]
+    return Trained(measurement.report, ticks[STEAL] / sum(ticks))
+
+
+def all_trained(plans: list[Plan], steps: int, passes: int) -> dict[str, list[Trained]]:
+    """Every pass of every plan, until interrupted; every second pass goes backwards, so that drift cancels."""
+    found: dict[str, list[Trained]] = defaultdict(list)
+    with suppress(KeyboardInterrupt):
+        for number in range(passes):
+            for plan in plans if number % 2 == 0 else reversed(plans):
+                found[plan.name].append(trained(plan, steps))
+    return found
+
+
+def plan_of(platform: Platform, strategy: str) -> Plan:
+    """The demo's job by a strategy."""
+    model, train, parsed = load_model(MODEL), demo_job(), Strategy.parse(strategy)
+    return Plan(
+        name=strategy,
+        platform=platform.name,
+        memory_budget_bytes=GIB,
+        model=model,
+        train=train,
+        strategy=parsed,
+        prediction=predict(model, platform, train, parsed),
+    )
 
 
 def processor_ticks() -> list[int]:
@@ -68,17 +100,17 @@ def processor_ticks() -> list[int]:
     return [int(ticks) for ticks in first.split()[1 : 2 + STEAL]]
 
 
-def row_of(plan: Plan, measured: list[StepReport], stolen: list[float]) -> dict:
-    predicted, seconds = plan.prediction, [report.step_seconds for report in measured]
+def row_of(plan: Plan, measured: list[Trained]) -> dict:
+    predicted, seconds = plan.prediction, [each.report.step_seconds for each in measured]
     return {
         "strategy": plan.name,
         "predicted_seconds": predicted.step_seconds,
         "measured_seconds": fmean(seconds),
         "spread": max(seconds) / min(seconds) - 1,
-        "stolen": fmean(stolen),
+        "stolen": fmean(each.stolen for each in measured),
         "error": predicted.step_seconds / fmean(seconds) - 1,
         "terms": {
-            term: (predicted.mean_seconds(term), fmean(report.mean_seconds(term) for report in measured))
+            term: (predicted.mean_seconds(term), fmean(each.report.mean_seconds(term) for each in measured))
             for term in TERMS
         },
     }
@@ -113,14 +145,15 @@ def print_rows(rows: list[dict], summary: dict) -> None:
 
 def main() -> None:
     parser = parser_of(__doc__)
-    demo_options(parser, steps=12)
+    demo_options(parser, steps=12, passes=1)
     parser.add_argument("--only", default="")
     options = parser.parse_args()
-    machine = WatchedMachine()
-    demo = Demo.on(machine, options.platform)
-    plans = [demo.plan(text) for text in STRATEGIES if options.only in text]
-    measured = demo.measured(plans, options.steps, options.passes)
-    rows = [row_of(plan, measured[plan.name], machine.stolen[plan.name]) for plan in plans if plan.name in measured]
+    platform = load(options.platform, Platform) if options.platform else ThisMachine().measure(load_model(MODEL))
+    plans = [plan_of(platform, text) for text in STRATEGIES if options.only in text]
+    measured = all_trained(plans, options.steps, options.passes)
+    rows = [row_of(plan, measured[plan.name]) for plan in plans if plan.name in measured]
+    if not rows:
+        parser.exit(1, "interrupted before a strategy was trained\n")
     summary = summary_of(rows)
     print_rows(rows, summary)
     write_json(options, {"summary": summary, "rows": rows})
