@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipermoe.resources.turns import Leg, Part, Step, in_turn, parts_of_stages, steps, turns
-from pipermoe.resources.whole_units import NOTHING_SHARDED, Sharded, WholeUnits
+from pipermoe.resources.whole_units import NOTHING_SHARDED, Sharded, UnitKind, WholeUnits
 from pipermoe.schedule.action import Kind
 from pipermoe.schedule.context import NO_CONTEXT
-from pipermoe.schedule.occupancy import Work, growth
+from pipermoe.schedule.occupancy import Work, growth, unexceeded
 
 
 class Feature(IntEnum):
@@ -159,12 +159,14 @@ def instants(pipeline: Pipeline, *, by_rank: bool = False) -> Instants:
     kinds = holds if by_rank else sorted(set(holds))
     class_of = tuple(range(len(holds))) if by_rank else tuple(map(kinds.index, holds))
     rows: list[list[NDArray]] = [[] for _ in kinds]
-    whole = WholeUnits(parts, sharded)
-    for work, count in zip(found.work, counts, strict=True):
-        walk = _Walk(parts, _held(parts, chunks[work.rank], count), whole.before(work.context))
-        walk.through(work)
-        rows[class_of[work.rank]] += walk.found
-    best = [_largest(np.array(list({bytes(row): row for row in each}.values()))) for each in rows]
+    whole, known = WholeUnits(parts, sharded), dict[tuple, NDArray[np.int64]]()
+    held = _held(parts, chunks, np.array([work.rank for work in found.work]), counts)
+    for work, state in zip(found.work, held, strict=True):
+        alike = _what_counts(parts, work)
+        if alike not in known:
+            known[alike] = _steps_of(work, parts, whole)
+        rows[class_of[work.rank]].append(known[alike] + state)
+    best = [_largest(np.concatenate(each)) for each in rows]
     owner = np.repeat(np.arange(len(kinds)), [len(each) for each in best])
     every = np.concatenate(best)
     groups, of = np.unique(np.column_stack([owner, every[:, len(Feature) :]]), axis=0, return_inverse=True)
@@ -185,21 +187,36 @@ def pair_instants(layers: int) -> NDArray[np.int64]:
     beside what both micro-batches keep; their layers that are not kept yet, or no more, count negative.
     """
     parts = [(Part.MOE,) * layers] * 3
-    state = np.zeros(len(Feature), dtype=np.int64)
-    state[[Feature.OUTPUT, Feature.INCOMING]] = 1
-    walk = _Walk(parts, state, WholeUnits(parts, NOTHING_SHARDED).before(NO_CONTEXT))
-    walk.through(Work(0, Kind.BACKWARD, stage=1, beside=1))
-    return _largest(np.array(walk.found))[:, : len(Feature)]
+    found = _steps_of(Work(0, Kind.BACKWARD, stage=1, beside=1), parts, WholeUnits(parts, NOTHING_SHARDED))
+    found[:, [Feature.OUTPUT, Feature.INCOMING]] += 1
+    return _largest(found)[:, : len(Feature)]
+
+
+def _what_counts(parts: Sequence[tuple[Part, ...]], work: Work) -> tuple:
+    """Actions that are alike in this count alike beside what their rank holds."""
+    if work.context != NO_CONTEXT:
+        return work[1:]
+    last = len(parts) - 1
+    stages = [(parts[stage], stage == 0, stage == last) for stage in (work.stage, work.beside) if stage >= 0]
+    return work.kind, *stages
+
+
+def _steps_of(work: Work, parts: Sequence[Sequence[Part]], whole: WholeUnits) -> NDArray[np.int64]:
+    """What is there at the steps of an action beside what its rank holds, those that can be most: (steps, counts)."""
+    walk = _Walk(parts, whole.before(work.context))
+    walk.through(work)
+    return _largest(np.array(walk.found))
 
 
 class _Walk:
-    """One action, counting: `state` before it is what the rank holds while it runs, as the schedule sees it.
+    """One action, counting what is there beside what the rank holds while it runs, as the schedule sees it.
 
     `whole` follows the units that are whole meanwhile; what is found has their counts behind its features.
     """
 
-    def __init__(self, parts: Sequence[Sequence[Part]], state: NDArray[np.int64], whole: WholeUnits):
-        self.parts, self.state, self.whole = parts, state, whole
+    def __init__(self, parts: Sequence[Sequence[Part]], whole: WholeUnits):
+        self.parts, self.whole = parts, whole
+        self.state = np.zeros(len(Feature), dtype=np.int64)
         self.found: list[NDArray[np.int64]] = []
 
     def through(self, work: Work) -> None:
@@ -309,15 +326,17 @@ def _holds(parts: Sequence[Sequence[Part]], chunks: tuple[int, ...], predictions
     return held.count(Part.MOE) - last * predictions, held.count(Part.DENSE), int(0 in chunks), last, last * predictions
 
 
-def _held(parts: Sequence[Sequence[Part]], chunks: tuple[int, ...], count: NDArray) -> NDArray[np.int64]:
-    """The counts of chunks as counts of parts."""
-    features = np.zeros(len(Feature), dtype=np.int64)
-    for c, stage in enumerate(chunks):
-        each = np.bincount(parts[stage], minlength=len(Part))
-        features[list(KEPT)] += count[c] * each
-        features[list(DEFERRED)] += count[len(chunks) + c] * each
-    features[Feature.OUTPUT : Feature.RECEIVED + 1] = count[2 * len(chunks) :]
-    return features
+def _held(
+    parts: Sequence[Sequence[Part]], chunks: Sequence[Sequence[int]], rank: NDArray, counts: NDArray
+) -> NDArray[np.int64]:
+    """The counts of chunks of every rank (N, 2 chunks + 4) as counts of features, and of whole units none."""
+    of_stage = np.array([np.bincount(each, minlength=len(Part)) for each in parts])
+    each, size = of_stage[np.array(chunks)][rank], len(chunks[0])  # (N, chunks, parts)
+    held = np.zeros((len(rank), len(Feature) + 2 * len(UnitKind)), dtype=np.int64)
+    for features, first in ((KEPT, 0), (DEFERRED, size)):
+        held[:, features] = np.einsum("nc,ncp->np", counts[:, first : first + size], each)
+    held[:, Feature.OUTPUT : Feature.RECEIVED + 1] = counts[:, 2 * size :]
+    return held
 
 
 def _largest(features: NDArray) -> NDArray:
@@ -326,11 +345,6 @@ def _largest(features: NDArray) -> NDArray:
     measure[:, Feature.OUTPUT] = features[:, _SUMMED].sum(axis=1)
     measure[:, [Feature.GRADIENT, Feature.INCOMING, Feature.STREAM, Feature.RECEIVED]] = 0
     order = np.lexsort((*features.T, -measure.sum(axis=1)))
-    kept: list[int] = []
-    for row in order:
-        others = measure[kept]
-        same = (others[:, _WORK] == measure[row, _WORK]).all(axis=1)
-        if not (same & (others >= measure[row]).all(axis=1)).any():
-            kept.append(int(row))
-    largest = features[kept]
+    best = unexceeded(measure[:, measure.any(axis=0)], order, features[order, _WORK].argmax(axis=1))
+    largest = features[best]
     return largest[np.lexsort(largest.T[::-1])]

@@ -181,14 +181,22 @@ def _largest(work: Ints, counts: Ints) -> Ints:
     measure = np.column_stack([counts[:, :chunks], together])
     order = np.lexsort((*counts.T[::-1], -measure.sum(axis=1), *work[::-1]))
     same = np.cumsum(np.append(0, np.any(np.diff(work[:, order]), axis=0)))
-    found = []
+    best = unexceeded(measure, order, same)
+    return best[np.lexsort((*counts[best].T[::-1], *work[:, best][::-1]))]
+
+
+def unexceeded(measure: Ints, order: Ints, same: Ints) -> Ints:
+    """The rows that none before them in `order` exceeds or equals in every number of `measure` (rows, numbers).
+
+    The largest sums come first in `order`; only rows with equal entries of `same`, which follows it, are compared.
+    """
+    found = [order[:0]]
     while len(order):
         _, leader, of = np.unique(same, return_index=True, return_inverse=True)
         found.append(order[leader])
         open_ = (measure[order] > measure[order[leader]][of]).any(axis=1)
         order, same = order[open_], same[open_]
-    best = np.concatenate([np.zeros(0, dtype=np.int64), *found])
-    return best[np.lexsort((*counts[best].T[::-1], *work[:, best][::-1]))]
+    return np.concatenate(found)
 
 
 class Growth(NamedTuple):
