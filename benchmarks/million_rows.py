@@ -21,9 +21,9 @@ from benchmarks.planner import JOBS
 from pipermoe.planner.job import Job
 from pipermoe.planner.search import Field
 from pipermoe.resources.bound import grouped_bound, step_bound
+from pipermoe.resources.floor import floor_prices, grouped_floor, memory_floor
 from pipermoe.resources.groups import Groups
 from pipermoe.resources.memory import prices
-from pipermoe.resources.peak import floor_prices, grouped_floor, memory_floor
 from pipermoe.resources.unit_seconds import unit_seconds
 from pipermoe.specs.catalogue import load_model
 from pipermoe.specs.platform_file import load_platform

@@ -40,8 +40,9 @@ from pipermoe.planner.result import Candidate
 from pipermoe.planner.search import ROUNDING, Field
 from pipermoe.report.plan import WORDS
 from pipermoe.resources.bound import step_bound
+from pipermoe.resources.floor import memory_floor
 from pipermoe.resources.kinds import distinct
-from pipermoe.resources.peak import memory_floor, peak_bytes
+from pipermoe.resources.peak import peak_bytes
 from pipermoe.resources.step import hide_sync, placement_of, step_costs
 from pipermoe.schedule.legality import POSSIBLE
 from pipermoe.specs.legality import legal_mask

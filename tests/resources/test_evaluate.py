@@ -8,8 +8,9 @@ from tests.resources.cases import MODEL, machine
 
 from pipermoe.resources.bound import step_bound
 from pipermoe.resources.evaluate import evaluate
+from pipermoe.resources.floor import memory_floor
 from pipermoe.resources.groups import Groups
-from pipermoe.resources.peak import memory_floor, peak_bytes
+from pipermoe.resources.peak import peak_bytes
 from pipermoe.resources.quick_bound import quick_bound
 from pipermoe.resources.step import predict
 from pipermoe.resources.unit_seconds import unit_seconds

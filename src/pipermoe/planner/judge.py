@@ -13,10 +13,11 @@ from pipermoe.planner.exact import simulated_seconds
 from pipermoe.planner.job import Job
 from pipermoe.planner.space import Space
 from pipermoe.resources.bound import step_bound
+from pipermoe.resources.floor import floor_prices, grouped_floor
 from pipermoe.resources.groups import Groups, Ways
 from pipermoe.resources.kinds import distinct
 from pipermoe.resources.memory import prices
-from pipermoe.resources.peak import floor_prices, grouped_floor, grouped_peak_bytes
+from pipermoe.resources.peak import grouped_peak_bytes
 from pipermoe.resources.price_list import Price, PriceList, cheapest
 from pipermoe.resources.quick_bound import quick_bound
 from pipermoe.resources.unit_seconds import unit_seconds

@@ -18,7 +18,7 @@ from pipermoe.planner.job import Job
 from pipermoe.planner.result import Alternative, Candidate
 from pipermoe.planner.search import ROUNDING
 from pipermoe.resources.bound import step_bound
-from pipermoe.resources.peak import memory_floor
+from pipermoe.resources.floor import memory_floor
 from pipermoe.schedule.builders import RECIPES
 from pipermoe.schedule.legality import POSSIBLE
 from pipermoe.specs.legality import legal_mask

@@ -21,7 +21,8 @@ from pipermoe.planner.judge import Judge
 from pipermoe.planner.pool import Pool
 from pipermoe.planner.space import Selection, Space, job_space
 from pipermoe.planner.splits import balanced_splits
-from pipermoe.resources.peak import memory_floor, peak_bytes
+from pipermoe.resources.floor import memory_floor
+from pipermoe.resources.peak import peak_bytes
 
 ROUNDING = 1e-9  # bounds and simulations add up in different orders
 DIGITS = 9  # of a step that rank it

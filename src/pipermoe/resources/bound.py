@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipermoe.resources.chains import Chains
-from pipermoe.resources.groups import Groups, Ways, classes_of_rows, largest_of_each, per_group
+from pipermoe.resources.groups import Figures, Groups, Ways, classes_of_rows, largest_of_each
 from pipermoe.resources.kinds import distinct
 from pipermoe.resources.price_list import Price, cheapest, in_each
 from pipermoe.resources.stages import StageShapes
@@ -52,45 +52,39 @@ def grouped_bound(
     model: ModelSpec, platform: Platform, train: TrainConfig, groups: Groups, price_of: Price, ways: Ways = ({},)
 ) -> NDArray[np.float64]:
     """`step_bound` of the rows of `groups`, `price_of` being `unit_seconds`."""
-    found = groups.chains()
-    ends = _chain_seconds(platform, groups, found, price_of, ways)
-    states, levels = groups.states, groups.levels
+    found, states, levels = groups.chains(), groups.states, groups.levels
+    seconds = _chain_seconds(platform, groups, found, price_of, ways)
     shapes, ranks = classes_of_rows(found, np.tile(states.schedule, len(levels)))
     each = _closing(model, platform, train, shapes, ranks, in_each(levels, states.table))
     after = each.reshape(len(levels), len(states.table), -1).min(axis=0).T.copy()
-    return groups.largest_sum(ends, after[:-1]) + after[-1].take(states.of)
+    return groups.largest_sums(seconds, after)
 
 
 def _chain_seconds(
     platform: Platform, groups: Groups, found: Sequence[Chains], price_of: Price, ways: Ways
-) -> NDArray[np.float64]:
-    """Seconds of the longest chain of every combo, (1 + classes, combos): first of what its cores compute, then of
-    every class of ranks.
+) -> Callable[[int, slice], Figures]:
+    """Seconds of the longest chain of a schedule's combos, (1 + classes, combos): first of what the cores compute, then
+    of every class of ranks.
     """
-    combos = groups.combos
-    insides = combos.take(groups.inside.rows)
-    least = cheapest(price_of, ways)(insides)
+    least, of = cheapest(price_of, ways)(groups.insides), groups.head.of
     hop, share = groups.nearest_hops(platform), _shares(platform, groups.heads)
-    crowded = share * groups.heads.pipeline_parallel > 1
-    kinds = distinct([groups.inside.of, hop])
-    inside, hop = groups.inside.of[kinds.rows], hop[kinds.rows]
+    # Where every rank has a core for itself, the one that computes most is no earlier than all of them together.
+    crowding = np.where(share * groups.heads.pipeline_parallel > 1, share, -np.inf)[of]
+    kinds = distinct([groups.inside.of, hop[of]])
+    inside, hop = groups.inside.of[kinds.rows], hop[of][kinds.rows]
     price = np.floor(np.column_stack([least[inside, :SENDS], least[inside, SENDS + hop]]) * TICKS)
     used = np.flatnonzero(price.any(axis=0))
-    price, microbatches = price.take(used, axis=1), groups.microbatches[groups.schedule.rows].tolist()
+    price, microbatches = price.take(used, axis=1) / TICKS, groups.microbatches[groups.schedule.rows].tolist()
 
-    def seconds(rows: NDArray, g: int, longest: NDArray) -> None:
-        chain, repeats = found[g], microbatches[g]
+    def seconds(schedule: int, piece: slice) -> Figures:
+        chain, repeats = found[schedule], microbatches[schedule]
         counts = np.concatenate([repeats * chain.computed[None], chain.once + repeats * chain.each])
-        paths = counts.take(used, axis=1) @ price.take(kinds.of[rows], axis=0).T
-        longest[0] = paths[0]
-        paths[1:] *= 1 / chain.over
-        largest_of_each(paths[1:], chain.starts, longest[1:])
+        paths = counts.take(used, axis=1) @ price.take(kinds.of[piece], axis=0).T
+        paths[0] *= crowding[piece]
+        paths[1:][chain.limited] *= 1 / chain.over
+        return largest_of_each(paths, [0, *(1 + chain.starts)])
 
-    width = 1 + max(len(each.holds) for each in found)
-    longest = per_group(groups.schedule.of, len(found), width, seconds) / TICKS
-    # Where every rank has a core for itself, the one that computes most is no earlier than all of them together.
-    longest[0] = np.where(crowded[groups.head.of], longest[0] * share[groups.head.of], -np.inf)
-    return longest
+    return seconds
 
 
 def _shares(platform: Platform, table: StrategyTable) -> NDArray[np.float64]:
@@ -108,7 +102,7 @@ def _closing(
     ranks: NDArray[np.int64],
     table: StrategyTable,
 ) -> NDArray[np.float64]:
-    """What follows a chain, as `_chain_seconds`, and in a last column what follows when all ranks have agreed."""
+    """What follows a chain, as `_chain_seconds`: (rows, 1 + classes)."""
     costs = closing_costs(model, platform, train, shapes, table)
     share = _shares(platform, table)[:, None]
     crowding = np.maximum(1.0, ranks.sum(axis=1)[:, None] * share)
@@ -117,7 +111,7 @@ def _closing(
     ends = np.where(there, costs.reduce + costs.norm * crowding, -np.inf)
     alone = np.where(there, costs.update + costs.gather, -np.inf).max(axis=1)
     last = costs.flags + np.maximum(alone[:, None], update)
-    return np.concatenate([norm, ends, last], axis=1)
+    return np.concatenate([norm, ends], axis=1) + last
 
 
 def _together(each: Any, ranks: NDArray[np.int64]) -> Any:

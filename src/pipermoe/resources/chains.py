@@ -31,14 +31,15 @@ Paths = tuple[NDArray[np.int64], Counts, Counts, NDArray[np.int64]]  # the class
 class Chains:
     """The longest paths by the class of ranks on which they end; ranks with equal layers are one class.
 
-    A path counts `once` and, for every micro-batch, `each`, both (paths, prices), and all that `over` (paths, 1). Paths
-    are sorted by class, of which class c begins at `starts[c]`. Counts are whole numbers or halves: their sums are
-    exact. `computed` (prices,) is the computing of one micro-batch on all stages. `holds` (classes, parts) is what the
-    ranks of a class hold, `ranks` (classes,) how many there are.
+    A path counts `once` and, for every micro-batch, `each`, both (paths, prices), and the `limited` paths all that
+    `over` (limited paths, 1). Paths are sorted by class, of which class c begins at `starts[c]`. Counts are whole
+    numbers or halves: their sums are exact. `computed` (prices,) is the computing of one micro-batch on all stages.
+    `holds` (classes, parts) is what the ranks of a class hold, `ranks` (classes,) how many there are.
     """
 
     once: Counts
     each: Counts
+    limited: slice
     over: NDArray[np.int64]
     starts: NDArray[np.int64]
     computed: Counts
@@ -64,11 +65,14 @@ def chains(
     owner, once, each, over = map(
         np.concatenate, zip(pipe.through_all(found), *pipe.there_and_back(found), strict=True)
     )
-    order = np.argsort(owner, kind="stable")
+    order = np.lexsort((over, owner))
+    limited = np.flatnonzero(over[order] > 1)  # all end on the rank of stage 0
+    limited = slice(limited[0], limited[-1] + 1) if len(limited) else slice(0)
     return Chains(
         once=once[order],
         each=each[order],
-        over=over[order, None],
+        limited=limited,
+        over=over[order[limited], None],
         starts=np.searchsorted(owner[order], np.arange(len(holds))),
         computed=pipe.stages.computed,
         holds=holds,

@@ -7,7 +7,7 @@ others. Every figure of a row is made of its own numbers in the same order, so i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from pipermoe.resources.chains import Chains, chains
 from pipermoe.resources.communication import hop_levels
-from pipermoe.resources.kinds import Kinds, distinct, runs
+from pipermoe.resources.kinds import Kinds, distinct, run_starts
 from pipermoe.resources.stages import StageShapes, shapes_of
 from pipermoe.resources.unit_seconds import COMPUTED, EXCHANGED, SHAPE
-from pipermoe.schedule.builders import Homes
+from pipermoe.schedule.builders import RECIPES
 from pipermoe.schedule.traits import schedule_traits, stages_of_ranks
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.platform import Platform
@@ -34,68 +34,96 @@ PIPELINE = ("schedule", "pipeline_parallel", "virtual_stages", "layer_split")
 PLACE = ("data_parallel", "expert_data_parallel", "rank_order")  # how ranks lie
 DEGREES = ("pipeline_parallel", *PLACE, *SHAPE[1:])
 ZERO_LEVELS = 4
-HEAD = (*PIPELINE, *PLACE, *SHAPE)  # all but what is recomputed and sharded and how tokens travel
+BLOCK = 1 << 11  # combos whose figures stay in the cache
 
 Ways = Sequence[Mapping[str, int]]  # values of columns that a row may have instead of its own
 Parts = tuple[tuple[int, ...], ...]  # of every stage, in the order of StageShapes
+Figures = NDArray[np.float64]
 
 
 class States(NamedTuple):
-    """A table of the states that differ, the schedule of one combo with each of them, and the state `of` every row."""
+    """A table of the states that differ, the schedule of a combo with each of them, and the state `of` every head under
+    each of the levels of ZeRO that occur, `zero`: (levels, heads).
+    """
 
     table: StrategyTable
     schedule: NDArray[np.int64]
+    zero: NDArray[np.int64]
     of: NDArray[np.int64]
 
 
 class Groups:
-    """The rows of a table by what a formula reads: `both` is pipeline and what happens inside a stage.
+    """The rows of a table by what a formula reads: those that differ in ZeRO alone are one of the combos.
 
-    Of these `combos` those with one arrangement, micro-batch and schedule share one of the `heads`: what depends on
-    these alone is worked out for them. `schedule` is pipeline and number of micro-batches. With `levels`, values of the
-    columns of ZeRO, rows are grouped for any of them instead of for their own.
+    Of these, those with one arrangement, micro-batch and schedule share one of the `heads`: what depends on these alone
+    is worked out for them. A `schedule` is a pipeline, `pipe`, with a number of micro-batches; both are kinds of heads,
+    `head` and `inside`, what happens inside a stage, kinds of combos. Combos are sorted by head, heads by schedule.
+    `rows` are the first of every combo in the table. With `levels`, values of the columns of ZeRO, rows are grouped for
+    any of them instead of for their own.
     """
 
     def __init__(self, model: ModelSpec, train: TrainConfig, table: StrategyTable, levels: Ways = ({},)) -> None:
         self.model, self.table, self.levels = model, table, levels
-        self.both = _combos(table)
-        self.combos = table.take(self.both.rows)
-        self.head = distinct(_columns(self.combos, HEAD))
-        self.heads = self.combos.take(self.head.rows)
+        starts = run_starts(_columns(table, (*PIPELINE, *INSIDE, *PLACE)))
+        combos = _combos(table, starts)
+        head = _heads(table, combos.rows, train.global_batch_size)
+        order = sorted_by(head.of, len(head.rows))
+        self.rows, self.head = combos.rows[order], Kinds(head.rows, head.of[order])
+        self._runs = _inverse(order)[combos.of], np.diff(starts, append=len(table))
+        self.heads = table.take(combos.rows[head.rows])
+        self.microbatches = self.heads.microbatches(train.global_batch_size)
+        self.pipe = distinct(_columns(self.heads, PIPELINE))
+        self.schedule = distinct([self.pipe.of, self.microbatches])
         shape = distinct(_columns(self.heads, SHAPE)).of[self.head.of]
-        self.inside = distinct([shape, *_columns(self.combos, [name for name in INSIDE if name not in SHAPE])])
-        self._microbatches = self.heads.microbatches(train.global_batch_size)
-        self._pipe = distinct(_columns(self.heads, PIPELINE))
-        self._schedule = distinct([self._pipe.of, self._microbatches])
-        self.pipe, self.schedule = self._pipe.within(self.head), self._schedule.within(self.head)
-        self.microbatches = self._microbatches[self.head.of]
+        self.inside = distinct([shape, *_columns(table, [name for name in INSIDE if name not in SHAPE], self.rows)])
+
+    @cached_property
+    def combo(self) -> NDArray[np.int64]:
+        """The combo of every row."""
+        return np.repeat(*self._runs)
+
+    @cached_property
+    def insides(self) -> StrategyTable:
+        """A row of every kind of `inside`."""
+        return self.table.take(self.rows[self.inside.rows])
+
+    def pieces(self) -> Iterator[tuple[int, slice]]:
+        """Every schedule with combos of it that fit in the cache."""
+        bounds = np.searchsorted(self.schedule.of[self.head.of], np.arange(len(self.schedule.rows) + 1)).tolist()
+        for schedule, (first, end) in enumerate(pairwise(bounds)):
+            for start in range(first, end, BLOCK):
+                yield schedule, slice(start, min(start + BLOCK, end))
 
     def chains(self) -> list[Chains]:
         """The chains of every schedule, which depend on few micro-batches."""
-        pipelines, numbers = self.combos.take(self.schedule.rows), self.pipe.of[self.schedule.rows].tolist()
-        few = np.minimum(self.microbatches[self.schedule.rows], 2 * pipelines.pipeline_parallel)  # what ramps up
-        return [
-            chains(*pipeline_numbers(pipelines, row), self.parts[number], int(few[row]))
-            for row, number in enumerate(numbers)
-        ]
+        few = np.minimum(self.microbatches, 2 * self.heads.pipeline_parallel)  # what ramps up
+        return [chains(*pipeline, parts, least) for pipeline, parts, least in self.of_schedules(few)]
+
+    def of_schedules(self, number: NDArray[np.int64]) -> Iterator[tuple[tuple[str, int, int], Parts, int]]:
+        """Every schedule's pipeline, the parts of its stages, and a number of its heads."""
+        heads = self.schedule.rows
+        pipelines = pipelines_of(self.heads.take(heads))
+        parts = (self.parts[pipe] for pipe in self.pipe.of[heads].tolist())
+        return zip(pipelines, parts, number[heads].tolist(), strict=True)
 
     def nearest_hops(self, platform: Platform) -> NDArray[np.int64]:
-        """The lowest level of the network that lies between two stages of each combo; 0 where there is none."""
-        kinds = distinct([self._pipe.of, self.heads.stage_stride, self.heads.runs_per_stage])
+        """The lowest level of the network that lies between two stages of each head; 0 where there is none."""
+        kinds = distinct([self.pipe.of, self.heads.stage_stride, self.heads.runs_per_stage])
         chosen, levels = self.heads.take(kinds.rows), [level.ranks for level in platform.levels]
-        alike: dict[Homes, list[int]] = {}
-        for row in range(len(chosen)):
-            alike.setdefault(stages_of_ranks(*pipeline_numbers(chosen, row)), []).append(row)
+        stride, runs = chosen.stage_stride, chosen.runs_per_stage
+        alike: dict[tuple, list[int]] = {}
+        for row, (name, ranks, chunks) in enumerate(pipelines_of(chosen)):
+            alike.setdefault((RECIPES[name].homes, ranks, chunks), []).append(row)
         nearest = np.zeros(len(chosen), dtype=np.int64)
-        for stages_of, rows in alike.items():
-            hops = hop_levels(levels, chosen.stage_stride[rows], chosen.runs_per_stage[rows], stages_of)
+        for (homes, ranks, chunks), rows in alike.items():
+            hops = hop_levels(levels, stride[rows], runs[rows], homes(ranks, chunks))
             nearest[rows] = np.where(hops < 0, len(levels), hops).min(axis=1)
-        return np.where(nearest < len(levels), nearest, 0)[kinds.of][self.head.of]
+        return np.where(nearest < len(levels), nearest, 0)[kinds.of]
 
     @cached_property
     def parts(self) -> list[Parts]:
         """What the stages of every pipeline hold."""
-        model, pipelines = self.model, self.combos.take(self.pipe.rows)
+        model, pipelines = self.model, self.heads.take(self.pipe.rows)
         layers = tuple(map(model.is_moe, range(model.num_layers)))
         numbers = zip(pipelines.num_stages.tolist(), pipelines.layer_split.tolist(), strict=True)
         return [_parts(layers, model.mtp_layers, stages, pipelines.splits[split]) for stages, split in numbers]
@@ -104,44 +132,89 @@ class Groups:
     def _layout(self) -> NDArray[np.int64]:
         """Of every head a number of what its ranks hold, and whether they leave weight gradients for later."""
         known: dict[tuple, int] = {}
-        pipelines = self.combos.take(self.pipe.rows)
-        layouts = [known.setdefault(_layout(self.model, pipelines, row), len(known)) for row in range(len(pipelines))]
-        return np.array(layouts)[self._pipe.of]
+        pipelines = self.heads.take(self.pipe.rows)
+        splits = (pipelines.splits[split] for split in pipelines.layer_split.tolist())
+        found = (_layout(*pipeline, split) for pipeline, split in zip(pipelines_of(pipelines), splits, strict=True))
+        return np.array([known.setdefault(each, len(known)) for each in found])[self.pipe.of]
+
+    @cached_property
+    def zero(self) -> NDArray[np.uint8]:
+        """The levels of ZeRO of every row as one number."""
+        dense, expert = _columns(self.table, ("zero_dense", "zero_expert"))
+        return (dense * ZERO_LEVELS + expert).astype(np.uint8)
 
     @cached_property
     def states(self) -> States:
         """What states, and their reduction, read: from ZeRO-2 on also the number of micro-batches."""
-        dense, expert = _columns(self.table, ("zero_dense", "zero_expert"))
-        number = (self.head.of * ZERO_LEVELS**2).take(self.both.of) + (dense * ZERO_LEVELS + expert)
-        known = np.zeros(len(self.heads) * ZERO_LEVELS**2, dtype=bool)
-        known[number] = True
-        head, zero = np.divmod(np.flatnonzero(known), ZERO_LEVELS**2)
+        zero = np.flatnonzero(np.bincount(self.zero))
         dense, expert = np.divmod(zero, ZERO_LEVELS)
         once = distinct([self._layout, *_columns(self.heads, DEGREES)])
-        per_microbatch = distinct([once.of, self._microbatches])
+        per_microbatch = distinct([once.of, self.microbatches])
         repeats = (dense >= 2) | (expert >= 2) | any(level >= 2 for each in self.levels for level in each.values())
-        alike = distinct([np.where(repeats, len(once.rows) + per_microbatch.of[head], once.of[head]), zero])
-        table = self.heads.take(head[alike.rows])
-        return States(
-            table.with_columns(zero_dense=dense[alike.rows], zero_expert=expert[alike.rows]),
-            self._schedule.of[head[alike.rows]],
-            alike.of[np.cumsum(known) - 1].take(number),
-        )
+        of_level = np.where(repeats[:, None], len(once.rows) + per_microbatch.of, once.of)
+        level, head = (each.ravel() for each in np.indices(of_level.shape))
+        alike = distinct([of_level.ravel(), level])
+        level, head = level[alike.rows], head[alike.rows]
+        table = self.heads.take(head).with_columns(zero_dense=dense[level], zero_expert=expert[level])
+        return States(table, self.schedule.of[head], zero, alike.of.reshape(of_level.shape))
 
-    def largest_sum(self, by_combo: NDArray[np.float64], by_state: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The maximum over classes of (classes, combos) and (classes, states), both gathered: (rows,)."""
-        return largest_sum(by_combo, self.both.of, by_state, self.states.of)
+    @cached_property
+    def state(self) -> NDArray[np.int64]:
+        """The state of every row."""
+        level = np.searchsorted(self.states.zero, self.zero)
+        return self.states.of[level, self.head.of[self.combo]]
+
+    def largest_sums(self, by_combo: Callable[[int, slice], Figures], by_state: Figures) -> Figures:
+        """The maximum over classes of the figures of a row's combo and state: (rows,).
+
+        `by_combo(schedule, piece)` finds (classes, combos) of a piece, `by_state` are (classes, states); a schedule has
+        the first of all classes. It is worked out for every combo with every level, few of which do not occur.
+        """
+        figures, states = np.empty((ZERO_LEVELS**2, len(self.rows))), self.states
+        for schedule, piece in self.pieces():
+            mine = by_combo(schedule, piece)
+            sums = by_state[: len(mine)].take(states.of.take(self.head.of[piece], axis=1), axis=1)
+            sums += mine[:, None]
+            figures[states.zero, piece] = sums.max(axis=0)
+        return figures.ravel().take(self._place)
+
+    @cached_property
+    def _place(self) -> NDArray[np.int64]:
+        """Of every row among all combos under any levels."""
+        return self.zero.astype(np.int64) * len(self.rows) + self.combo
 
 
-def _columns(table: StrategyTable, names: Sequence[str]) -> list[NDArray[np.integer]]:
-    return [table.columns[name] for name in names]
+def _columns(
+    table: StrategyTable, names: Sequence[str], rows: NDArray | slice = slice(None)
+) -> list[NDArray[np.integer]]:
+    return [table.columns[name][rows] for name in names]
 
 
-def _combos(table: StrategyTable) -> Kinds:
-    """Tables mostly hold rows that agree side by side: then nothing is sorted."""
-    columns = _columns(table, (*PIPELINE, *INSIDE, *PLACE))
-    alike = runs(columns)
-    return alike if 2 * len(alike.rows) <= len(table) else distinct(columns)
+def _combos(table: StrategyTable, starts: NDArray[np.int64]) -> Kinds:
+    """The kinds of the runs that begin at `starts`: where most rows agree with the one before, each is its own."""
+    if 2 * len(starts) <= len(table):
+        return Kinds(starts, np.arange(len(starts)))
+    found = distinct(_columns(table, (*PIPELINE, *INSIDE, *PLACE), starts))
+    return Kinds(starts[found.rows], found.of)
+
+
+def _heads(table: StrategyTable, rows: NDArray[np.int64], global_batch_size: int) -> Kinds:
+    """Kinds of `rows` by all but what is recomputed and sharded and how tokens travel, sorted by schedule."""
+    data_parallel, *others = _columns(table, ("data_parallel", *SHAPE), rows)
+    microbatches = global_batch_size // (data_parallel * others[0].astype(np.int64))
+    place = _columns(table, PLACE[1:], rows)
+    return distinct([*_columns(table, PIPELINE, rows), microbatches, data_parallel, *place, *others])
+
+
+def sorted_by(kind: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """The order of rows by `kind`, below `count`; narrow numbers are sorted without comparing."""
+    return np.argsort(kind.astype(np.min_scalar_type(count)), kind="stable")
+
+
+def _inverse(order: NDArray[np.int64]) -> NDArray[np.int64]:
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    return place
 
 
 @lru_cache(maxsize=8192)
@@ -150,68 +223,23 @@ def _parts(layers: tuple[bool, ...], predictions: int, stages: int, split: tuple
     return tuple(zip(*(getattr(shapes, field.name).tolist() for field in fields(shapes)), strict=True))
 
 
-def _layout(model: ModelSpec, pipelines: StrategyTable, row: int) -> tuple:
-    name, ranks, chunks = pipeline_numbers(pipelines, row)
+def _layout(name: str, ranks: int, chunks: int, split: tuple[int, ...]) -> tuple:
     held = stages_of_ranks(name, ranks, chunks)
-    return (
-        pipelines.splits[int(pipelines.layer_split[row])],
-        ranks * chunks,
-        tuple(sorted(map(tuple, held))),
-        schedule_traits(name, ranks, chunks).splits_backward,
-    )
+    return split, ranks * chunks, tuple(sorted(held)), schedule_traits(name, ranks, chunks).splits_backward
 
 
-def pipeline_numbers(table: StrategyTable, row: int) -> tuple[str, int, int]:
-    return (
-        SCHEDULE_NAMES[int(table.schedule[row])],
-        int(table.pipeline_parallel[row]),
-        int(table.virtual_stages[row]),
-    )
+def pipelines_of(table: StrategyTable) -> Iterator[tuple[str, int, int]]:
+    """Schedule, ranks and chunks of a rank of every row."""
+    names = map(SCHEDULE_NAMES.__getitem__, table.schedule.tolist())
+    return zip(names, table.pipeline_parallel.tolist(), table.virtual_stages.tolist(), strict=True)
 
 
-def per_group(
-    group: NDArray, count: int, width: int, fill: Callable[[NDArray, int, NDArray], None]
-) -> NDArray[np.float64]:
-    """(width, rows): of every group `fill(rows, g, found)` writes to `found`, (width, rows); what it leaves is -inf."""
-    result = np.full((width, len(group)), -np.inf)
-    order = np.argsort(group, kind="stable")
-    bounds = np.searchsorted(group[order], np.arange(count + 1)).tolist()
-    for index, (start, end) in enumerate(pairwise(bounds)):
-        if start < end:
-            fill(order[start:end], index, result[:, start:end])
-    everywhere = np.empty_like(result)
-    everywhere[:, order] = result
-    return everywhere
-
-
-def largest_of_each(rows: NDArray[np.float64], starts: Iterable[int], found: NDArray[np.float64]) -> None:
-    """Into `found` the maximum over the rows of each group, of which one begins at each of `starts`."""
+def largest_of_each(rows: Figures, starts: Sequence[int]) -> Figures:
+    """The maximum over the rows of each group, of which one begins at each of `starts`."""
+    found = np.empty((len(starts), rows.shape[1]))
     for place, (start, end) in enumerate(pairwise([*starts, len(rows)])):
         np.maximum.reduce(rows[start:end], axis=0, out=found[place])
-
-
-BLOCK = 1 << 14  # rows that stay in the cache
-
-
-def largest_sum(
-    some: NDArray[np.float64], some_of: NDArray[np.int64], others: NDArray[np.float64], other_of: NDArray[np.int64]
-) -> NDArray[np.float64]:
-    """The maximum over classes of the sum of two tables, (classes, kinds) of their own; row i is of the kinds
-    `some_of[i]` and `other_of[i]`: (rows,).
-    """
-    pairs = [(a, b) for a, b in zip(some, others, strict=True) if a.max() > -np.inf]
-    total = np.full(len(some_of), -np.inf)
-    room = np.empty((2, BLOCK))
-    for start in range(0, len(total), BLOCK):
-        rows = slice(start, start + BLOCK)
-        mine, theirs, most = some_of[rows], other_of[rows], total[rows]
-        each, other = room[:, : len(most)]
-        for a, b in pairs:
-            a.take(mine, out=each, mode="clip")  # "raise" would buffer
-            b.take(theirs, out=other, mode="clip")
-            each += other
-            np.maximum(most, each, out=most)
-    return total
+    return found
 
 
 class Classes(Protocol):

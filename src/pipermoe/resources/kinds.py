@@ -26,7 +26,7 @@ class Kinds(NamedTuple):
 
 
 def distinct(columns: Columns) -> Kinds:
-    """The kinds of rows that differ in `columns`."""
+    """The kinds of rows that differ in `columns`, sorted by them, the first before all others."""
     begins = _begins(columns)
     if 2 * np.count_nonzero(begins) > len(begins):
         return _kinds(columns)
@@ -37,6 +37,11 @@ def distinct(columns: Columns) -> Kinds:
 def runs(columns: Columns) -> Kinds:
     """The same where rows that agree lie side by side; where they do not, a kind comes more than once."""
     return _runs(_begins(columns))
+
+
+def run_starts(columns: Columns) -> NDArray[np.int64]:
+    """The rows that differ in `columns` from the one before."""
+    return np.flatnonzero(_begins(columns))
 
 
 def _begins(columns: Columns) -> NDArray[np.bool_]:

@@ -33,7 +33,7 @@ from pipermoe.resources.kinds import distinct
 from pipermoe.resources.sharded_units import shardings, unit_bytes
 from pipermoe.resources.spare_slots import balancing_bytes
 from pipermoe.resources.stages import StageShapes
-from pipermoe.resources.states import StateElements, state_bytes
+from pipermoe.resources.states import StateElements, state_bytes, state_elements
 from pipermoe.resources.turns import Part
 from pipermoe.resources.whole_units import NOTHING_SHARDED, Sharded
 from pipermoe.specs.model import ModelSpec
@@ -158,6 +158,15 @@ def peak_activations(found: Instants, by_kind: NDArray[np.float64], kinds: NDArr
     used = np.flatnonzero(found.features.any(axis=0))
     price = by_kind[:, used].take(kinds, axis=0)
     return np.maximum.reduceat(found.features[:, used] @ price.T, found.starts, axis=0)
+
+
+def held_between_steps(
+    model: ModelSpec, train: TrainConfig, shapes: StageShapes, table: StrategyTable
+) -> NDArray[np.float64]:
+    """Bytes of weights, gradients and optimizer state on every class of ranks: (rows, classes)."""
+    held = state_bytes(state_elements(model, shapes, table), train.recipe.state)
+    moving = balancing_bytes(model, train, table, shapes)
+    return np.asarray(sum(held.values()) + sum(moving.values()), dtype=np.float64)
 
 
 def rank_memory(

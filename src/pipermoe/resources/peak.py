@@ -1,45 +1,28 @@
-"""The most that any rank of a strategy holds, and a floor of it that needs no schedule: for any number of rows."""
+"""The most that any rank of a strategy holds at any instant of its schedule: for any number of rows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import lru_cache, partial
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipermoe.resources.activations.sizes import RUNTIME, MemoryProfile
-from pipermoe.resources.groups import (
-    Groups,
-    Parts,
-    Ways,
-    classes_of_rows,
-    largest_of_each,
-    largest_sum,
-    per_group,
-    pipeline_numbers,
-)
-from pipermoe.resources.instants import DEFERRED, DEFERRING, FULL, KEPT, LEGS, Feature, instants, pair_instants
-from pipermoe.resources.kinds import distinct, runs
-from pipermoe.resources.memory import EXPERTS, peak_activations, pipeline_of, prices
-from pipermoe.resources.price_list import Price, cheapest, in_each
-from pipermoe.resources.sharded_units import least_whole_bytes, shardings, unit_bytes
-from pipermoe.resources.spare_slots import balancing_bytes
-from pipermoe.resources.stages import StageShapes, rank_classes
-from pipermoe.resources.states import state_bytes, state_elements
-from pipermoe.resources.turns import Part
+from pipermoe.resources.groups import Groups, sorted_by
+from pipermoe.resources.instants import instants
+from pipermoe.resources.kinds import distinct
+from pipermoe.resources.memory import held_between_steps, peak_activations, pipeline_of, prices
+from pipermoe.resources.price_list import Price
+from pipermoe.resources.sharded_units import shardings, unit_bytes
+from pipermoe.resources.stages import StageShapes
 from pipermoe.resources.whole_units import NOTHING_SHARDED
-from pipermoe.schedule.ramps import ramps
-from pipermoe.schedule.traits import stages_of_ranks
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.strategy_table import StrategyTable
 from pipermoe.specs.train import TrainConfig
 
-# By each part of a stage, in the order of StageShapes.
-SHAPES = ((Part.MOE,), (Part.DENSE,), (Part.EMBEDDING,), (Part.HEAD,), (Part.MOE, Part.HEAD, Part.JOIN))
-TOPS = (Part.MOE, Part.DENSE, Part.HEAD)  # what a backward can begin with
-PAIR = [*range(Feature.STREAM, Feature.DEFERRED_ATTEND_BACK + 1), *LEGS]  # what a pair holds beside what it keeps
+BLOCK = 1 << 14  # rows that stay in the cache
 
 
 def peak_bytes(
@@ -59,169 +42,64 @@ def peak_bytes(
 def grouped_peak_bytes(model: ModelSpec, train: TrainConfig, groups: Groups, price_of: Price) -> NDArray[np.float64]:
     """`peak_bytes` of the rows of `groups`, `price_of` being `memory.prices`."""
     table, sharded = groups.table, shardings(groups.table)
-    both = distinct([groups.both.of, sharded.of])  # rows by combo and what is sharded
-    combo, mode = groups.both.of[both.rows], sharded.of[both.rows]
-    pipe = distinct([groups.pipe.of[combo], groups.microbatches[combo], mode])
+    both = distinct([groups.combo, sharded.of])  # rows by combo and what is sharded
+    combo, mode = groups.combo[both.rows], sharded.of[both.rows]
+    pipe = distinct([groups.schedule.of[groups.head.of[combo]], mode])
     pipelines = table.take(both.rows[pipe.rows])
     modes = [sharded.each[number] for number in mode[pipe.rows]]
     found = [instants(pipeline_of(model, train, pipelines, row, sharded=each)) for row, each in enumerate(modes)]
     width = max(len(each.starts) for each in found)
-    price, inside = price_of(groups.combos.take(groups.inside.rows)), groups.inside.of[combo]
+    price, inside = price_of(groups.insides), groups.inside.of[combo]
 
     def in_work(rows: NDArray, g: int, most: NDArray) -> None:
         most[: len(found[g].starts)] = peak_activations(found[g], price, inside[rows])
 
-    activations = per_group(pipe.of, len(found), width, in_work)
+    activations = _per_group(pipe.of, len(found), width, in_work)
     # States depend on a pipeline by the classes of its ranks, and where there are whole units by its instants.
     instants_of = np.where(np.array([each == NOTHING_SHARDED for each in modes])[pipe.of], 0, 1 + pipe.of)
-    state = distinct([groups.states.of, instants_of[both.of]])
+    state = distinct([groups.state, instants_of[both.of]])
     chosen = table.take(state.rows)
     of_unit = unit_bytes(model, chosen, train.recipe.state)
 
     def states(rows: NDArray, g: int, most: NDArray) -> None:
-        held = _states(model, train, StageShapes(*found[g].holds.T), chosen.take(rows))
+        held = held_between_steps(model, train, StageShapes(*found[g].holds.T), chosen.take(rows))
         most[: len(found[g].starts)] = (held[:, found[g].owner] + of_unit[rows] @ found[g].whole.T).T
 
-    held = per_group(pipe.of[both.of[state.rows]], len(found), width, states)
-    return largest_sum(activations, both.of, held, state.of)
+    held = _per_group(pipe.of[both.of[state.rows]], len(found), width, states)
+    return _largest_sum(activations, both.of, held, state.of)
 
 
-def memory_floor(
-    model: ModelSpec,
-    train: TrainConfig,
-    table: StrategyTable,
-    imbalance: float = 1.0,
-    *,
-    ways: Ways = ({},),
-    levels: Ways = ({},),
+def _per_group(
+    group: NDArray, count: int, width: int, fill: Callable[[NDArray, int, NDArray], None]
 ) -> NDArray[np.float64]:
-    """Bytes (rows,) that the peak does not undercut: states, and the activations that the schedule's ramp holds.
+    """(width, rows): of every group `fill(rows, g, found)` writes to `found`, (width, rows); what it leaves is -inf."""
+    result = np.full((width, len(group)), -np.inf)
+    order = sorted_by(group, count)
+    bounds = np.searchsorted(group[order], np.arange(count + 1)).tolist()
+    for index, (start, end) in enumerate(pairwise(bounds)):
+        if start < end:
+            fill(order[start:end], index, result[:, start:end])
+    everywhere = np.empty_like(result)
+    everywhere[:, order] = result
+    return everywhere
 
-    With `ways` and `levels`, values of columns that only activations or only states read, each number is the least of
-    all of them.
-    """
-    if not len(table):
-        return np.zeros(0)
-    price_of = floor_prices(partial(prices, model, train, imbalance=imbalance), ways)
-    return grouped_floor(model, train, Groups(model, train, table), price_of, levels)
 
-
-def grouped_floor(
-    model: ModelSpec, train: TrainConfig, groups: Groups, price_of: Price, levels: Ways = ({},)
+def _largest_sum(
+    some: NDArray[np.float64], some_of: NDArray[np.int64], others: NDArray[np.float64], other_of: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """`memory_floor` of the rows of `groups`, `price_of` being `floor_prices`."""
-    combos, schedule = groups.combos, groups.schedule
-    pipelines, microbatches = combos.take(schedule.rows), groups.microbatches[schedule.rows].tolist()
-    parts = [groups.parts[number] for number in groups.pipe.of[schedule.rows].tolist()]
-    found = [_floor(parts[row], *pipeline_numbers(pipelines, row), microbatches[row]) for row in range(len(pipelines))]
-    insides = combos.take(groups.inside.rows)
-    inside = distinct([insides.columns[name] for name in EXPERTS]).within(groups.inside)
-    both = runs([schedule.of, inside.of])
-    price, of = price_of(combos.take(inside.rows)), inside.of[both.rows]
-
-    def most_held(rows: NDArray, g: int, most: NDArray) -> None:
-        largest_of_each(found[g].held @ price.take(of[rows], axis=0).T, found[g].starts, most)
-
-    width = max(len(each.holds) for each in found)
-    activations = per_group(schedule.of[both.rows], len(found), width, most_held)
-    states = groups.states
-    shapes, _ = classes_of_rows(found, np.tile(states.schedule, len(levels)))
-    each = in_each(levels, states.table)
-    least = _states(model, train, shapes, each) + least_whole_bytes(model, shapes, each, train.recipe.state)
-    held = least.reshape(len(levels), len(states.table), -1).min(axis=0).T.copy()
-    return largest_sum(activations, both.of.take(groups.both.of), held, states.of)
-
-
-def _states(model: ModelSpec, train: TrainConfig, shapes: StageShapes, table: StrategyTable) -> NDArray[np.float64]:
-    """Bytes of weights, gradients and optimizer state on every class of ranks: (rows, classes)."""
-    held = state_bytes(state_elements(model, shapes, table), train.recipe.state)
-    moving = balancing_bytes(model, train, table, shapes)
-    return np.asarray(sum(held.values()) + sum(moving.values()), dtype=np.float64)
-
-
-class _Floor(NamedTuple):
-    """What the classes of ranks of a pipeline hold, (classes, parts), how many ranks each has, and what is there at
-    some instants as counts of `_floor_prices`: (instants, prices), sorted by class, of which class c begins at
-    `starts[c]`.
+    """The maximum over classes of the sum of two tables, (classes, kinds) of their own; row i is of the kinds
+    `some_of[i]` and `other_of[i]`: (rows,).
     """
-
-    holds: NDArray[np.int64]
-    ranks: NDArray[np.int64]
-    held: NDArray[np.float64]
-    starts: list[int]
-
-
-def floor_prices(price_of: Price, ways: Ways = ({},)) -> Price:
-    """What floors count instead of `price_of`, which is `memory.prices`: of each number the least of all ways."""
-
-    return cheapest(lambda table: _floor_prices(price_of(table)), ways)
-
-
-def _floor_prices(price: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Bytes (rows, prices): what a micro-batch keeps in each part of a stage, what it leaves to its weight gradients,
-    by how much a backward at least exceeds what it finds, if it begins with any of a set of parts, and what a pair
-    holds between its steps.
-    """
-
-    def shapes(features: Sequence[Feature]) -> list[NDArray[np.float64]]:
-        return [price[:, [features[part] for part in shape]].sum(axis=1) for shape in SHAPES]
-
-    works = [[FULL[top], DEFERRING[top], *([Feature.COMPUTE_BACK] if top is Part.MOE else [])] for top in TOPS]
-    more = [price[:, work].min(axis=1) - price[:, KEPT[top]] for top, work in zip(TOPS, works, strict=True)]
-    least = [np.min([more[top] for top in tops], axis=0) for tops in _TOP_SETS]
-    return np.column_stack([*shapes(KEPT), *shapes(DEFERRED), *least, price[:, PAIR]])
-
-
-_TOP_SETS = [[top for top in range(len(TOPS)) if each >> top & 1] for each in range(1, 1 << len(TOPS))]
-
-
-@lru_cache(maxsize=8192)
-def _floor(parts: Parts, name: str, ranks: int, chunks: int, microbatches: int) -> _Floor:
-    stages_of = stages_of_ranks(name, ranks, chunks)
-    holds, class_of, alike = rank_classes(stages_of, parts)
-    found, nothing = ramps(name, ranks, chunks, microbatches), (0,) * len(stages_of[0])
-    rank, kept, waiting = zip(
-        *(
-            (rank, *held)
-            for rank, ramp in enumerate(found)
-            for held in (*((kept, nothing) for kept in ramp.kept), *ramp.waiting)
-        ),
-        strict=True,
-    )
-    each = np.array(parts, dtype=np.int64)[np.array(stages_of)]  # (ranks, chunks, parts)
-    counts = (np.einsum("ic,icp->ip", np.array(held), each[list(rank)]) for held in (kept, waiting))
-    no_pair = np.zeros((len(rank), len(PAIR)), dtype=np.int64)
-    rows = np.column_stack([class_of[list(rank)], *counts, _begins_with(each)[list(rank)], no_pair])
-    paired = _pairs(each, class_of, [ramp.paired for ramp in found])
-    owner, *held = zip(*sorted({tuple(row) for each in (rows, *paired) for row in each.tolist()}), strict=True)
-    starts = np.searchsorted(owner, np.arange(len(holds))).tolist()
-    return _Floor(holds, alike, np.array(held, dtype=np.float64).T, starts)
-
-
-def _pairs(
-    each: NDArray[np.int64], class_of: NDArray[np.int64], paired: Sequence[tuple[tuple[int, tuple[int, ...], int], ...]]
-) -> Iterator[NDArray[np.int64]]:
-    """Pairs of chunks of layers with experts alone: rows of a class and counts, of the rank of it that keeps most."""
-    most: dict[tuple[int, int], tuple[NDArray[np.int64], int]] = {}
-    for rank, pairs in enumerate(paired):
-        for chunk, held, messages in pairs:
-            layers, *others = each[rank, chunk].tolist()
-            kept, key = np.array(held) @ each[rank], (int(class_of[rank]), layers)
-            if layers and not any(others) and (key not in most or kept.sum() > most[key][0].sum()):
-                most[key] = kept, messages
-    for (owner, layers), (kept, messages) in most.items():
-        found = pair_instants(layers)
-        rows = np.zeros((len(found), 1 + 2 * len(SHAPES) + len(_TOP_SETS) + len(PAIR)), dtype=np.int64)
-        rows[:, 0], rows[:, 1 : 1 + len(SHAPES)], rows[:, -len(PAIR) :] = owner, kept, found[:, PAIR]
-        rows[:, 1] += found[:, KEPT[Part.MOE]]
-        rows[:, 1 + len(SHAPES)] += found[:, DEFERRED[Part.MOE]]
-        rows[:, -len(PAIR)] += messages - 2  # as large as a stream; of two the pair has made its own
-        yield rows
-
-
-def _begins_with(each: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Of each set of parts whether backwards of a rank's chunks, (ranks, chunks, parts), begin with one of just it."""
-    moe, dense, _, head, _ = np.moveaxis(each, 2, 0)
-    first = ((moe > 0) & (head == 0), (dense > 0) & (head == 0), head > 0)  # in the order of TOPS
-    tops = sum(found.any(axis=1) * (1 << top) for top, found in enumerate(first))
-    return np.asarray(tops)[:, None] == np.arange(1, 1 << len(TOPS))
+    pairs = [(a, b) for a, b in zip(some, others, strict=True) if a.max() > -np.inf]
+    total = np.full(len(some_of), -np.inf)
+    room = np.empty((2, BLOCK))
+    for start in range(0, len(total), BLOCK):
+        rows = slice(start, start + BLOCK)
+        mine, theirs, most = some_of[rows], other_of[rows], total[rows]
+        each, other = room[:, : len(most)]
+        for a, b in pairs:
+            a.take(mine, out=each, mode="clip")  # "raise" would buffer
+            b.take(theirs, out=other, mode="clip")
+            each += other
+            np.maximum(most, each, out=most)
+    return total

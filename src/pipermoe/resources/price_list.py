@@ -35,7 +35,8 @@ def cheapest(price_of: Price, ways: Ways) -> Price:
     """Of each price the least of all ways."""
 
     def least(table: StrategyTable) -> NDArray[np.float64]:
-        return price_of(in_each(ways, table)).reshape(len(ways), len(table), -1).min(axis=0)
+        each = price_of(in_each(ways, table)).reshape(len(ways), len(table), -1)
+        return np.ascontiguousarray(each.min(axis=0))  # rows of it are taken often
 
     return least
 

@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from pipermoe.resources.groups import Groups, Parts, pipeline_numbers
+from pipermoe.resources.groups import Groups, Parts, pipelines_of
 from pipermoe.resources.price_list import Price
 from pipermoe.resources.stages import rank_classes
 from pipermoe.resources.unit_seconds import PARTS, SENDS, Work
@@ -23,14 +23,13 @@ COMPUTING, EXCHANGING = (Work.FORWARD, Work.INPUT_GRAD), (Work.FORWARD_EXCHANGE,
 
 def quick_bound(groups: Groups, price_of: Price) -> NDArray[np.float64]:
     """Seconds (rows,) that no simulation of the rows of `groups` undercuts, `price_of` being `unit_seconds`."""
-    pipelines, pipe, combos = groups.combos.take(groups.pipe.rows), groups.pipe.of, groups.combos
-    names = [pipeline_numbers(pipelines, row) for row in range(len(pipelines))]
+    names, pipe = list(pipelines_of(groups.heads.take(groups.pipe.rows))), groups.pipe.of[groups.head.of]
     traits = [schedule_traits(*name) for name in names]
     overlaps, splits, mirrored = np.array([(t.overlaps, t.splits_backward, t.mirrored) for t in traits]).T[:, pipe]
-    each = price_of(combos.take(groups.inside.rows))[:, :SENDS].reshape(-1, len(Work), PARTS)
+    each = price_of(groups.insides)[:, :SENDS].reshape(-1, len(Work), PARTS)
     works = each[:, COMPUTING].sum(axis=1), each[:, EXCHANGING].sum(axis=1), each[:, Work.WEIGHT_GRAD]
     computing, exchanging, weights = (work[groups.inside.of] for work in works)
-    microbatches = groups.microbatches * np.where(mirrored, 0.5, 1.0)
+    microbatches = groups.microbatches[groups.head.of] * np.where(mirrored, 0.5, 1.0)
 
     def through_all(holds: NDArray[np.int64], weight_grads: NDArray[np.float64]) -> NDArray[np.float64]:
         """Of ranks that hold such parts (pipes, ranks, parts): (combos, ranks). Pairs hide one kind of work."""
@@ -48,7 +47,7 @@ def quick_bound(groups: Groups, price_of: Price) -> NDArray[np.float64]:
     most = through_all(classes, weights).max(axis=1)
     around = np.einsum("cp,cp->c", before[pipe], computing + exchanging)
     latest = around + through_all(last[:, None], weights * ~splits[:, None])[:, 0]
-    return np.maximum(most, latest).take(groups.both.of)
+    return np.maximum(most, latest).take(groups.combo)
 
 
 @lru_cache(maxsize=8192)
