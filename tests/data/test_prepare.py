@@ -101,6 +101,7 @@ def test_a_second_preparation_in_the_same_folder_is_refused(sources, tmp_path):
     (tmp_path / "new").mkdir()
     other = prepare.Recipe(tokenizer="a", tokenizer_sha256="", json_field="", sources_sha256="")
     save(tmp_path / "new" / prepare.UNFINISHED, other)
+    (tmp_path / "new" / "00000.tokens").touch()
     with pytest.raises(UserError, match="start of a preparation from other sources"):
         prepare_tokens(sources, tmp_path / "new")
 
@@ -119,6 +120,20 @@ def test_a_line_that_is_no_document_is_an_error_with_its_number(sources, tmp_pat
         file.write(line + "\n")
     with pytest.raises(UserError, match=message):
         prepare_tokens(sources, tmp_path / "out", shard_bytes=200)
+
+
+def test_a_preparation_that_came_to_a_mistake_begins_anew_once_it_is_mended(sources, tmp_path):
+    whole = sources[1].read_text()
+    sources[1].write_text(whole + "[1]\n")
+    with pytest.raises(UserError, match="line 41"):
+        prepare_tokens(sources, tmp_path / "out")
+    sources[1].write_text(whole)
+    prepare_tokens(sources, tmp_path / "out")
+    prepare_tokens(sources, tmp_path / "other")
+    assert texts(tmp_path / "out") == texts(tmp_path / "other")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        path.name for path in (tmp_path / "other").iterdir()
+    }
 
 
 def test_what_is_missing_or_no_text_is_an_error_that_names_it(tmp_path):

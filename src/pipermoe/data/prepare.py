@@ -100,20 +100,21 @@ def prepare_tokens(
 
 
 def _begin(output: Path, recipe: Recipe) -> None:
-    """Mark the folder as this preparation's, unless it is another one's or full of something else."""
+    """Mark the folder as this preparation's, unless it holds another one's shards or is full of something else."""
     mark = output / UNFINISHED
     if (output / HEADER).exists():
         raise UserError(f"{output}: holds prepared tokens already; choose another --output, or remove it")
-    if mark.exists():
-        if load(mark, Recipe) != recipe:
+    if not mark.exists() and any(output.iterdir()):
+        raise UserError(f"{output}: is not empty; choose another --output")
+    if mark.exists() and load(mark, Recipe) != recipe:
+        if any(output.glob("[0-9]*.tokens")):
             raise UserError(
                 f"{output}: holds the start of a preparation from other sources, tokenizer or field; "
                 "choose another --output, or remove it"
             )
-    elif any(output.iterdir()):
-        raise UserError(f"{output}: is not empty; choose another --output")
-    else:
-        save(mark, recipe)
+        for begun in output.glob(".*"):  # of a source with a mistake, say, which is mended now
+            begun.unlink()
+    save(mark, recipe)
 
 
 def _encode(encoder: _Encoder, parts: list[tuple[Part, ...]], missing: list[int], workers: int) -> None:
