@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pipermoe.layout.policies import POLICIES
-from pipermoe.schedule.builders import illegal
+from pipermoe.schedule.builders import problem
 from pipermoe.specs.errors import UserError, describe_value
 from pipermoe.specs.legality import LEGAL, violations
 from pipermoe.specs.model import ModelSpec
@@ -19,9 +19,10 @@ def check_supported(model: ModelSpec, train: TrainConfig, strategy: Strategy) ->
     broken = violations(strategy, model, train, strategy.world_size, (*LEGAL, *EXECUTABLE))
     reasons = [*broken, *_described(untrainable_parts(model))]
     microbatches = strategy.microbatches(train.global_batch_size)
-    problem = illegal(strategy.schedule, strategy.pipeline_parallel, microbatches, strategy.virtual_stages)
-    if problem and not reasons:  # which may be why
-        reasons.append(problem)
+    found = problem(strategy.schedule, strategy.pipeline_parallel, microbatches, strategy.virtual_stages)
+    if found and not reasons:  # which may be why
+        key, value, rule = found
+        reasons.append(describe_value("", f"strategy.{key}" if key in Strategy.model_fields else key, value, rule))
     reasons += _unmovable(train, strategy)
     _refuse(reasons)
 
@@ -33,8 +34,8 @@ def check_model(model: ModelSpec) -> None:
 
 def check_layable(strategy: Strategy, mechanism: Mechanism | None) -> None:
     """Raise `UserError` for what experts do not move with."""
-    if problem := _unlayable(strategy, mechanism):
-        raise UserError(problem)
+    if reason := _unlayable(strategy, mechanism):
+        raise UserError(reason)
 
 
 def _unlayable(strategy: Strategy, mechanism: Mechanism | None) -> str:
@@ -65,8 +66,8 @@ def _unmovable(train: TrainConfig, strategy: Strategy) -> Iterator[str]:
                 yield describe_value("", "balance.policy", balance.policy, rule + "use static")
             else:
                 yield describe_value("", "balance.spill_above", balance.spill_above, rule + "leave it out")
-        if problem := _unlayable(strategy, balance.mechanism if balance.moves else None):
-            yield problem
+        if reason := _unlayable(strategy, balance.mechanism if balance.moves else None):
+            yield reason
 
 
 def _refuse(reasons: list[str]) -> None:
