@@ -12,16 +12,13 @@ from tests.pairwise import covering
 from tests.runtime.tiny import GROUPED, LATENT, PLAIN, RICH, SINKS
 
 from pipermoe.schedule.builders import RECIPES, illegal
-from pipermoe.specs.model import LatentAttention, ModelSpec
+from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.strategy import RECOMPUTE_MODULES, Recompute, Strategy
 from pipermoe.specs.train import TrainConfig
 
 
 def _grown(model: ModelSpec) -> ModelSpec:
-    """Wide enough that what is small beside the rest in a real model is small here too.
-
-    Values as wide as queries: where they differ torch has no fused attention on CPUs, and the scores stay in memory.
-    """
+    """Wide enough that what is small beside the rest in a real model is small here too."""
     update: dict[str, Any] = {
         "hidden_size": 64,
         "vocab_size": 256,
@@ -29,8 +26,6 @@ def _grown(model: ModelSpec) -> ModelSpec:
     }
     if model.local_attention is not None:
         update["local_attention"] = model.local_attention.model_copy(update={"size": 48})
-    if isinstance(model.attention, LatentAttention):
-        update["attention"] = model.attention.model_copy(update={"v_head_dim": model.attention.query_key_dim})
     return model.model_copy(update=update)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from pipermoe.dryrun.dry_run import dry_run
-from pipermoe.resources.activations.sizes import MemoryProfile
+from pipermoe.resources.activations.sizes import RUNTIME, MemoryProfile
 from pipermoe.resources.memory import rank_memory
 from pipermoe.resources.states import state_elements
 from pipermoe.resources.step import placement_of
@@ -34,7 +34,7 @@ LATENT = ModelSpec(
     ),
     moe=MixtureOfExperts(num_experts=8, top_k=4, expert_width=48, shared_width=48, router=Router(score="sigmoid")),
 )
-# Values narrower than queries, as DeepSeek's: torch has no fused attention for them on CPUs.
+# Values narrower than queries, as DeepSeek's: they are padded.
 NARROW = LATENT.model_copy(
     update={"attention": LATENT.attention.model_copy(update={"qk_nope_head_dim": 16}), "name": "narrow values"}
 )
@@ -64,11 +64,10 @@ class Case(NamedTuple):
         return TrainConfig(seq_len=128, global_batch_size=sequences, precision=self.precision)
 
 
-def predicted(case: Case) -> list[dict[MemoryCategory, int]]:
+def predicted(case: Case, profile: MemoryProfile = RUNTIME) -> list[dict[MemoryCategory, int]]:
     """Bytes by category at the peak of every pipeline rank."""
     model, table = MODELS[case.model], StrategyTable.of([Strategy.parse(case.strategy)])
     states = state_elements(model, placement_of(model, table).ranks, table)
-    profile = MemoryProfile(materialised_attention=model is NARROW)
     return rank_memory(model, case.train(), table, states, profile)
 
 
@@ -79,7 +78,7 @@ def executed(case: Case) -> list[dict[MemoryCategory, int]]:
     return [dry_run(MODELS[case.model], case.train(), strategy, rank=rank).report.memory_bytes for rank in ranks]
 
 
-def error(case: Case) -> float:
+def error(case: Case, profile: MemoryProfile = RUNTIME) -> float:
     """Of the worst rank's predicted peak relative to the worst rank's executed one."""
-    guess, truth = (max(sum(rank.values()) for rank in each(case)) for each in (predicted, executed))
+    guess, truth = (max(sum(rank.values()) for rank in found) for found in (predicted(case, profile), executed(case)))
     return guess / truth - 1

@@ -82,6 +82,13 @@ def test_heads_of_another_size_run_at_their_share_of_the_rate():
     assert usual.forward == pytest.approx(1e-4)
 
 
+def test_padded_values_take_time_only_on_a_device_that_pads_them():
+    narrow = AttentionCore(1e6, 32, 128, padding=0.5e6)
+    takes_both, pads = (seconds(narrow, DEVICE.model_copy(update={"pads_values": pads}), "fp32") for pads in (0, 1))
+    assert takes_both.forward == pytest.approx(1e-4)
+    assert (pads.forward, pads.input_grad) == pytest.approx((1.5e-4, 1.5 * 2.5e-4))
+
+
 def test_only_products_in_fp8_cast_what_they_read():
     cast = Cast(inputs=1e6, gradients=2e6)
     assert pair(cast) == (0.0, 0.0)
@@ -113,7 +120,7 @@ def test_the_products_of_attention_are_those_that_are_counted(name):
     works = attention_work(Sizes(model, 2, np.array([64]), seq_len=256))
     counts = [layer_forward_flops(model, n, tokens=64, seq_len=256, causal=False) for n in range(model.num_layers)]
     assert sum(work.flops * work.count for work in works if isinstance(work, Gemm)) == counts[0].attention_projections
-    core = sum(work.flops for work in works if isinstance(work, AttentionCore))
+    core = sum(work.flops + work.padding for work in works if isinstance(work, AttentionCore))
     assert core == pytest.approx(sum(count.attention_core for count in counts) / model.num_layers)
 
 

@@ -9,6 +9,7 @@ from pipermoe.resources.flops import (
     LayerFlops,
     attention_core_flops,
     attention_projection_flops,
+    core_padding_flops,
     head_forward_flops,
     keys_per_query,
     layer_forward_flops,
@@ -80,6 +81,10 @@ def test_projections_are_two_flops_per_weight_for_every_token(name):
 def test_latent_attention_has_queries_and_values_of_different_length():
     model = load_model("deepseek-v3")
     assert attention_core_flops(model, 0, tokens=5, seq_len=100, causal=False) == 2 * 5 * 100 * 128 * (192 + 128)
+    assert core_padding_flops(model, 0, tokens=5, seq_len=100) == 2 * 5 * 100 * 128 * (192 - 128)
+    executed = layer_forward_flops(model, 0, tokens=5, seq_len=100, causal=False).attention_core
+    needed = layer_forward_flops(model, 0, tokens=5, seq_len=100, causal=True).attention_core
+    assert (executed, needed) == (2 * 5 * 100 * 128 * 2 * 192, 5 * 100 * 128 * (192 + 128))
     weights = 7168 * 1536 + 1536 * 128 * 192 + 7168 * 576 + 512 * 128 * 256 + 128 * 128 * 7168
     assert attention_projection_flops(model.attention, 7168, 5) == 2 * 5 * weights
 

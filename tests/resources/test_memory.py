@@ -93,7 +93,6 @@ def test_the_report_carries_the_peak_of_each_rank_by_category():
 @pytest.mark.parametrize("query_rank", [0, 24])
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_latent_attention_keeps_what_the_runtime_keeps(query_rank, recompute):
-    """With value heads as long as query heads the runtime's core is fused, as the listing assumes."""
     latent = LatentAttention(
         num_heads=4, q_lora_rank=query_rank, kv_lora_rank=20, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=16
     )

@@ -2,6 +2,9 @@
 
 import pytest
 from tests.resources.memory_cases import Case, error
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from pipermoe.resources.activations.sizes import MemoryProfile
 
 WITHIN = (
     Case("shared", "fp32", "pp2 dp2 ep2 1f1b"),
@@ -44,3 +47,25 @@ def _name(case: Case) -> str:
 )
 def test_the_worst_rank_holds_what_the_program_holds(case):
     assert -0.01 <= error(case) <= 0.02
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("narrow", "bf16", "pp1 dp2 ep2 mbs1 1f1b"),
+        *(
+            pytest.param(Case(model, precision, strategy), marks=pytest.mark.slow)
+            for model, precision, strategy in (
+                ("narrow", "fp32", "pp1 dp2 ep2 mbs2 1f1b"),
+                ("latent", "fp32", "pp1 dp2 ep2 mbs1 1f1b"),
+                ("latent", "bf16", "pp2 dp2 ep2 1f1b selective:attention"),
+                ("shared", "fp32", "pp1 dp2 ep2 mbs2 1f1b"),
+                ("shared", "bf16", "pp2 dp2 ep2 1f1b full"),
+            )
+        ),
+    ],
+    ids=_name,
+)
+def test_without_a_fused_core_probabilities_and_operands_of_every_head_are_kept(case):
+    with sdpa_kernel(SDPBackend.MATH):
+        assert -0.01 <= error(case, MemoryProfile(materialised_attention=True)) <= 0.02

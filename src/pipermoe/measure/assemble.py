@@ -60,6 +60,7 @@ class Assembly:
             "device.kernel_seconds", "measured", f"a chain of tiny differentiable operations; {_quality(tiny)}"
         )
         core = "causal scaled_dot_product_attention"
+        self._record("device.pads_values", "datasheet", "the runtime pads values for torch's fused attention")
         return Device(
             name=self.settings.device,
             memory_bytes=self.memory_bytes,
@@ -68,6 +69,7 @@ class Assembly:
             grouped_gemm={precision: (GroupedCurve(width=self.settings.widths.expert_width, **grouped.model_dump()),)},
             attention={precision: self._curve("device.attention", "attention.forward", core)},
             attention_backward={precision: self._curve("device.attention_backward", "attention.backward", core)},
+            pads_values=True,
             memory_bound=self._curve("device.memory_bound", "memory_bound", "c = a + b into new memory"),
             passes={precision: {kind: self._pass(kind) for kind in PASSES}},
             kernel_seconds=_round(1 / tiny[0].rate),

@@ -68,7 +68,7 @@ def _platform_numbers(platform: Platform, train: TrainConfig) -> Iterator[tuple[
     yield "host.compute_slots", platform.host.compute_slots
     for ranks, seconds in platform.host.meeting_seconds.items():
         yield f"host.meeting_seconds.{ranks}", seconds
-    for name in ("kernel_seconds", "issue_seconds", "layer_forward_seconds", "layer_backward_seconds"):
+    for name in ("kernel_seconds", "issue_seconds", "layer_forward_seconds", "layer_backward_seconds", "pads_values"):
         yield f"device.{name}", getattr(device, name)
     for name in ("gemm", "attention", "attention_backward"):
         yield f"device.{name}", _summary(getattr(device, name)[precision], "FLOP/s")

@@ -16,6 +16,7 @@ import numpy as np
 from pipermoe.resources.activations.sizes import Recompute, Sizes
 from pipermoe.resources.flops import (
     attention_core_flops,
+    core_padding_flops,
     head_forward_flops,
     join_forward_flops,
     layer_forward_flops,
@@ -48,11 +49,14 @@ class GroupedGemm:
 
 @dataclass(frozen=True, slots=True)
 class AttentionCore:
-    """The causal attention core; `flops` is the full square that the kernel is credited with."""
+    """The causal attention core: `flops` is the full square that the kernel is credited with, `padding` what it takes
+    more where it wants values as wide as queries (`Device.pads_values`).
+    """
 
     flops: Any
     seq_len: Any
     head_size: int
+    padding: Any = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +105,9 @@ def seconds(work: Work, device: Device, precision: Precision) -> Seconds:
         case GroupedGemm(flops, rows, width):
             forward = grouped_gemm_seconds(device, precision, flops, rows, width)
             return Seconds(forward, forward, forward)
-        case AttentionCore(flops, seq_len, head_size):
-            forward, backward = attention_seconds(device, precision, flops, seq_len, head_size)
+        case AttentionCore(flops, seq_len, head_size, padding):
+            executed = flops + padding * device.pads_values
+            forward, backward = attention_seconds(device, precision, executed, seq_len, head_size)
             return Seconds(forward, backward, 0.0 * backward)
         case Cast(inputs, gradients):
             forward, backward = (cast_seconds(device, precision, elements) for elements in (inputs, gradients))
@@ -168,12 +173,12 @@ def _(attention: LatentAttention, sizes: Sizes) -> list[Work]:
 
 def _core(sizes: Sizes) -> AttentionCore:
     """The core at the mean of its FLOPs over layers: some see a window only."""
-    model = sizes.model
-    whole = sum(
-        attention_core_flops(model, layer, tokens=sizes.tokens, seq_len=sizes.seq_len, causal=False)
-        for layer in range(model.num_layers)
-    )
-    return AttentionCore(whole / (model.num_layers * sizes.tp), sizes.seq_len, model.attention.query_key_dim)
+    model, layers = sizes.model, range(sizes.model.num_layers)
+    counts = {"tokens": sizes.tokens, "seq_len": sizes.seq_len}
+    flops = sum(attention_core_flops(model, layer, **counts, causal=False) for layer in layers)
+    padding = sum(core_padding_flops(model, layer, **counts) for layer in layers)
+    shares = model.num_layers * sizes.tp
+    return AttentionCore(flops / shares, sizes.seq_len, model.attention.query_key_dim, padding / shares)
 
 
 def attention_work(sizes: Sizes) -> list[Work]:

@@ -1,8 +1,9 @@
 """How many FLOPs a model's forward pass takes, per component. A multiply-add counts as 2; only products of matrices
 are counted (norms, activations and softmax are memory-bound). Every formula is written out in docs/resource-model.md.
 
-Two conventions for the attention core: "full" charges every query all keys of its sequence or of its blocks (what the
-runtime's kernel executes), "causal" only those that it may see (what the model needs).
+Two conventions for the attention core: "full" charges every query all keys of its sequence or of its blocks, "causal"
+only those that it may see (what the model needs). The runtime's kernel executes the full one, and on narrower values as
+if they were as wide as queries (`modules/attention_core.py`): `LayerFlops` counts that.
 """
 
 from __future__ import annotations
@@ -49,13 +50,16 @@ def layer_forward_flops(model: ModelSpec, layer: int, *, tokens, seq_len, causal
     """Forward FLOPs of `layer` for `tokens` tokens in sequences of `seq_len`.
 
     `routed_rows` is the number of (token, expert) pairs the experts compute: `tokens * top_k` unless given (a rank's
-    own share under imbalance). `causal` counts visible keys only; the executed kernel on CPU computes the full square.
+    own share under imbalance). `causal` counts what the model needs, visible keys only; otherwise it is what the
+    runtime executes, the full square with padded values.
     """
     moe, hidden, is_moe = model.moe, model.hidden_size, model.is_moe(layer)
     rows = tokens * moe.top_k if routed_rows is None else routed_rows
+    core = attention_core_flops(model, layer, tokens=tokens, seq_len=seq_len, causal=causal)
+    padding = 0 if causal else core_padding_flops(model, layer, tokens=tokens, seq_len=seq_len)
     return LayerFlops(
         attention_projections=attention_projection_flops(model.attention, hidden, tokens),
-        attention_core=attention_core_flops(model, layer, tokens=tokens, seq_len=seq_len, causal=causal),
+        attention_core=core + padding,
         router=2 * tokens * hidden * moe.num_experts * is_moe,
         routed_experts=2 * rows * moe.expert_matrices * hidden * moe.expert_width * is_moe,
         shared_experts=2 * tokens * hidden * (moe.expert_matrices * moe.shared_width + moe.shared_gate) * is_moe,
@@ -98,15 +102,29 @@ def attention_core_flops(model: ModelSpec, layer: int, *, tokens, seq_len, causa
     attention = model.attention
     indexer = attention.indexer if isinstance(attention, LatentAttention) else None
     per_key = 2 * attention.num_heads * (attention.query_key_dim + attention.value_dim)
-    if model.is_local(layer) and not causal:  # in this order whole numbers stay whole
-        core = tokens * _pairs_in_blocks(model, seq_len) / seq_len * per_key
-    else:
-        core = tokens * keys_per_query(model, layer, seq_len, causal=causal) * per_key
+    core = _pairs(model, layer, tokens, seq_len, causal=causal) * per_key
     if indexer is None:
         return core
     # q.k for every indexer head, then the heads' weighted sum.
     per_key = 2 * indexer.num_heads * (indexer.head_dim + 1)
     return core + tokens * _mean_keys(seq_len, causal=causal) * per_key
+
+
+def core_padding_flops(model: ModelSpec, layer: int, *, tokens, seq_len) -> Any:
+    """What the full core takes more with values as wide as queries: 2 (d_qk - d_v) per head, query and key."""
+    attention = model.attention
+    missing = attention.query_key_dim - attention.value_dim
+    if missing <= 0:
+        return 0
+    per_key = 2 * attention.num_heads * missing
+    return _pairs(model, layer, tokens, seq_len, causal=False) * per_key
+
+
+def _pairs(model: ModelSpec, layer: int, tokens, seq_len, *, causal: bool) -> Any:
+    """(query, key) pairs of `tokens` queries; in this order of operations whole numbers stay whole."""
+    if model.is_local(layer) and not causal:
+        return tokens * _pairs_in_blocks(model, seq_len) / seq_len
+    return tokens * keys_per_query(model, layer, seq_len, causal=causal)
 
 
 def keys_per_query(model: ModelSpec, layer: int, seq_len, *, causal: bool) -> Any:

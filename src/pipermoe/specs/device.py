@@ -85,6 +85,8 @@ class Device(Frozen):
       (`resources.flops.LayerFlops.attention_core` with causal=False), whatever the kernel skips or recomputes.
     - `attention_head_sizes`: the rate at heads of other sizes as a share of those curves' rates, against the size of a
       query's head; all sizes alike where it is not known.
+    - `pads_values`: the attention kernel wants values as wide as queries and gets narrower ones (latent attention's)
+      filled up with zeros, as torch's on CPUs and FlashAttention 2. Their FLOPs then count like the others.
     - `memory_bound`: bytes/s of element-wise operations against the bytes that one operation reads and writes
       (caches make it a curve). For work that `passes` does not name, and for a datasheet the only figure: one point.
     - `passes`: elements/s of named memory-bound work (`Pass`). Empty on a datasheet: then use bytes and `memory_bound`.
@@ -106,6 +108,7 @@ class Device(Frozen):
     attention: dict[Precision, RateCurve]
     attention_backward: dict[Precision, RateCurve]
     attention_head_sizes: RateCurve | None = None
+    pads_values: bool = False
     memory_bound: RateCurve
     passes: dict[Precision, dict[Pass, PassRate]] = {}
     kernel_seconds: Seconds = Field(ge=0)

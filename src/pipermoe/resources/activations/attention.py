@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from pipermoe.resources.activations.ledger import Ledger
 from pipermoe.resources.activations.sizes import STATISTIC_BYTES, Recompute, Sizes
 from pipermoe.specs.model import Attention, GroupedQueryAttention, LatentAttention
@@ -15,15 +13,18 @@ from pipermoe.specs.model import Attention, GroupedQueryAttention, LatentAttenti
 @dataclass(frozen=True, slots=True)
 class AttentionTensors:
     """`inside` lies between the norm and the output projection, `read` of it is read by weight gradients, as are
-    `written`, the gradients of the products' outputs. `core` are the gradients of the core's output and operands.
-    `scores` of every query and key exist for a moment in the forward, twice in the backward; 0 of a fused core.
+    `written`, the gradients of the products' outputs. `by_core` is what of it a fused core keeps alone: its operands,
+    and its output by heads if another one is read. `core` are the gradients of the core's output and operands.
+    `forward` and `backward` are what the core makes for a moment, 0 if it is fused.
     """
 
     inside: Any
     read: Any
     written: Any
+    by_core: Any
     core: Any
-    scores: Any = 0
+    forward: Any = 0
+    backward: Any = 0
 
 
 def attention_tensors(sizes: Sizes) -> AttentionTensors:
@@ -36,19 +37,24 @@ def attention_tensors(sizes: Sizes) -> AttentionTensors:
 
 def _materialised(sizes: Sizes, fused: AttentionTensors) -> AttentionTensors:
     """Without a fused core torch works in fp32. It keeps the probabilities of every query and key instead of their
-    log-sum-exp, and its operands: queries and keys scaled, and in place of the output by heads a copy of the values;
-    in place of the copy their view of the expanded ones if that is in order, as those of one sequence in fp32 are.
+    log-sum-exp, and its operands: queries, keys and values of every query head, beside which those that it was given
+    last as long as the forward. Where values are a part of the expanded
+    ones and in order, as those of one sequence in fp32 are, it keeps all of these in their place.
     """
     attention = sizes.model.attention
-    by_heads = sizes.tokens * attention.num_heads / sizes.tp
-    scores = by_heads * sizes.seq_len * STATISTIC_BYTES
-    values, expanded = by_heads * attention.value_dim * STATISTIC_BYTES, 0
-    if isinstance(attention, LatentAttention):
-        expanded = by_heads * (attention.qk_nope_head_dim + attention.v_head_dim) * sizes.element
-    viewed = (sizes.tokens * sizes.cp <= sizes.seq_len) & (sizes.element == STATISTIC_BYTES)
-    exact = by_heads * (2 * attention.query_key_dim + attention.value_dim) * (STATISTIC_BYTES - sizes.element)
-    gone = by_heads * STATISTIC_BYTES + np.where(viewed, values, expanded)
-    return replace(fused, inside=fused.inside + scores + exact - gone, scores=scores)
+    by_heads = sizes.tokens * attention.num_heads / sizes.tp * STATISTIC_BYTES
+    values, scores = by_heads * _core_width(attention), by_heads * sizes.seq_len
+    operands = by_heads * 2 * attention.query_key_dim + values
+    if isinstance(attention, LatentAttention) and _core_width(attention) == attention.v_head_dim:
+        viewed = (sizes.tokens * sizes.cp <= sizes.seq_len) & (sizes.element == STATISTIC_BYTES)
+        operands = operands + viewed * by_heads * attention.qk_nope_head_dim
+    inside = fused.inside - fused.by_core + operands + scores - by_heads
+    return replace(fused, inside=inside, forward=scores + fused.by_core, backward=2 * (scores + values))
+
+
+def _core_width(attention: Attention) -> int:
+    """Of the values that the core is given: narrower ones than queries are padded."""
+    return max(attention.value_dim, attention.query_key_dim)
 
 
 def _windows(sizes: Sizes, attention: Attention) -> Any:
@@ -76,6 +82,7 @@ def _grouped(sizes: Sizes, attention: GroupedQueryAttention) -> AttentionTensors
         inside=sizes.tokens_by((copies + 1) * query + (copies + 1) * key_value) + statistics,
         read=sizes.tokens_by(query),
         written=sizes.tokens_by(query + 2 * key_value),
+        by_core=sizes.tokens_by(query + 2 * key_value),
         core=sizes.tokens_by(2 * query + 2 * key_value),
     )
 
@@ -84,19 +91,23 @@ def _latent(sizes: Sizes, attention: LatentAttention) -> AttentionTensors:
     """The query's and the key-value's short vectors before and after their norm; the expanded keys and values, of which
     the value part is used; rotated queries and keys of all heads; the output, once by heads as the core writes it and
     once by tokens as the projection reads it; log-sum-exp. Short vectors are inputs of the second products and outputs
-    of the first.
+    of the first. Narrower values than queries are padded: then the core's values and output are as wide as queries, and
+    the expanded ones are used no more.
     """
     heads, short_query = attention.num_heads, attention.q_lora_rank
     query, value = heads * attention.query_key_dim, heads * attention.v_head_dim
     expanded = heads * (attention.qk_nope_head_dim + attention.v_head_dim)
+    width = heads * _core_width(attention)  # of the core's values and output
+    by_core = 2 * query + (expanded if width == value else width) + width
     read = short_query + attention.kv_lora_rank
     short = 2 * read + attention.qk_rope_head_dim
     statistics = sizes.tokens * heads / sizes.tp + sizes.stream * (1 + (short_query > 0))
     return AttentionTensors(
-        inside=sizes.stream_by(short) + sizes.tokens_by(expanded + 2 * (query + value)) + statistics * STATISTIC_BYTES,
+        inside=sizes.stream_by(short) + sizes.tokens_by(by_core + value) + statistics * STATISTIC_BYTES,
         read=sizes.stream_by(read) + sizes.tokens_by(value),
         written=sizes.stream_by(short - read) + sizes.tokens_by(query + expanded),
-        core=sizes.tokens_by(2 * query + 2 * value),
+        by_core=sizes.tokens_by(by_core),
+        core=sizes.tokens_by(2 * query + 2 * width),
     )
 
 
@@ -123,7 +134,7 @@ def attend(work: Ledger, sizes: Sizes, recompute: Recompute) -> None:
     inside = tensors.inside
     normalise(work, sizes)
     work.take(inside)
-    work.brief(tensors.scores)
+    work.brief(tensors.forward)
     work.take(hidden)  # the output
     work.drop(inside * (recompute.attention | recompute.full), (hidden + statistics) * drops_norm)
     work.take(hidden)  # h
@@ -137,7 +148,7 @@ def attend_backward(work: Ledger, sizes: Sizes, recompute: Recompute) -> None:
     hidden, tensors, dropped = sizes.hidden, attention_tensors(sizes), recompute.attention | recompute.full
     renormalise(work, sizes, recompute)
     work.take(tensors.inside * recompute.attention)
-    work.brief(2 * tensors.scores)
+    work.brief(tensors.backward)
     work.take(tensors.core)
     work.free(tensors.inside - tensors.read, dropped)
     work.release_kept(tensors.read, dropped)

@@ -27,8 +27,8 @@ INDEX_BYTES = 8
 class MemoryProfile:
     """What a framework does with memory beyond the tensors of the model; the defaults are this project's runtime.
 
-    `materialised_attention` keeps the probabilities of the attention core instead of its log-sum-exp, as torch does on
-    CPUs where values are narrower than queries.
+    `materialised_attention` keeps the probabilities of the attention core instead of its log-sum-exp, as torch does
+    where no fused kernel takes the operands.
     The head works on `loss_chunks` slices of the tokens in turn; `logits_bytes` is the element in which logits are kept
     (0: that of activations). What allocators and communication libraries
     hold beside tensors is the machine's: `Platform.reserved_bytes`.
