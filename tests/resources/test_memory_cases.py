@@ -54,13 +54,13 @@ def test_the_worst_rank_holds_what_the_program_holds(case):
     [
         Case("narrow", "bf16", "pp1 dp2 ep2 mbs1 1f1b"),
         *(
-            pytest.param(Case(model, precision, strategy), marks=pytest.mark.slow)
-            for model, precision, strategy in (
-                ("narrow", "fp32", "pp1 dp2 ep2 mbs2 1f1b"),
-                ("latent", "fp32", "pp1 dp2 ep2 mbs1 1f1b"),
-                ("latent", "bf16", "pp2 dp2 ep2 1f1b selective:attention"),
-                ("shared", "fp32", "pp1 dp2 ep2 mbs2 1f1b"),
-                ("shared", "bf16", "pp2 dp2 ep2 1f1b full"),
+            pytest.param(case, marks=pytest.mark.slow)
+            for case in (
+                Case("narrow", "fp32", "pp1 dp2 ep2 mbs2 1f1b"),
+                Case("latent", "fp32", "pp1 dp2 ep2 mbs1 1f1b"),
+                Case("latent", "bf16", "pp2 dp2 ep2 1f1b selective:attention"),
+                Case("shared", "fp32", "pp1 dp2 ep2 mbs2 1f1b"),
+                Case("shared", "bf16", "pp2 dp2 ep2 1f1b full"),
             )
         ),
     ],
