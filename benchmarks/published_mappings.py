@@ -41,9 +41,10 @@ from pipermoe.planner.search import ROUNDING, Field
 from pipermoe.report.plan import WORDS
 from pipermoe.resources.bound import step_bound
 from pipermoe.resources.floor import memory_floor
+from pipermoe.resources.hidden_sync import hide_sync
 from pipermoe.resources.kinds import distinct
 from pipermoe.resources.peak import peak_bytes
-from pipermoe.resources.step import hide_sync, placement_of, step_costs
+from pipermoe.resources.step import placement_of, step_costs
 from pipermoe.schedule.legality import POSSIBLE
 from pipermoe.specs.legality import legal_mask
 from pipermoe.specs.report import TERMS
@@ -102,7 +103,7 @@ def stack_bound(job: Job, table: StrategyTable) -> NDArray[np.float64]:
         rows = np.flatnonzero(kinds.of == kind)
         uniform = table.take(rows)
         costs = step_costs(model, platform, train, uniform)
-        left = hide_sync(costs, placement_of(model, uniform).stages_of)
+        left = hide_sync(costs, train, uniform, placement_of(model, uniform).stages_of)
         hidden[rows] = (costs.reduce - left.reduce).max(axis=1) + (costs.gather - left.gather).max(axis=1)
     return step_bound(model, platform, train, table) - hidden
 

@@ -8,7 +8,7 @@ stages) unless said.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from itertools import chain, pairwise
 
 import numpy as np
@@ -149,24 +149,6 @@ def closing_costs(
         update=pass_seconds(device, precision, "optimizer", states.updated)[0]
         + (1 - NORM_SHARE) * pass_seconds(device, precision, "gradient_norm", states.gradients)[0],
         gather=gather,
-    )
-
-
-def hide_sync(costs: StepCosts, stages_of: Sequence[Sequence[int]]) -> StepCosts:
-    """The costs where gradients are reduced beside the backward of the last micro-batch, and weights are gathered
-    beside the forward of the first: what takes longer than those remains (ZeRO, arXiv 1910.02054; Megatron-LM's
-    --overlap-grad-reduce and --overlap-param-gather). This project's runtime reduces beside the last backwards too, but
-    where that was measured it takes the cores that compute: its own reductions are predicted as not hidden.
-    """
-
-    def per_rank(per_stage: NDArray) -> NDArray:
-        return np.stack([per_stage[:, list(stages)].sum(axis=1) for stages in stages_of], axis=1)
-
-    backward = per_rank(costs.input_grad + costs.weight_grad)
-    return replace(
-        costs,
-        reduce=np.maximum(0.0, costs.reduce - backward),
-        gather=np.maximum(0.0, costs.gather - per_rank(costs.forward)),
     )
 
 

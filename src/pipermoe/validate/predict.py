@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipermoe.resources.step import hide_sync, placement_of, step_costs, step_seconds_by_term
+from pipermoe.resources.hidden_sync import hide_sync
+from pipermoe.resources.step import placement_of, step_costs, step_seconds_by_term
 from pipermoe.specs.report import Term
 from pipermoe.specs.strategy_table import StrategyTable
 from pipermoe.validate.recipe import Recipe
@@ -22,6 +23,6 @@ def predict_step(recipe: Recipe) -> Prediction:
     """The simulated step; published stacks reduce gradients and gather weights beside computation."""
     table = StrategyTable.of([recipe.strategy])
     costs = step_costs(recipe.model, recipe.platform, recipe.train, table)
-    costs = hide_sync(costs, placement_of(recipe.model, table).stages_of)
+    costs = hide_sync(costs, recipe.train, table, placement_of(recipe.model, table).stages_of)
     seconds, ranks = step_seconds_by_term(recipe.platform, recipe.train, recipe.strategy, costs)
     return Prediction(seconds, max(ranks, key=lambda terms: terms["forward"] + terms["backward"]))

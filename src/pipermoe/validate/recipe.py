@@ -121,6 +121,8 @@ def _strategy(row: PublishedRow, model: ModelSpec) -> Strategy:
     name = "1f1b" if virtual == 1 else "interleaved-1f1b"
     if row.overlap == "on" and f"{name}-overlap" in SCHEDULES:
         name += "-overlap"
+    # A pipeline keeps what it has gathered, and reduces once a step (torch's, which FSDP runs under).
+    zero = 3 if "FSDP" in row.remark and pp == 1 else 1
     return Strategy(
         pipeline_parallel=pp,
         virtual_stages=virtual,
@@ -134,8 +136,8 @@ def _strategy(row: PublishedRow, model: ModelSpec) -> Strategy:
         schedule=name,
         layer_split=_layer_split(model, pp * virtual),
         **_recompute(row),
-        zero_dense=1,
-        zero_expert=1,
+        zero_dense=zero,
+        zero_expert=zero,
     )
 
 
