@@ -4,7 +4,8 @@
     python -m benchmarks.megatron_memory [--json FILE]
 
 benchmarks/data/megatron_memory.json holds the measurements and where they come from. Every prediction assumes balanced
-routing; `rows x` is the imbalance that would explain what is missing at the peak.
+routing; `rows x` is the imbalance that would explain what is missing at the peak. A case is the mean over its runs, and
+its scatter how far apart the peaks of runs with equal arguments, release and GPU are.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ DATA = Path(__file__).parent / "data" / "megatron_memory.json"
 MIB, GIB = 2**20, 2**30
 OLD_CONTAINER = "24.01"
 OLD_RELEASE = f"PyTorch container {OLD_CONTAINER} with TransformerEngine 1.2; described is TransformerEngine from 2.1"
+RECORDED = ("case", "result", "release", "gpu", "static_bytes", "peak_bytes", "second_step_peak_bytes")
 LOADED = "peak of loading a checkpoint: constant from the first step of a resumed run"
 
 
@@ -35,6 +37,8 @@ class Row:
 
     case: str
     result: str
+    release: str
+    gpu: str
     static_bytes: int
     peak_bytes: int
     second_step_peak_bytes: int
@@ -64,7 +68,7 @@ def evaluate() -> list[Row]:
 def _evaluate(record: dict[str, Any]) -> Row:
     arguments = Arguments.of(record["arguments"])
     reasons = [*undescribed(arguments), *([OLD_RELEASE] if record["container"] == OLD_CONTAINER else [])]
-    measured = {key: record[key] for key in ("case", "result", "static_bytes", "peak_bytes", "second_step_peak_bytes")}
+    measured = {key: record[key] for key in RECORDED}
     if reasons:
         return Row(
             **measured, predicted_static=None, predicted_peak=None, rows_needed=None, not_covered="; ".join(reasons)
@@ -93,6 +97,37 @@ def _rows_needed(job: MegatronJob, machine: Machine, peak_bytes: int) -> float:
 
 def _last_rank_peak(job: MegatronJob, machine: Machine, imbalance: float) -> float:
     return peak_memory(replace(job, routing_imbalance=imbalance), machine, job.strategy.pipeline_parallel - 1).total
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Runs of equal arguments, on any release and GPU: mean errors, each against the prediction for its own machine.
+
+    `scatter` is the largest over the smallest peak of runs that also share release and GPU, less 1; None without any.
+    """
+
+    name: str
+    runs: int
+    peak_error: float
+    second_step_error: float
+    scatter: float | None
+
+
+def cases_of(rows: list[Row]) -> list[Case]:
+    """One for every case with a peak that the profile covers."""
+    covered = [row for row in rows if row.peak_error is not None]
+    return [
+        _case(name, [row for row in covered if row.case == name]) for name in dict.fromkeys(row.case for row in covered)
+    ]
+
+
+def _case(name: str, rows: list[Row]) -> Case:
+    alike: dict[tuple[str, str], list[int]] = {}
+    for row in rows:
+        alike.setdefault((row.release, row.gpu), []).append(row.peak_bytes)
+    scatter = max((max(peaks) / min(peaks) - 1 for peaks in alike.values() if len(peaks) > 1), default=None)
+    peak, second = (mean(getattr(row, error) for row in rows) for error in ("peak_error", "second_step_error"))
+    return Case(name, len(rows), peak, second, scatter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +170,9 @@ class Summary:
     static_worst: float
     peak_mean: float
     peak_worst: float
+    cases: int
+    case_mean: float
+    case_worst: float
     second_step_mean: float
     second_step_worst: float
     points_mean: float
@@ -145,6 +183,7 @@ def summarise(rows: list[Row], points: list[Point]) -> Summary:
     static = [abs(row.static_error) for row in rows if row.static_error is not None]
     peak = [abs(row.peak_error) for row in rows if row.peak_error is not None]
     second = [abs(row.second_step_error) for row in rows if row.second_step_error is not None]
+    by_case = [abs(case.peak_error) for case in cases_of(rows)]
     exact = [abs(point.error) for point in points]
     return Summary(
         runs=len(rows),
@@ -154,6 +193,9 @@ def summarise(rows: list[Row], points: list[Point]) -> Summary:
         static_worst=max(static),
         peak_mean=mean(peak),
         peak_worst=max(peak),
+        cases=len(by_case),
+        case_mean=mean(by_case),
+        case_worst=max(by_case),
         second_step_mean=mean(second),
         second_step_worst=max(second),
         points_mean=mean(exact),
@@ -185,6 +227,15 @@ def table(rows: list[Row]) -> Iterator[str]:
             yield f"| {part}{row.case} {row.result} | {row.not_covered} |"
 
 
+def cases_table(cases: list[Case]) -> Iterator[str]:
+    """Markdown: peaks by case, beside how much runs of equal arguments and software differ."""
+    yield "| case | runs | error of the peak | at step 2 | scatter of equal runs |"
+    yield "|---|---|---|---|---|"
+    for case in cases:
+        scatter = "" if case.scatter is None else f"{case.scatter:.2%}"
+        yield f"| {case.name} | {case.runs} | {case.peak_error:+.2%} | {case.second_step_error:+.2%} | {scatter} |"
+
+
 def points_table(points: list[Point]) -> Iterator[str]:
     """Markdown: this profile beside the other estimators."""
     names = list(points[0].others)
@@ -203,7 +254,7 @@ def main() -> None:
     options = parser.parse_args()
     rows, points = evaluate(), evaluate_points()
     summary = summarise(rows, points)
-    print("\n".join([*table(rows), "", *points_table(points), ""]))
+    print("\n".join([*table(rows), "", *cases_table(cases_of(rows)), "", *points_table(points), ""]))
     for name, value in asdict(summary).items():
         print(f"{name:20} {value:.2%}" if isinstance(value, float) else f"{name:20} {value}")
     found = {"summary": asdict(summary), "rows": list(map(asdict, rows)), "points": list(map(asdict, points))}

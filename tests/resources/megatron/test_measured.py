@@ -4,7 +4,16 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from benchmarks.megatron_memory import Row, evaluate, evaluate_points, points_table, summarise, table
+from benchmarks.megatron_memory import (
+    Row,
+    cases_of,
+    cases_table,
+    evaluate,
+    evaluate_points,
+    points_table,
+    summarise,
+    table,
+)
 
 
 @cache
@@ -32,6 +41,18 @@ def test_peaks_are_within_one_and_a_half_percent_on_average():
     assert summary.peak_worst < 0.041
 
 
+def test_the_mean_over_runs_of_a_case_is_within_four_percent():
+    cases = cases_of(rows())
+    assert sum(case.runs for case in cases) == 35
+    assert max(abs(case.peak_error) for case in cases) < 0.034
+
+
+def test_two_runs_of_equal_software_differ_by_almost_as_much_as_the_worst_error():
+    [widest] = [case for case in cases_of(rows()) if (case.scatter or 0) > 0.01]
+    assert widest.name.endswith("memory_speed")
+    assert widest.scatter == pytest.approx(55.983 / 53.981 - 1, abs=1e-4)
+
+
 def test_peaks_before_routing_has_moved_are_closer():
     summary = summarise(rows(), evaluate_points())
     assert summary.second_step_mean < 0.0065
@@ -55,4 +76,5 @@ def test_the_largest_models_meet_their_static_bytes_to_a_tenth_of_a_permille():
 def test_the_documented_tables_are_those_of_the_benchmark():
     text = (Path(__file__).parents[3] / "docs" / "megatron.md").read_text(encoding="utf-8")
     assert "\n".join(table(rows())) in text
+    assert "\n".join(cases_table(cases_of(rows()))) in text
     assert "\n".join(points_table(evaluate_points())) in text
