@@ -158,11 +158,15 @@ class Groups:
         table = self.heads.take(head).with_columns(zero_dense=dense[level], zero_expert=expert[level])
         return States(table, self.schedule.of[head], zero, alike.of.reshape(of_level.shape))
 
+    @property
+    def _level(self) -> NDArray[np.int64]:
+        """The place of every number of `zero` among those that occur."""
+        return np.searchsorted(self.states.zero, np.arange(ZERO_LEVELS**2))
+
     @cached_property
     def state(self) -> NDArray[np.int64]:
         """The state of every row."""
-        level = np.searchsorted(self.states.zero, self.zero)
-        return self.states.of[level, self.head.of[self.combo]]
+        return self.states.of[self._level[self.zero], self.head.of[self.combo]]
 
     def largest_sums(self, by_combo: Callable[[int, slice], Figures], by_state: Figures) -> Figures:
         """The maximum over classes of the figures of a row's combo and state: (rows,).
@@ -170,18 +174,23 @@ class Groups:
         `by_combo(schedule, piece)` finds (classes, combos) of a piece, `by_state` are (classes, states); a schedule has
         the first of all classes. It is worked out for every combo with every level, few of which do not occur.
         """
-        figures, states = np.empty((ZERO_LEVELS**2, len(self.rows))), self.states
+        states = self.states
+        figures = np.empty((len(states.zero), len(self.rows)))
         for schedule, piece in self.pieces():
-            mine = by_combo(schedule, piece)
-            sums = by_state[: len(mine)].take(states.of.take(self.head.of[piece], axis=1), axis=1)
+            mine, head = by_combo(schedule, piece), self.head.of[piece]
+            first, last = head[0], head[-1]
+            held = by_state[: len(mine)].take(states.of[:, first : last + 1], axis=1)  # by heads, which are few
+            sums = held.take(head - first, axis=2)
             sums += mine[:, None]
-            figures[states.zero, piece] = sums.max(axis=0)
+            np.maximum.reduce(sums, axis=0, out=figures[:, piece])
         return figures.ravel().take(self._place)
 
     @cached_property
     def _place(self) -> NDArray[np.int64]:
         """Of every row among all combos under any levels."""
-        return self.zero.astype(np.int64) * len(self.rows) + self.combo
+        place = (self._level * len(self.rows))[self.zero]
+        place += self.combo
+        return place
 
 
 def _columns(

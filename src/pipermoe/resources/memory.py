@@ -59,15 +59,26 @@ def prices(
     """Bytes per unit of every feature: (rows, features). They depend on the micro-batch, the degrees inside a stage and
     on recomputation only, most of them on fewer: each part is worked out for the rows that differ for it.
     """
-    price = np.zeros((len(table), len(Feature)))
+    price = np.zeros((len(Feature), len(table)))
     for part, names, modules in _PARTS:
         rebuilt = table.recompute_modules & sum(1 << RECOMPUTE_MODULES.index(module) for module in modules)
         kinds = distinct([rebuilt if name == "recompute_modules" else getattr(table, name) for name in names])
-        chosen = table.take(kinds.rows)
-        held = part(sizes_of(model, train, chosen, profile, imbalance, IN_ALL), Recompute.of(chosen))
-        total = np.stack([np.broadcast_to(each.total, len(chosen)) for each in held.values()], axis=1)
-        price[:, list(held)] = total.take(kinds.of, axis=0)
-    return price
+        found = np.zeros((len(Feature), len(kinds.rows)))
+        for rows in _by_script(table.columns["dispatcher"][kinds.rows], names):
+            chosen = table.take(kinds.rows[rows])
+            held = part(sizes_of(model, train, chosen, profile, imbalance, IN_ALL), Recompute.of(chosen))
+            for feature, each in held.items():
+                found[feature, rows] = each.total
+        features = found.any(axis=1)
+        price[features] = found[features].take(kinds.of, axis=1)
+    return price.T
+
+
+def _by_script(dispatcher: NDArray[np.integer], names: Sequence[str]) -> list[NDArray[np.int64]]:
+    """Rows that follow the same script: of a part that reads it, those of one dispatcher."""
+    if "dispatcher" not in names:
+        return [np.arange(len(dispatcher))]
+    return [np.flatnonzero(dispatcher == one) for one in np.unique(dispatcher)]
 
 
 def _held(sizes: Sizes, recompute: Recompute) -> dict[Feature, Amount]:

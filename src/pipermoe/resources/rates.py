@@ -121,12 +121,15 @@ def collective_seconds(platform: Platform, collective: Collective, spread: Sprea
     The level is the innermost one whose blocks no group straddles: its size is a multiple of the group's span. Bytes
     are `specs.report.Traffic`'s. Broadcasts.
     """
-    group_size, span, moved_bytes, calls = np.broadcast_arrays(spread.ranks, spread.span, moved_bytes, calls)
-    shared = [np.broadcast_to(spread.inside(level.ranks), group_size.shape) for level in platform.levels]
-    seconds = np.zeros(group_size.shape)
-    pending = (group_size > 1) & (calls > 0)
+    pending, span = (spread.ranks > 1) & (calls > 0), spread.span
+    group_size, moved_bytes, calls, pending = np.broadcast_arrays(spread.ranks, moved_bytes, calls, pending)
+    seconds = np.zeros(pending.shape)
+    if not pending.any():
+        return seconds
+    shared = [np.broadcast_to(spread.inside(level.ranks), pending.shape) for level in platform.levels]
     for index, level in enumerate(platform.levels):
-        here = pending & ((level.ranks % span == 0) | (level is platform.levels[-1]))
+        meets = (level.ranks % span == 0) | (level is platform.levels[-1])
+        here = pending & meets
         if here.any():
             size, moved, count = group_size[here], moved_bytes[here], calls[here]
             if level.link is None:
@@ -135,7 +138,7 @@ def collective_seconds(platform: Platform, collective: Collective, spread: Sprea
                 seconds[here] = _described_seconds(
                     platform, collective, size, [members[here] for members in shared[:index]], moved, count
                 )
-        pending = pending & ~here
+        pending = pending & ~meets
     return seconds
 
 

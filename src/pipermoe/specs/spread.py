@@ -44,8 +44,6 @@ class Spread:
 def spread(table: StrategyTable, axis: Axis) -> Spread:
     """The groups of every row along `axis`; "dp" is dp and cp together: the ranks with the same dense parameters."""
     tp, etp, block = table.tensor_parallel, table.expert_tensor_parallel, table.ranks_per_copy
-    stride, runs = table.stage_stride, table.runs_per_stage
-    pipeline, homes = table.pipeline_parallel * stride, table.stage_homes  # two lie half a pipeline apart on average
     experts = table.expert_parallel * etp
     match axis:
         case "tp":
@@ -60,13 +58,16 @@ def spread(table: StrategyTable, axis: Axis) -> Spread:
             return Spread(table.expert_parallel // block, experts)
         case "ep_inside":
             return Spread(block, block * etp)
+        case "world":
+            return Spread(table.world_size, table.world_size)
+    stride = table.stage_stride
+    pipeline, homes = table.pipeline_parallel * stride, table.stage_homes  # two lie half a pipeline apart on average
+    match axis:
         case "dp":
-            return Spread(stride // tp, stride, runs * homes, pipeline // homes)
+            return Spread(stride // tp, stride, table.runs_per_stage * homes, pipeline // homes)
         case "edp":
-            return Spread(stride // experts, stride, runs * homes, pipeline // homes)
+            return Spread(stride // experts, stride, table.runs_per_stage * homes, pipeline // homes)
         case "pp":
             return Spread(table.pipeline_parallel, pipeline)
         case "ends":
             return Spread(2, pipeline)
-        case "world":
-            return Spread(table.world_size, table.world_size)
