@@ -29,7 +29,7 @@ from pipermoe.training.run import Run
 
 pytestmark = pytest.mark.distributed
 PIPELINE = Strategy(pipeline_parallel=2)
-SHORT, LONG = 5, 90  # seconds, for ranks that fall silent; for those that shall not be taken to have
+SHORT, LONG = 10, 90  # seconds, for ranks that fall silent; for those that shall not be taken to have
 WRITING = "saving the checkpoint of step 4"  # while that of step 2 is still being written
 
 
@@ -83,7 +83,7 @@ def stop() -> None:
         ),
         (
             stop,
-            r"^rank 1 \(step 2, action 1F1 \(stage 1, micro-batch 1\)\) stalled: no answer within 5 s \(step 2: rank 0",
+            r"^rank 1 \(step 2, action 1F1 \(stage 1, micro-batch 1\)\) stalled: no answer within 10 s \(step 2: ",
         ),
     ],
     ids=["raises", "dies", "stalls"],
@@ -255,7 +255,7 @@ HOST = "rank 0, which keeps the store that the ranks have met in, (is gone|does 
         pytest.param(by_srun, 0, die, HOST, marks=SLOW),
         pytest.param(by_torchrun, 1, stop, rf"rank 1 \({PLACE}\) {SILENT}", marks=SLOW),
         pytest.param(by_srun, 0, stop, HOST, marks=SLOW),
-        pytest.param(by_srun, 1, wait_forever, rf"rank 1 \({PLACE}\) stalled: no answer within 5 s", marks=SLOW),
+        pytest.param(by_srun, 1, wait_forever, rf"rank 1 \({PLACE}\) stalled: no answer within 10 s", marks=SLOW),
     ],
     ids=["raises", "the first raises", "killed", "the first is killed", "stopped", "the first is stopped", "stalls"],
 )

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from datetime import timedelta
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from pipermoe.processes.world import World
 from pipermoe.specs.errors import MachineError, UserError
 
 pytestmark = pytest.mark.distributed
-SHORT, LONG = 5.0, 90.0  # seconds, for ranks that fall silent; for those that shall not be taken to have
+SHORT, LONG = 3.0, 90.0  # seconds, for ranks that fall silent; for those that shall not be taken to have
 
 
 def join(world: World, timeout: float = LONG) -> None:
@@ -72,7 +71,7 @@ def is_misused(world: World) -> None:
     [
         (raises, MachineError, r"^rank 1: ValueError: a bug on this rank \(traceback in .*rank-1\.error\.txt\)$"),
         (dies, MachineError, r"^rank 2 was killed by SIGKILL"),
-        (stalls, MachineError, r"^rank 1 stalled: no answer within 5 s"),
+        (stalls, MachineError, r"^rank 1 stalled: no answer within 3 s"),
         (is_misused, UserError, r"^data\.paths: nothing there$"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -101,38 +100,32 @@ def test_ranks_that_succeed_return_to_the_parent(tmp_path, monkeypatch):
     assert [(tmp_path / str(rank)).read_text() for rank in range(3)] == ["[0, 1, 2]"] * 3
 
 
-# A shell that starts the tests in the background makes them ignore Ctrl-C; this parent listens again.
-PARENT = """
-import signal, sys
-from pathlib import Path
-signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.path.insert(0, {root!r})
-from tests.distributed.test_launch import report_and_step
-from pipermoe.processes.local_ranks import run_local_ranks
-try:
-    run_local_ranks(2, report_and_step, Path({folder!r}), 60)
-except KeyboardInterrupt:
-    print("interrupted", flush=True)
-"""
-
-
 def report_and_step(world: World) -> None:
     join(world)
     os.write(1, b"joined\n")
     step_forever()
 
 
+def parent(folder: Path, say: int) -> None:
+    """A process that starts ranks and says when it is interrupted."""
+    os.dup2(say, 1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell in the background ignores
+    try:
+        run_local_ranks(2, report_and_step, folder, LONG)
+    except KeyboardInterrupt:
+        os.write(1, b"interrupted\n")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
 def test_no_rank_outlives_an_interrupted_or_killed_parent(tmp_path, number):
-    root = str(Path(__file__).parents[2])
-    code = PARENT.format(root=root, folder=str(tmp_path))
-    with subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout is not None
-        for _ in range(2):
-            assert parent.stdout.readline().startswith("joined")
-        parent.send_signal(number)
-        try:
-            rest = parent.stdout.read()  # ends when the last process that could write has ended
-        finally:
-            parent.kill()
-    assert rest == ("interrupted\n" if number == signal.SIGINT else "")
+    reader, writer = os.pipe()
+    process = get_context("fork").Process(target=parent, args=(tmp_path, writer))
+    process.start()
+    os.close(writer)
+    with open(reader, "rb") as said:
+        assert [said.readline() for _ in range(2)] == [b"joined\n"] * 2
+        assert process.pid is not None
+        os.kill(process.pid, number)
+        rest = said.read()  # ends when the last process that could write has ended
+    process.join()
+    assert rest == (b"interrupted\n" if number == signal.SIGINT else b"")
