@@ -8,7 +8,7 @@ import sys
 import tempfile
 from argparse import ArgumentParser
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import IO, Protocol
@@ -18,6 +18,7 @@ from benchmarks.network import bed as network
 from pipermoe.measure import measure_platform
 from pipermoe.processes.local_ranks import run_local_ranks
 from pipermoe.specs.documents import load
+from pipermoe.specs.errors import MachineError
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.platform import Platform
 from pipermoe.specs.train import TrainConfig
@@ -28,6 +29,17 @@ HOSTS = 2  # of the slow link
 MASTER_PORT = 29400
 ENTER = Path(network.__file__).parent / "enter"
 RESULTS = "results.jsonl"
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What ends trials early, an interrupt or a rank that fails, is told; what was tried before counts."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+    except (MachineError, SystemExit) as error:
+        print(error, file=sys.stderr)
 
 
 class Machine(Protocol):
@@ -51,7 +63,7 @@ class ThisMachine:
     def tried(self, trials: Trials) -> list[list[float]]:
         with tempfile.TemporaryDirectory(prefix="pipermoe-demo-") as folder:
             results = Path(folder) / RESULTS
-            with suppress(KeyboardInterrupt):
+            with _told():
                 run_local_ranks(RANKS, lambda world: try_all(trials, world, results), Path(folder))
             return read_results(results)
 
@@ -69,7 +81,7 @@ class TwoHosts:
         with tempfile.TemporaryDirectory(prefix="pipermoe-demo-") as folder:
             asked, results = Path(folder) / "trials.json", Path(folder) / RESULTS
             asked.write_text(trials.model_dump_json())
-            with suppress(KeyboardInterrupt):
+            with _told():
                 self._start("benchmarks.demo_trials", str(asked), str(results))
             return read_results(results)
 

@@ -158,6 +158,7 @@ def ranked(job: Job, row_id: str, recipe: Recipe, options: argparse.Namespace) -
         "row": row_id,
         "model": model.name,
         "machine": f"{strategy.world_size} {platform.name}",
+        "job": _job_text(recipe),
         "published": strategy_text(strategy),
         "published_seconds": published.step_seconds,
         "published_fits": published.peak_bytes <= job.memory_budget_bytes,
@@ -223,18 +224,33 @@ def _written(options: argparse.Namespace) -> list[dict]:
     return json.loads(options.json.read_text())["rows"] if options.json and options.json.exists() else []
 
 
+def _job_text(recipe: Recipe) -> str:
+    train, world = recipe.train, recipe.strategy.world_size
+    batch = f"{train.global_batch_size} x {train.seq_len} {train.precision}"
+    return f"{recipe.model.name}, {batch}, {world} {recipe.platform.name}, {recipe.software}"
+
+
 def summary_of(rows: list[dict]) -> dict:
-    shares = np.array([row["share_below"] for row in rows if row["share_below"] is not None])
     searched_rows = [row for row in rows if "searched_within_bytes" in row]
+    fastest = {row["job"]: row for row in sorted(rows, key=lambda row: row["measured_seconds"], reverse=True)}
     return {
-        "mappings": len(rows),
-        "ranked": len(shares),
-        "in_top": {f"{top:.1%}": int(np.count_nonzero(shares <= top)) for top in TOPS},
-        "rank_quantiles": {f"{q:.0%}": float(np.quantile(shares, q)) for q in QUANTILES} if len(shares) else {},
+        "ranks": ranks_of(rows),
+        "ranks_of_the_fastest_measured_of_each_job": ranks_of(list(fastest.values())),
         "published_does_not_fit_here": sum(not row["published_fits"] for row in rows),
         "not_searched": {row["row"]: row["not_searched"] for row in rows if "not_searched" in row},
         "searched": gains_of(searched_rows),
         "searched_and_fit": gains_of([row for row in searched_rows if row["published_fits"]]),
+    }
+
+
+def ranks_of(rows: list[dict]) -> dict:
+    """How many rank how high."""
+    shares = np.array([row["share_below"] for row in rows if row["share_below"] is not None])
+    return {
+        "mappings": len(rows),
+        "ranked": len(shares),
+        "in_top": {f"{top:.1%}": int(np.count_nonzero(shares <= top)) for top in TOPS},
+        "quantiles": {f"{q:.0%}": float(np.quantile(shares, q)) for q in (*QUANTILES, 1)} if len(shares) else {},
     }
 
 
