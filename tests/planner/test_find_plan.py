@@ -126,13 +126,13 @@ def test_no_bound_of_a_head_exceeds_that_of_its_strategies():
 
 def test_no_floor_of_a_head_exceeds_those_of_its_branches_nor_theirs_a_peak():
     field = Field.of(Job(MODEL, machine(ranks=8, compute_slots=8), TRAIN, 8, 2**40))
-    space, judge, everything = field.space, field.judge, field.space.select()
+    space, peaks, everything = field.space, field.peaks, field.space.select()
     heads = np.arange(3, len(space.heads), len(space.heads) // 40)
     branches, _ = space.branches(heads, everything)
     places = space.places_of(branches[::5], everything)[::3]
-    of_branches, of_places = judge.branch_floors(branches), judge.floors(places)
-    assert (judge.head_floors(branches * space.tails_of_branch // len(space.tails)) <= of_branches).all()
-    assert (judge.branch_floors(places // space.tails_of_branch) <= of_places).all()
+    of_branches, of_places = peaks.branch_floors(branches), peaks.floors(places)
+    assert (peaks.head_floors(branches * space.tails_of_branch // len(space.tails)) <= of_branches).all()
+    assert (peaks.branch_floors(places // space.tails_of_branch) <= of_places).all()
     assert (of_places <= peak_bytes(MODEL, TRAIN, space.table(places))).all()
 
 

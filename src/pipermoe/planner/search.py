@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pipermoe.planner.exact import schedule_kinds
 from pipermoe.planner.job import Job
-from pipermoe.planner.judge import Judge
+from pipermoe.planner.judge import Peaks, Steps
 from pipermoe.planner.pool import Pool
 from pipermoe.planner.space import Selection, Space, job_space
 from pipermoe.planner.splits import balanced_splits
@@ -63,13 +63,14 @@ class Field:
     job: Job
     space: Space
     bound: NDArray[np.float64]
-    judge: Judge
+    steps: Steps
+    peaks: Peaks
 
     @classmethod
     def of(cls, job: Job) -> Field:
         space = job_space(job, balanced_splits(job.model, job.platform, job.train, job.world_size))
-        judge = Judge(job, space)
-        return cls(job, space, judge.quick_bounds(), judge)
+        steps = Steps(job, space)
+        return cls(job, space, steps.quick_bounds(), steps, Peaks(job, space))
 
     def best(
         self, count: int = 1, selection: Selection | None = None, memory_budget_bytes: float | None = None
@@ -115,7 +116,7 @@ class _Search:
     """One run: pools of heads, branches and places in the order of their bounds; those of `fitting` are weighed."""
 
     def __init__(self, field: Field, selection: Selection, budget: float, count: int) -> None:
-        self.job, self.space, self.judge = field.job, field.space, field.judge
+        self.job, self.space, self.steps, self.peaks = field.job, field.space, field.steps, field.peaks
         self.selection, self.budget, self.count = selection, budget, count
         chosen = np.flatnonzero(selection.heads)
         self.unseen = Pool.of(chosen, field.bound[chosen] * (1 - ROUNDING))
@@ -161,23 +162,23 @@ class _Search:
 
     def _look_at(self, heads: NDArray) -> None:
         """Bound `heads` better."""
-        self.heads.add(heads, self.judge.head_bounds(heads) * (1 - ROUNDING))
+        self.heads.add(heads, self.steps.head_bounds(heads) * (1 - ROUNDING))
 
     def _divide(self, heads: NDArray) -> None:
         """The branches of `heads`, but those that would not fit with any tail."""
-        may_fit = self._may_fit(self.judge.head_floors, heads)
+        may_fit = self._may_fit(self.peaks.head_floors, heads)
         self.not_fitting += len(self.space.places(heads[~may_fit], self.selection))
         branches, strategies = self.space.branches(heads[may_fit], self.selection)
-        fits = self._may_fit(self.judge.branch_floors, branches)
+        fits = self._may_fit(self.peaks.branch_floors, branches)
         self.not_fitting += int(strategies[~fits].sum())
-        self.branches.add(branches[fits], self.judge.branch_bounds(branches[fits]) * (1 - ROUNDING))
+        self.branches.add(branches[fits], self.steps.branch_bounds(branches[fits]) * (1 - ROUNDING))
 
     def _write_out(self, branches: NDArray) -> None:
         """The strategies of `branches`, but those that no order of the schedule could make fit."""
         places = self.space.places_of(branches, self.selection)
-        fits = self._may_fit(self.judge.floors, places)
+        fits = self._may_fit(self.peaks.floors, places)
         self.not_fitting += int(np.count_nonzero(~fits))
-        self.places.add(places[fits], self.judge.bounds(places[fits]) * (1 - ROUNDING))
+        self.places.add(places[fits], self.steps.bounds(places[fits]) * (1 - ROUNDING))
 
     def _may_fit(self, floors: Callable[[NDArray], NDArray], numbers: NDArray) -> NDArray[np.bool_]:
         """Whose floors fit; without a limit none has to be known."""
@@ -186,7 +187,7 @@ class _Search:
     def _weigh(self) -> None:
         """Weigh the first place, and with it those of the same schedule that could win."""
         places, bounds = self._same_schedule(self.places)
-        fits = self.judge.peaks(places) <= self.budget
+        fits = self.peaks.peaks(places) <= self.budget
         self.not_fitting += int(np.count_nonzero(~fits))
         self.fitting.add(places[fits], bounds[fits])
 
@@ -199,7 +200,7 @@ class _Search:
         return pool.remove(same)
 
     def _simulate(self, places: NDArray) -> None:
-        seconds, peaks = self.judge.seconds(places), self.judge.peaks(places)
+        seconds, peaks = self.steps.seconds(places), self.peaks.peaks(places)
         ranked = [float(f"{each:.{DIGITS}g}") for each in seconds]
         found = map(Found, ranked, peaks.tolist(), places.tolist(), seconds.tolist())
         self.found = sorted([*self.found, *found])

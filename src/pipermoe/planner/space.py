@@ -105,6 +105,10 @@ class Space:
         branch, tail = np.nonzero(self.open_tails.reshape(-1, width)[branches] & selected[branches % len(selected)])
         return branches[branch] * width + tail
 
+    def branch_table(self, branches: NDArray) -> StrategyTable:
+        """The first strategy of each branch."""
+        return self.table(branches * self.tails_of_branch)
+
     def table(self, places: NDArray) -> StrategyTable:
         """The strategies of `places` as a table."""
         head, tail = np.divmod(places, len(self.tails))
