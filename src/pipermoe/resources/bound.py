@@ -53,23 +53,22 @@ def grouped_bound(
 ) -> NDArray[np.float64]:
     """`step_bound` of the rows of `groups`, `price_of` being `unit_seconds`."""
     found, states, levels = groups.chains(), groups.states, groups.levels
-    seconds = _chain_seconds(platform, groups, found, price_of, ways)
+    crowding = _crowding(platform, groups.heads)
+    first = int(np.isinf(crowding).all())  # where no cores are shared, classes of ranks alone count
+    seconds = _chain_seconds(platform, groups, found, crowding, price_of, ways)
     shapes, ranks = classes_of_rows(found, np.tile(states.schedule, len(levels)))
     each = _closing(model, platform, train, shapes, ranks, in_each(levels, states.table))
     after = each.reshape(len(levels), len(states.table), -1).min(axis=0).T.copy()
-    return groups.largest_sums(seconds, after)
+    return groups.largest_sums(lambda schedule, piece: seconds(schedule, piece)[first:], after[first:])
 
 
 def _chain_seconds(
-    platform: Platform, groups: Groups, found: Sequence[Chains], price_of: Price, ways: Ways
+    platform: Platform, groups: Groups, found: Sequence[Chains], crowding: Figures, price_of: Price, ways: Ways
 ) -> Callable[[int, slice], Figures]:
     """Seconds of the longest chain of a schedule's combos, (1 + classes, combos): first of what the cores compute, then
     of every class of ranks.
     """
-    least, of = cheapest(price_of, ways)(groups.insides), groups.head.of
-    hop, share = groups.nearest_hops(platform), _shares(platform, groups.heads)
-    # Where every rank has a core for itself, the one that computes most is no earlier than all of them together.
-    crowding = np.where(share * groups.heads.pipeline_parallel > 1, share, -np.inf)[of]
+    least, hop, of = cheapest(price_of, ways)(groups.insides), groups.nearest_hops(platform), groups.head.of
     kinds = distinct([groups.inside.of, hop[of]])
     inside, hop = groups.inside.of[kinds.rows], hop[of][kinds.rows]
     price = np.floor(np.column_stack([least[inside, :SENDS], least[inside, SENDS + hop]]) * TICKS)
@@ -78,13 +77,21 @@ def _chain_seconds(
 
     def seconds(schedule: int, piece: slice) -> Figures:
         chain, repeats = found[schedule], microbatches[schedule]
-        counts = np.concatenate([repeats * chain.computed[None], chain.once + repeats * chain.each])
-        paths = counts.take(used, axis=1) @ price.take(kinds.of[piece], axis=0).T
-        paths[0] *= crowding[piece]
-        paths[1:][chain.limited] *= 1 / chain.over
-        return largest_of_each(paths, [0, *(1 + chain.starts)])
+        counts = (chain.once + repeats * chain.each).take(used, axis=1)
+        paths = counts @ price.take(kinds.of[piece], axis=0).T
+        paths[0] *= crowding[of[piece]]
+        paths[chain.limited] *= 1 / chain.over
+        return largest_of_each(paths, chain.starts)
 
     return seconds
+
+
+def _crowding(platform: Platform, heads: StrategyTable) -> Figures:
+    """How many times as long as on a core each what all ranks of a stage compute takes. Where every rank has a core for
+    itself, -inf: the one that computes most is no earlier than all of them together.
+    """
+    share = _shares(platform, heads)
+    return np.where(share * heads.pipeline_parallel > 1, share, -np.inf)
 
 
 def _shares(platform: Platform, table: StrategyTable) -> NDArray[np.float64]:

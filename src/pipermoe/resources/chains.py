@@ -32,17 +32,16 @@ class Chains:
     """The longest paths by the class of ranks on which they end; ranks with equal layers are one class.
 
     A path counts `once` and, for every micro-batch, `each`, both (paths, prices), and the `limited` paths all that
-    `over` (limited paths, 1). Paths are sorted by class, of which class c begins at `starts[c]`. Counts are whole
-    numbers or halves: their sums are exact. `computed` (prices,) is the computing of one micro-batch on all stages.
-    `holds` (classes, parts) is what the ranks of a class hold, `ranks` (classes,) how many there are.
+    `over` (limited paths, 1). The first is no path: the computing on all stages. The others are sorted by class; of all
+    these groups one begins at each of `starts`. Counts are whole numbers or halves: their sums are exact. `holds`
+    (classes, parts) is what the ranks of a class hold, `ranks` (classes,) how many there are.
     """
 
     once: Counts
     each: Counts
     limited: slice
     over: NDArray[np.int64]
-    starts: NDArray[np.int64]
-    computed: Counts
+    starts: list[int]
     holds: NDArray[np.int64]
     ranks: NDArray[np.int64]
 
@@ -66,15 +65,14 @@ def chains(
         np.concatenate, zip(pipe.through_all(found), *pipe.there_and_back(found), strict=True)
     )
     order = np.lexsort((over, owner))
-    limited = np.flatnonzero(over[order] > 1)  # all end on the rank of stage 0
-    limited = slice(limited[0], limited[-1] + 1) if len(limited) else slice(0)
+    limited = 1 + np.flatnonzero(over[order] > 1)  # all end on the rank of stage 0
+    computed = pipe.stages.computed[None]
     return Chains(
-        once=once[order],
-        each=each[order],
-        limited=limited,
-        over=over[order[limited], None],
-        starts=np.searchsorted(owner[order], np.arange(len(holds))),
-        computed=pipe.stages.computed,
+        once=np.concatenate([0 * computed, once[order]]),
+        each=np.concatenate([computed, each[order]]),
+        limited=slice(limited[0], limited[-1] + 1) if len(limited) else slice(0),
+        over=over[order[limited - 1], None],
+        starts=[0, *(1 + np.searchsorted(owner[order], np.arange(len(holds)))).tolist()],
         holds=holds,
         ranks=alike,
     )

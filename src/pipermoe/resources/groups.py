@@ -22,7 +22,7 @@ from pipermoe.resources.kinds import Kinds, distinct, run_starts
 from pipermoe.resources.stages import StageShapes, shapes_of
 from pipermoe.resources.unit_seconds import COMPUTED, EXCHANGED, SHAPE
 from pipermoe.schedule.builders import RECIPES
-from pipermoe.schedule.traits import schedule_traits, stages_of_ranks
+from pipermoe.schedule.traits import stages_of_ranks
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.platform import Platform
 from pipermoe.specs.strategy_table import SCHEDULE_NAMES, StrategyTable
@@ -130,7 +130,7 @@ class Groups:
 
     @cached_property
     def _layout(self) -> NDArray[np.int64]:
-        """Of every head a number of what its ranks hold, and whether they leave weight gradients for later."""
+        """Of every head a number of what its ranks hold."""
         known: dict[tuple, int] = {}
         pipelines = self.heads.take(self.pipe.rows)
         splits = (pipelines.splits[split] for split in pipelines.layer_split.tolist())
@@ -174,13 +174,11 @@ class Groups:
         `by_combo(schedule, piece)` finds (classes, combos) of a piece, `by_state` are (classes, states); a schedule has
         the first of all classes. It is worked out for every combo with every level, few of which do not occur.
         """
-        states = self.states
-        figures = np.empty((len(states.zero), len(self.rows)))
+        held = by_state.take(self.states.of, axis=1)  # (classes, levels, heads)
+        figures = np.empty((held.shape[1], len(self.rows)))
         for schedule, piece in self.pieces():
-            mine, head = by_combo(schedule, piece), self.head.of[piece]
-            first, last = head[0], head[-1]
-            held = by_state[: len(mine)].take(states.of[:, first : last + 1], axis=1)  # by heads, which are few
-            sums = held.take(head - first, axis=2)
+            mine = by_combo(schedule, piece)
+            sums = held[: len(mine)].take(self.head.of[piece], axis=2)
             sums += mine[:, None]
             np.maximum.reduce(sums, axis=0, out=figures[:, piece])
         return figures.ravel().take(self._place)
@@ -233,8 +231,7 @@ def _parts(layers: tuple[bool, ...], predictions: int, stages: int, split: tuple
 
 
 def _layout(name: str, ranks: int, chunks: int, split: tuple[int, ...]) -> tuple:
-    held = stages_of_ranks(name, ranks, chunks)
-    return split, ranks * chunks, tuple(sorted(held)), schedule_traits(name, ranks, chunks).splits_backward
+    return split, ranks * chunks, tuple(sorted(stages_of_ranks(name, ranks, chunks)))
 
 
 def pipelines_of(table: StrategyTable) -> Iterator[tuple[str, int, int]]:
