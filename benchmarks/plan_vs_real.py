@@ -226,15 +226,13 @@ def main() -> None:
     until = time.time() + options.seconds
     with slow_link(options.slow_link) if options.slow_link else nullcontext(ThisMachine()) as machine:
         now = tried(contest(options, machine), machine, options, until)
-    if not now.timed:
-        parser.exit(1, "interrupted before a strategy was tried\n")
     rows = rows_of(now)
-    summary = summary_of(rows, now.feasible)
-    print_rows(rows, summary)
-    waiting = len(due(now, options.passes, options.finals))
-    if waiting:
-        print(f"{waiting} trials are left: the same command goes on")
+    summary = summary_of(rows, now.feasible) if rows else {}
     write_json(options, Written(summary=summary, rows=rows, contest=now).model_dump(mode="json"))
+    if rows:
+        print_rows(rows, summary)
+    if waiting := len(due(now, options.passes, options.finals)):
+        print(f"{waiting} trials are left: the same command goes on")
 
 
 if __name__ == "__main__":
