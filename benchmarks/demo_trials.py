@@ -9,6 +9,7 @@ others are timed. Nothing is validated, counted or saved.
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -62,6 +63,7 @@ def try_all(trials: Trials, world: World, results: Path) -> None:
     )
     assert dist.group.WORLD is not None
     rank = _Rank(trials.model, trials.train, load_text(trials.train, trials.model.vocab_size))
+    gc.freeze()  # what the imports made is not looked at again
     for strategy in trials.strategies:
         in_time, *_ = all_gather_json(time.time() < trials.until, dist.group.WORLD)  # as rank 0 says
         if not in_time:
@@ -90,6 +92,7 @@ class _Rank:
 
     def seconds(self, strategy: Strategy, steps: int) -> list[float]:
         """What each of `steps` steps took on this rank, after one that does not count."""
+        gc.collect()  # the runtime of the trial before, whose parts hold each other
         schedule = with_communication(schedule_of(strategy, self.train.global_batch_size))
         groups = self._groups(strategy)
         engine = Engine(self.model, self.train, strategy, schedule, groups)
