@@ -25,7 +25,6 @@ TOPOLOGY = Topology.even(16, 4, groups=4, nics_per_node=2, **SPEEDS)
 LINKS = Links(ranks_per_node=4, nics_per_node=2, ranks_per_group=16, **SPEEDS)
 FORMULAS = {
     "direct": regular.direct_seconds,
-    "pairwise": regular.pairwise_seconds,
     "hierarchical": regular.hierarchical_seconds,
     "log_step": regular.log_step_seconds,
 }

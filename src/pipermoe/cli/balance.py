@@ -70,14 +70,13 @@ def balance(
     ranks = ranks if ranks is not None else (priced_on[0].strategy.expert_parallel if priced_on else 64)
     place = {"ranks": ranks, "nodes": nodes, "slots": _slots(slots, ranks, nodes, experts=read.shape[2])}
     found = compare_policies(read, _chosen(policy, read), **place, every=every, window=window)
-    if plot is not None:
-        draw_comparison(found, plot)
     if priced_on is None:
         show(found, lambda console: render_comparison(found, console), as_json=json)
     else:
         priced = price_policies(found, *priced_on)
         show(priced, lambda console: render_prices(priced, console), as_json=json)
     if plot is not None:
+        draw_comparison(found, plot)
         note(f"Wrote {plot}", as_json=json)
 
 

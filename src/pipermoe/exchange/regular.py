@@ -123,22 +123,6 @@ def direct_seconds(bytes_per_pair, ranks, links: Links) -> np.ndarray:
     return bound + _latency(ranks, links) + 2 * (ranks - 1) * links.message_seconds
 
 
-def pairwise_seconds(bytes_per_pair, ranks, links: Links, *, window=1) -> np.ndarray:
-    """Rotation with a window: while W < n R a group sends to one or two others, so one global link of G - 1 works.
-
-    (P - R) / W windows, each as long as its bottleneck: W messages of every rank over a NIC, or n R W of a group over
-    one global link (exact for whole groups up to the two links of a straddling step, so an upper bound by at most 2).
-    """
-    m = np.asarray(bytes_per_pair, dtype=np.float64)
-    inside, in_group = links.inside(ranks), links.in_group(ranks)
-    step = inside * m / (links.nics_per_node * links.nic_bandwidth)
-    far_step = np.where(ranks > in_group, np.maximum(step, in_group * m / links.global_bandwidth), 0.0)
-    bound = limit_seconds(bytes_per_pair, ranks, links)
-    time = (in_group - inside) * step + (ranks - in_group) * far_step
-    latency = _latency(ranks, links) * np.ceil((ranks - 1) / window)
-    return np.maximum(time, bound) + latency + 2 * (ranks - 1) * links.message_seconds
-
-
 def hierarchical_seconds(bytes_per_pair, ranks, links: Links, *, chunks=1) -> np.ndarray:
     """Gather, cross, scatter with K carriers per node pair: about 2 (R - 1) + 2 (N - 1) K / R messages per rank."""
     m = np.asarray(bytes_per_pair, dtype=np.float64)
