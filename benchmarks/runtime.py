@@ -38,7 +38,7 @@ from pipermoe.specs.configuration import Configuration
 from pipermoe.specs.documents import load
 from pipermoe.specs.model import MixtureOfExperts, ModelSpec
 from pipermoe.specs.plan import Plan
-from pipermoe.specs.platform import Platform
+from pipermoe.specs.platform_file import load_platform
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.strategy_text import strategy_text
 from pipermoe.specs.train import TrainConfig
@@ -147,7 +147,7 @@ def table_of(rows: list[dict]) -> Table:
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--platform", type=Path)
+    parser.add_argument("--platform", help="a machine of the catalogue or a platform file")
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--minutes", type=float, default=6.0)
     parser.add_argument("--transformers", type=Path, default=TRANSFORMERS, help="a Python that has it")
@@ -165,7 +165,7 @@ def main() -> None:
         job = files("pipermoe.catalogue").joinpath("jobs/demo.toml")
         train = load(str(job), TrainConfig).model_copy(update={"validation_batches": 1, "auxiliary_loss": 0.0})
         write_job(folder, model, train, options.steps)
-        platform = load(options.platform, Platform) if options.platform else measure_platform(nproc=RANKS, model=model)
+        platform = load_platform(options.platform) if options.platform else measure_platform(nproc=RANKS, model=model)
         assert platform is not None  # no one else has started these ranks
         best = find_plan(model, platform, train, world_size=RANKS, memory_budget_bytes=GIB).plan
         plans = {PLANNED: best}

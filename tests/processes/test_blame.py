@@ -26,5 +26,7 @@ def test_a_closed_connection_makes_a_witness_and_wrong_input_no_traceback(tmp_pa
     assert failure_of(0, "rank", RuntimeError("Connection closed by peer [::1]"), tmp_path).kind == "witness"
     assert type(failure_of(0, "rank", UserError("no"), tmp_path).error) is UserError
     assert not list(tmp_path.iterdir())
+    timed_out = failure_of(0, "rank", RuntimeError("[/src/gloo/tcp/buffer.cc:129] Timed out waiting 5000ms"), tmp_path)
+    assert timed_out.message == "rank 0: RuntimeError: Timed out waiting 5000ms"
     own = failure_of(1, "rank", ValueError("a bug"), tmp_path)
     assert (own.kind, own.message) == ("own", f"rank 1: ValueError: a bug (traceback in {tmp_path}/rank-1.error.txt)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Literal
 from pipermoe.specs.errors import MachineError, UserError
 
 WAITING = ", waiting for other ranks"  # ends what a rank says that it is doing, while it does nothing itself
+_PLACE_IN_LIBRARY = re.compile(r"\[/\S+:\d+\] ")  # gloo begins its messages with a path of whoever has compiled it
 _WITNESS_WORDS = (
     "connection closed by peer",
     "connection reset",
@@ -40,7 +42,7 @@ def failure_of(rank: int, noun: str, error: BaseException, output: Path) -> Fail
     if isinstance(error, UserError) and not isinstance(error, MachineError):
         return Failure(rank, "user", str(error))
     message = str(error) if isinstance(error, MachineError) else f"{noun} {rank}: {type(error).__name__}: {error}"
-    message = next(iter(message.splitlines()), "")
+    message = _PLACE_IN_LIBRARY.sub("", next(iter(message.splitlines()), ""))
     if any(word in message.lower() for word in _WITNESS_WORDS):
         return Failure(rank, "witness", message)
     path = output / f"{noun}-{rank}.error.txt"
