@@ -39,7 +39,8 @@ class Work(IntEnum):
 
 PARTS = ONE_OF_EACH.num_stages
 SHAPE = ("micro_batch_size", "context_parallel", "tensor_parallel", "expert_parallel", "expert_tensor_parallel")
-COMPUTED = (*SHAPE, "recompute", "recompute_modules")  # what computing reads
+AGAIN = ("recompute", "recompute_modules")
+COMPUTED = (*SHAPE, *AGAIN)  # what computing reads
 EXCHANGED = (*SHAPE, "dispatcher", "ranks_per_copy", "exchange")  # what collectives read
 
 
@@ -59,13 +60,11 @@ def unit_seconds(
     They depend on the micro-batch, the degrees inside a stage, recomputation and dispatch only.
     """
     sizes = sizes_of(model, train, table, imbalance=imbalance)
-    by_work: dict[Work, NDArray[np.float64]] = {}
-    for names, units in ((COMPUTED, compute_units), (EXCHANGED, exchange_units)):
-        kinds = distinct([getattr(table, name) for name in names])
-        found = units(model, platform, train, table.take(kinds.rows), imbalance)
-        for work, seconds in found.items():
-            each = seconds[kinds.of]
-            by_work[work] = by_work[work] + each if work in by_work else each
+    by_work = compute_units(model, platform, train, table, imbalance)
+    kinds = distinct([getattr(table, name) for name in EXCHANGED])
+    for work, seconds in exchange_units(model, platform, train, table.take(kinds.rows), imbalance).items():
+        each = seconds.take(kinds.of, axis=0)
+        by_work[work] = by_work[work] + each if work in by_work else each
     arrives = meeting_work(platform, 2)
     levels = range(len(platform.levels))
     sends = [level_send_seconds(platform, level, message_bytes(sizes)) + arrives for level in levels]
@@ -75,12 +74,17 @@ def unit_seconds(
 def compute_units(
     model: ModelSpec, platform: Platform, train: TrainConfig, table: StrategyTable, imbalance: float = 1.0
 ) -> dict[Work, NDArray[np.float64]]:
-    """The computing among them: seconds (rows, PARTS), recomputation in the input gradient."""
-    sizes = sizes_of(model, train, table, imbalance=imbalance)
-    layers = layer_seconds(platform.device, train.precision, sizes, Recompute.of(table))
-    compute = stage_seconds(layers, ONE_OF_EACH)
+    """The computing among them: seconds (rows, PARTS), recomputation in the input gradient.
+
+    Shapes, which say how long anything takes, are few, and so is what they compute again: all pairs are worked out.
+    """
+    shape = distinct([getattr(table, name) for name in SHAPE])
+    again = distinct([getattr(table, name) for name in AGAIN])
+    sizes = sizes_of(model, train, table.take(shape.rows[:, None]), imbalance=imbalance)
+    layers = layer_seconds(platform.device, train.precision, sizes, Recompute.of(table.take(again.rows)))
+    compute, pairs = stage_seconds(layers, ONE_OF_EACH), (len(shape.rows), len(again.rows), PARTS)
     each = {Work.FORWARD: compute.forward, Work.INPUT_GRAD: compute.input_grad, Work.WEIGHT_GRAD: compute.weight_grad}
-    return {work: np.broadcast_to(seconds, (len(table), PARTS)) for work, seconds in each.items()}
+    return {work: np.broadcast_to(seconds, pairs)[shape.of, again.of] for work, seconds in each.items()}
 
 
 def exchange_units(
