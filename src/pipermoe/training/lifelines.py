@@ -6,13 +6,16 @@ none, and nothing is known of that rank.
 
 from __future__ import annotations
 
+import secrets
 import socket
+import struct
 import time
 from contextlib import suppress
 from selectors import EVENT_READ, DefaultSelector
 
 CONNECT_SECONDS = 2.0  # in which the one that connects gives no sign of life
 _GOODBYE = b"."
+_GREETING = struct.Struct(">i32s")  # rank, the listener's secret
 
 
 class Lifelines:
@@ -22,19 +25,20 @@ class Lifelines:
         self._ends = DefaultSelector()
         self._closed_at: dict[int, float] = {}
 
-    def listen(self, ranks: int) -> int:
-        """Accept the others from now on; returns the port."""
+    def listen(self, ranks: int) -> tuple[int, str]:
+        """Accept the others from now on; returns the port, and the secret that they greet with."""
         both = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if both else socket.AF_INET
         server = socket.create_server(("", 0), family=family, backlog=ranks, dualstack_ipv6=both)
         self._ends.register(server, EVENT_READ)
-        return server.getsockname()[1]
+        self._secret = secrets.token_hex(16)
+        return server.getsockname()[1], self._secret
 
-    def connect(self, rank: int, host: str, port: int) -> None:
-        """Tie rank `rank` to the first, which listens there."""
+    def connect(self, rank: int, host: str, port: int, secret: str) -> None:
+        """Tie rank `rank` to the first, which listens there and has this secret."""
         with suppress(OSError):
             end = socket.create_connection((host, port), CONNECT_SECONDS)
-            end.sendall(rank.to_bytes(4, "big"))
+            end.sendall(_GREETING.pack(rank, secret.encode()))
             self._ends.register(end, EVENT_READ, data=0)
 
     def ended(self, for_seconds: float = 0.0) -> list[int]:
@@ -66,9 +70,12 @@ class Lifelines:
         end, _ = server.accept()
         end.settimeout(CONNECT_SECONDS)
         with suppress(OSError):
-            name = end.recv(4)
-            if len(name) == 4:
-                self._ends.register(end, EVENT_READ, data=int.from_bytes(name, "big"))
+            greeting = end.recv(_GREETING.size)
+            rank, secret = _GREETING.unpack(greeting) if len(greeting) == _GREETING.size else (0, b"")
+            if secret == self._secret.encode():
+                self._ends.register(end, EVENT_READ, data=rank)
+                return
+        end.close()  # a stranger
 
 
 def _closed_without_goodbye(end: socket.socket) -> bool:

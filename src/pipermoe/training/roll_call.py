@@ -32,7 +32,7 @@ BEAT_SECONDS = 0.5
 LEAST_SILENCE_SECONDS = 3.0
 SILENCE_SHARE = 0.05  # of the timeout: so long a rank gives no sign of life while a witness looks around
 LIMIT = 5  # such silences may one rank's search for a verdict last
-VERDICT, SEARCHERS, HEARD, PORT = "pipermoe/verdict", "pipermoe/searchers", "pipermoe/heard", "pipermoe/lifelines"
+VERDICT, SEARCHERS, HEARD, LISTENER = "pipermoe/verdict", "pipermoe/searchers", "pipermoe/heard", "pipermoe/lifelines"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class RollCall:
         assert isinstance(store, TCPStore)
         self._store = TCPStore(store.host, store.port, is_master=False, wait_for_workers=False)
         if self._rank == 0:
-            store.set(PORT, str(self._lifelines.listen(self._size)))
+            store.set(LISTENER, json.dumps(self._lifelines.listen(self._size)))
         self._sign()
         self._thread = Thread(target=self._attend, name="roll call", daemon=True)
         self._thread.start()
@@ -129,8 +129,8 @@ class RollCall:
 
     def _tie(self) -> None:
         """Have a lifeline, once the first rank can be reached."""
-        if self._rank and not self._tied and self._store.check([PORT]):
-            self._lifelines.connect(self._rank, self._store.host, int(self._store.get(PORT)))
+        if self._rank and not self._tied and self._store.check([LISTENER]):
+            self._lifelines.connect(self._rank, self._store.host, *json.loads(self._store.get(LISTENER)))
             self._tied = True
 
     def _read(self, rank: int) -> Sign:
