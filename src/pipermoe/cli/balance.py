@@ -12,6 +12,7 @@ from pipermoe.cli.output import note, show
 
 if TYPE_CHECKING:
     from pipermoe.layout.policy import Policy
+    from pipermoe.layout.replay import Comparison
     from pipermoe.layout.trace import Trace
     from pipermoe.specs.plan import Plan
     from pipermoe.specs.platform import Platform
@@ -61,8 +62,7 @@ def balance(
     """
     from pipermoe.layout.replay import compare_policies
     from pipermoe.layout.trace import read_trace
-    from pipermoe.report.balance import draw_comparison, render_comparison, render_prices
-    from pipermoe.resources.relayout import price_policies
+    from pipermoe.report.balance import draw_comparison
 
     read = read_trace(trace)
     priced_on = _plan_and_machine(plan, platform, ranks, read)
@@ -70,14 +70,21 @@ def balance(
     ranks = ranks if ranks is not None else (priced_on[0].strategy.expert_parallel if priced_on else 64)
     place = {"ranks": ranks, "nodes": nodes, "slots": _slots(slots, ranks, nodes, experts=read.shape[2])}
     found = compare_policies(read, _chosen(policy, read), **place, every=every, window=window)
-    if priced_on is None:
-        show(found, lambda console: render_comparison(found, console), as_json=json)
-    else:
-        priced = price_policies(found, *priced_on)
-        show(priced, lambda console: render_prices(priced, console), as_json=json)
+    _show_comparison(found, priced_on, as_json=json)
     if plot is not None:
         draw_comparison(found, plot)
         note(f"Wrote {plot}", as_json=json)
+
+
+def _show_comparison(found: Comparison, priced_on: tuple[Plan, Platform] | None, *, as_json: bool) -> None:
+    from pipermoe.report.balance import render_comparison, render_prices
+    from pipermoe.resources.relayout import price_policies
+
+    if priced_on is None:
+        show(found, lambda console: render_comparison(found, console), as_json=as_json)
+    else:
+        priced = price_policies(found, *priced_on)
+        show(priced, lambda console: render_prices(priced, console), as_json=as_json)
 
 
 def _plan_and_machine(
