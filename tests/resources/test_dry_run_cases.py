@@ -51,7 +51,7 @@ def test_a_tied_head_brings_the_embedding_wherever_it_is_sharded(strategy, mtp_l
         pytest.param("pp1 dp8 ep8 mbs1 1f1b", "lognormal:max=2", marks=pytest.mark.slow),
     ],
 )
-def test_under_an_imbalance_the_busiest_rank_sends_and_holds_what_it_does_in_a_dry_run(strategy, routing):
+def test_under_an_imbalance_the_busiest_rank_computes_sends_and_holds_what_it_does_in_a_dry_run(strategy, routing):
     model, arrangement = FAMILIES["plain"], Strategy.parse(strategy)
     train = TrainConfig(seq_len=128, global_batch_size=4 * arrangement.data_parallel * arrangement.micro_batch_size)
     moe, ranks = model.moe, arrangement.expert_parallel
@@ -62,6 +62,7 @@ def test_under_an_imbalance_the_busiest_rank_sends_and_holds_what_it_does_in_a_d
     guess = predict(model, PLATFORM, train, arrangement, load_P.max() / load_P.mean()).ranks[busiest]
     truth = dry_run(model, train, arrangement, rank=busiest, routing=routing).report
     assert load_P.max() > 1.1 * load_P.mean()
+    assert guess.flops == truth.flops
     assert guess.traffic["all_to_all.ep"] == truth.traffic["all_to_all.ep"]
     assert -0.01 <= guess.peak_bytes / truth.peak_bytes - 1 <= 0.02
 

@@ -26,7 +26,6 @@ from pipermoe.resources.communication import (
     traffic,
 )
 from pipermoe.resources.compute import layer_seconds, stage_flops, stage_seconds
-from pipermoe.resources.dispatch import kept_rows
 from pipermoe.resources.gathers import weight_gathers
 from pipermoe.resources.memory import rank_memory
 from pipermoe.resources.rates import pass_seconds
@@ -313,7 +312,7 @@ def predict(
     place, memory = placement_of(model, table), found.memory_bytes
     states = state_elements(model, place.ranks, table)
     sizes, sends = sizes_of(model, train, table, imbalance=imbalance), messages_sent(place.stages_of)
-    gathers, flops = weight_gathers(model, train, strategy), step_flops(model, train, strategy)
+    gathers, flops = weight_gathers(model, train, strategy), step_flops(model, train, strategy, int(sizes.computed[0]))
     stages = []  # by place in the expert group, where that matters, and pipeline rank
     for ep_rank in range(strategy.expert_parallel if strategy.dispatcher == "deduplicated" else 1):
         calls = traffic(train, sizes, place.ranks, table, states, sends, ep_rank) | gathers
@@ -351,8 +350,11 @@ def messages_sent(stages_of: Sequence[Sequence[int]]) -> NDArray:
     return sent
 
 
-def step_flops(model: ModelSpec, train: TrainConfig, strategy: Strategy) -> list[int]:
-    """FLOPs that one rank executes for each stage in a step, exactly: full attention square, recompute included."""
+def step_flops(model: ModelSpec, train: TrainConfig, strategy: Strategy, routed_rows: int) -> list[int]:
+    """FLOPs that one rank executes for each stage in a step, exactly: full attention square, recompute included.
+
+    Its experts compute `routed_rows` of every micro-batch (`Sizes.computed`).
+    """
     inner = strategy.context_parallel * strategy.tensor_parallel
     microbatches = strategy.stage_microbatches(train.global_batch_size)
     tokens = train.seq_len * strategy.micro_batch_size // inner
@@ -368,7 +370,7 @@ def step_flops(model: ModelSpec, train: TrainConfig, strategy: Strategy) -> list
                 seq_len=train.seq_len,
                 full=int(strategy.recompute == "full"),
                 modules=strategy.recompute_modules,
-                routed_rows=kept_rows(tokens * model.moe.top_k, model.moe.num_experts, train.capacity_factor),
+                routed_rows=routed_rows,
             )
         )
         for stage, layers in enumerate(ranges)

@@ -101,8 +101,12 @@ class Sizes:
         sends those back. So the busiest rank sends fewer in the one and more in the other.
         """
         balanced = 2 * (self.leaving * (self.ep - 1) // self.ep)
-        excess = self._within_capacity(self.imbalance) / self._within_capacity(1) - 1
-        return balanced + (self.ep - 2) * np.rint(self.leaving * excess / self.ep).astype(np.int64)
+        return balanced + (self.ep - 2) * np.rint((self.computed - self.leaving) / self.ep).astype(np.int64)
+
+    @property
+    def computed(self) -> Any:
+        """Rows of whole experts that this rank computes; `etp` ranks that share them have as many `arriving` each."""
+        return np.rint(self.leaving * self._within_capacity(self.imbalance) / self._within_capacity(1)).astype(np.int64)
 
     def _within_capacity(self, share: Any) -> Any:
         """At most `capacity_factor` times the even share: what the busiest rank has when all its experts are full."""
