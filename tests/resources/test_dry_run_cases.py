@@ -3,12 +3,15 @@ is within -1 and +2 % of it."""
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from tests.resources.case_list import FAMILIES, SCHEDULES, Case, cases
 from tests.resources.compared import PLATFORM, compare
 
 from pipermoe.dryrun.dry_run import dry_run
 from pipermoe.dryrun.planned_routing import planned_counts
+from pipermoe.resources.dispatch import skewed
 from pipermoe.resources.step import predict
 from pipermoe.specs.strategy import Strategy
 from pipermoe.specs.train import TrainConfig
@@ -64,6 +67,28 @@ def test_under_an_imbalance_the_busiest_rank_computes_sends_and_holds_what_it_do
     assert load_P.max() > 1.1 * load_P.mean()
     assert guess.flops == truth.flops
     assert guess.traffic["all_to_all.ep"] == truth.traffic["all_to_all.ep"]
+    assert -0.01 <= guess.peak_bytes / truth.peak_bytes - 1 <= 0.02
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "pp1 dp4 ep4 mbs1 1f1b deduplicated",
+        pytest.param("pp1 dp4 ep4 mbs1 1f1b deduplicated:2", marks=pytest.mark.slow),
+        pytest.param("pp2 dp8 ep8 mbs1 1f1b deduplicated:2", marks=pytest.mark.slow),
+    ],
+)
+def test_deduplicated_dispatch_sends_under_an_imbalance_what_a_dry_run_of_that_routing_sends(strategy, tmp_path):
+    model, arrangement, busiest, imbalance = FAMILIES["plain"], Strategy.parse(strategy), 2, 1.5
+    train = TrainConfig(seq_len=128, global_batch_size=4 * arrangement.data_parallel)
+    widths = train.seq_len * model.moe.top_k, model.moe.top_k, model.moe.num_experts, arrangement.expert_parallel
+    routing = tmp_path / "counts.json"
+    routing.write_text(json.dumps({"counts": skewed(*widths, imbalance, busiest).tolist()}))
+    guess = predict(model, PLATFORM, train, arrangement, imbalance).ranks[busiest]
+    truth = dry_run(model, train, arrangement, rank=busiest, routing=str(routing)).report
+    assert guess.flops == truth.flops
+    assert guess.traffic.keys() - {"all_to_all_counts.ep"} == truth.traffic.keys()
+    assert all(guess.traffic[key] == sent for key, sent in truth.traffic.items())
     assert -0.01 <= guess.peak_bytes / truth.peak_bytes - 1 <= 0.02
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from pipermoe.exchange.regular import planned_seconds
 from pipermoe.resources.activations.sizes import Sizes
-from pipermoe.resources.dispatch import Hops, balanced_hops, expected_hops
+from pipermoe.resources.dispatch import Hops, expected_hops, planned_hops
 from pipermoe.resources.kinds import distinct
 from pipermoe.resources.rates import collective_seconds, level_send_seconds
 from pipermoe.resources.shared_cores import carried_share, meeting_work
@@ -63,7 +64,7 @@ class Exchanges:
 def exchanges(sizes: Sizes, shapes: StageShapes, ep_rank: int | None = None) -> Exchanges:
     """All collectives of a stage's layers: arrays (rows, stages). Recomputation repeats none of them.
 
-    Deduplicated dispatch sends what balanced choices on `ep_rank` of the expert group lead to; None: a mean rank's.
+    Deduplicated dispatch sends what choices `skewed` towards `ep_rank` of the expert group lead to; None: on average.
     """
     pairs = [
         _all_to_all(sizes, shapes, ep_rank),
@@ -82,23 +83,23 @@ def _all_to_all(sizes: Sizes, shapes: StageShapes, ep_rank: int | None) -> tuple
     """Dispatch and combine, and the counts before; the backward exchanges as much, without counts.
 
     Plain (Piper, arXiv 2605.05049, section 1.4 of its review): b*s*k/EP tokens to every other rank, and back; of the
-    busiest rank under an imbalance `Sizes.exchanged`. Deduplicated, of balanced choices: a copy per token and rank, one
-    sum back; with each choice its copy and weight (8 bytes) go forward, the weight's gradient comes backward, and the
-    counts of every rank have that of copies behind them. By node: the same inside nodes; before it a copy per token and
-    node crosses with all its choices, and their gradients come back.
+    busiest rank under an imbalance. Deduplicated (`_hops`): a copy per token and rank, one sum back; with each choice
+    its copy and weight (8 bytes) go forward, the weight's gradient comes backward, and the counts of every rank have
+    that of copies behind them. By node: the same inside nodes; before it a copy per token and node crosses with all its
+    choices, and their gradients come back.
     """
     ep, block, model, element = _column(sizes.ep), _column(sizes.ranks_per_copy), sizes.model, sizes.element
     local_experts, width = model.moe.num_experts // ep, model.hidden_size * element
-    chosen = _column(sizes.leaving) * (ep - 1) // ep
+    chosen, returning = _column(sizes.chosen_elsewhere), _column(sizes.chosen_from_elsewhere)
     layers = shapes.routed_layers * (ep > 1)
     deduplicated, hops = _column(sizes.deduplicated), _hops(sizes, ep_rank)
     by_node = block > 1
     crossing = (hops.copies_out + hops.copies_in) * width
-    rows = np.where(deduplicated, crossing, _column(sizes.exchanged) * width)
+    rows = np.where(deduplicated, crossing, (chosen + returning) * width)
     told = np.where(by_node, block * local_experts + block + 1, local_experts + deduplicated)
     counts = Call("all_to_all", "ep", layers, layers * (ep - 1) * told * COUNT_BYTES, counts=True, joined=layers)
     calls, direct = 2 + deduplicated, layers * ~by_node
-    sent, returned = rows + deduplicated * chosen * SLOT_BYTES, rows + deduplicated * chosen * element
+    sent, returned = rows + deduplicated * chosen * SLOT_BYTES, rows + deduplicated * returning * element
     forward = [Call("all_to_all", "ep", direct * calls, direct * sent, joined=direct * deduplicated), counts]
     backward = [Call("all_to_all", "ep", direct * calls, direct * returned, joined=direct * deduplicated)]
     if by_node.any():
@@ -116,9 +117,9 @@ def _all_to_all(sizes: Sizes, shapes: StageShapes, ep_rank: int | None) -> tuple
 def _hops(sizes: Sizes, ep_rank: int | None) -> Hops:
     """What deduplicated dispatch sends on its way: columns (rows, 1), 0 where dispatch is plain.
 
-    Exactly that of balanced choices on `ep_rank`; without one what independent choices lead to.
+    Exactly that of planned choices, skewed towards `ep_rank`; without one what independent choices lead to.
     """
-    moe, of = sizes.model.moe, expected_hops if ep_rank is None else balanced_hops
+    moe, of = sizes.model.moe, expected_hops if ep_rank is None else partial(planned_hops, busiest=ep_rank)
     each = np.broadcast_arrays(sizes.deduplicated, sizes.rows, sizes.ep, sizes.ranks_per_copy)
     kinds = distinct([np.ravel(column).astype(np.int64) for column in each])
     found = []
@@ -126,7 +127,8 @@ def _hops(sizes: Sizes, ep_rank: int | None) -> Hops:
         if not deduplicated or ep == 1:
             found.append([0] * len(fields(Hops)))
             continue
-        hops = of(int(rows), moe.top_k, moe.num_experts, int(ep), int(block), sizes.capacity_factor)
+        widths = (int(rows), moe.top_k, moe.num_experts, int(ep), int(block))
+        hops = of(*widths, sizes.capacity_factor, sizes.imbalance)
         found.append([np.ravel(getattr(hops, field.name))[ep_rank or 0] for field in fields(Hops)])
     return Hops(*np.array(found)[kinds.of].T[..., None])
 

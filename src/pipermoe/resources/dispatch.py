@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import ceil, comb
+from math import ceil, prod
 from typing import Any
 
 import numpy as np
@@ -66,13 +66,42 @@ def balanced(rows: int, experts: int, sources: int) -> NDArray[np.int64]:
     return base + (turn_PE < left).astype(np.int64)
 
 
+def skewed(rows: int, top_k: int, experts: int, ranks: int, imbalance: float, busiest: int) -> NDArray[np.int64]:
+    """Counts (P, E) where all ranks choose alike and the experts of one get `imbalance` times their even share.
+
+    All other experts share the rest evenly; `imbalance` 1 is `balanced`.
+    """
+    if imbalance == 1:
+        return balanced(rows, experts, ranks)
+    held = experts // ranks
+    own = min(round(rows * imbalance / ranks), rows // top_k * held)
+    counts_E = np.insert(_evenly(rows - own, experts - held), busiest * held, _evenly(own, held))
+    return np.tile(counts_E, (ranks, 1))
+
+
+def _evenly(rows: int, experts: int) -> NDArray[np.int64]:
+    """Counts (E) as even as whole rows can be."""
+    return rows // experts + (np.arange(experts) < rows % experts)
+
+
+def _other_share(imbalance: float, ranks: int) -> float:
+    """Of every rank but the busiest, over the mean."""
+    return max(0.0, (ranks - imbalance) / (ranks - 1))
+
+
 @lru_cache
-def balanced_copies(
-    rows: int, top_k: int, experts: int, ranks: int, capacity_factor: float, ranks_per_copy: int = 1
+def skewed_copies(
+    rows: int,
+    top_k: int,
+    experts: int,
+    ranks: int,
+    capacity_factor: float,
+    imbalance: float = 1.0,
+    ranks_per_copy: int = 1,
 ) -> NDArray[np.int64]:
-    """`planned_copies` of `rows` balanced choices on every rank."""
+    """`planned_copies` of `rows` choices of every rank, as `skewed` towards the first one."""
     capacity = ceil(capacity_factor * rows / experts) if capacity_factor else None
-    counts_PE = balanced(rows, experts, ranks)
+    counts_PE = skewed(rows, top_k, experts, ranks, imbalance, 0)
     return planned_copies(counts_PE, rows // top_k, top_k, capacity, ranks // ranks_per_copy)
 
 
@@ -91,10 +120,19 @@ class Hops:
 
 
 @lru_cache
-def balanced_hops(rows: int, top_k: int, experts: int, ranks: int, ranks_per_copy: int, capacity_factor: float) -> Hops:
-    """Of `rows` balanced choices of every rank. Copies cross to the rank at the same place, which passes them on."""
+def planned_hops(
+    rows: int,
+    top_k: int,
+    experts: int,
+    ranks: int,
+    ranks_per_copy: int,
+    capacity_factor: float,
+    imbalance: float = 1.0,
+    busiest: int = 0,
+) -> Hops:
+    """Of `rows` choices of every rank (`skewed`). Copies cross to the rank at the same place, which passes them on."""
     capacity = ceil(capacity_factor * rows / experts) if capacity_factor else rows
-    nodes, counts_PE = ranks // ranks_per_copy, balanced(rows, experts, ranks)
+    nodes, counts_PE = ranks // ranks_per_copy, skewed(rows, top_k, experts, ranks, imbalance, busiest)
     choices_PP = np.minimum(counts_PE, capacity).reshape(ranks, ranks, -1).sum(2)
     copies_PP, copies_PN = (
         planned_copies(counts_PE, rows // top_k, top_k, capacity, blocks) for blocks in (ranks, nodes)
@@ -110,15 +148,30 @@ def balanced_hops(rows: int, top_k: int, experts: int, ranks: int, ranks_per_cop
 
 
 def expected_hops(
-    rows: float, top_k: int, experts: int, ranks: int, ranks_per_copy: int, capacity_factor: float
+    rows: float,
+    top_k: int,
+    experts: int,
+    ranks: int,
+    ranks_per_copy: int,
+    capacity_factor: float,
+    imbalance: float = 1.0,
 ) -> Hops:
-    """Of a mean rank, when all sets of K experts are equally likely: what it sends it receives."""
-    nodes, tokens = ranks // ranks_per_copy, rows / top_k
-    across = tokens * expected_copies_per_token(experts, top_k, nodes) * (nodes - 1) / nodes
-    others = (ranks_per_copy - 1) / ranks_per_copy
-    inside = tokens * expected_copies_per_token(experts, top_k, ranks) * others
-    passed = kept_rows(rows, experts, capacity_factor) * others
-    return Hops(across, across, inside, inside, passed, passed)
+    """Of the busiest rank if tokens choose independently; with `imbalance` 1 of any, which receives what it sends."""
+    nodes, tokens, other = ranks // ranks_per_copy, rows / top_k, _other_share(imbalance, ranks)
+    beside, passed = ranks_per_copy - 1, kept_rows(rows, experts, capacity_factor) / ranks_per_copy
+
+    def chosen(share: float) -> float:
+        return chance_to_be_chosen(experts, top_k, share / ranks)
+
+    own_node = imbalance + beside * other
+    return Hops(
+        copies_out=tokens * (nodes - 1) * chosen(ranks_per_copy * other),
+        copies_in=tokens * (nodes - 1) * chosen(own_node),
+        inside_out=tokens * nodes * beside * chosen(other),
+        inside_in=tokens * nodes * beside * chosen(imbalance),
+        rows_out=passed * beside * other,
+        rows_in=passed * beside * imbalance,
+    )
 
 
 def kept_rows(rows: Any, experts: int, capacity_factor: float) -> Any:
@@ -137,8 +190,16 @@ def expected_copies_per_token(num_experts: int, top_k: int, ranks: int) -> float
 
     P (1 - C(E - E/P, K) / C(E, K)): the mean number of ranks that a draw without replacement touches.
     """
-    missed = comb(num_experts - num_experts // ranks, top_k) / comb(num_experts, top_k)
-    return ranks * (1 - missed)
+    return ranks * chance_to_be_chosen(num_experts, top_k, 1 / ranks)
+
+
+def chance_to_be_chosen(num_experts: int, top_k: int, share: float) -> float:
+    """That one of a token's K different experts lies on a rank that gets this `share` of all choices.
+
+    1 - C(E - s E, K) / C(E, K), as though the rank held s E of E equally popular experts, a whole number or not.
+    """
+    elsewhere = num_experts * (1 - share)
+    return 1 - prod(max(0.0, elsewhere - drawn) / (num_experts - drawn) for drawn in range(top_k))
 
 
 @lru_cache

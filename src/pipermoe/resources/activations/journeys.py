@@ -99,12 +99,12 @@ class Plain:
 
 
 class Deduplicated:
-    """Of C copies sent and as many received; experts compute R rows."""
+    """Of copies sent and copies received; experts compute R rows."""
 
     def __init__(self, sizes: Sizes, recompute: Recompute):
         self.full = 1 * recompute.full
         width = sizes.model.hidden_size * sizes.element
-        self.hidden, self.copies = sizes.hidden, sizes.copies * width
+        self.hidden, self.sent, self.received = sizes.hidden, sizes.copies * width, sizes.arriving_copies * width
         self.arrived, self.weights = sizes.arriving_by(sizes.model.hidden_size), sizes.rows * sizes.element
         self.arriving_weights = sizes.arriving * sizes.element
         sorted_rows = 2 * (sizes.local_experts > 1) * sizes.arriving
@@ -113,19 +113,19 @@ class Deduplicated:
         self.early = self.arrived  # the gradients of results, which only the first product of a backward reads
 
     def depart(self, work: Ledger) -> None:
-        work.take(self.copies, self.copies, of=BUFFER)
+        work.take(self.sent, self.received, of=BUFFER)
 
     def arrive(self, work: Ledger) -> None:
-        work.drop(self.copies, of=BUFFER)
+        work.drop(self.sent, of=BUFFER)
 
     def leave(self, work: Ledger) -> None:
-        work.take(self.copies, of=BUFFER)
+        work.take(self.sent, of=BUFFER)
 
     def come_back(self, work: Ledger) -> None:
         """The sums of every token in hand."""
-        work.drop(self.copies)
+        work.drop(self.received)
         work.take(self.hidden)
-        work.drop(self.copies, of=BUFFER)
+        work.drop(self.sent, of=BUFFER)
 
     def unpack(self, work: Ledger) -> None:
         """A row of every choice, of the copies, which stay with the weights."""
@@ -147,7 +147,7 @@ class Deduplicated:
 
     def rebuild(self, work: Ledger, inside: Any) -> None:
         work.take((self.arrived + inside) * self.full, self.arrived * self.full)
-        work.brief((2 * self.copies + self.arrived) * self.full)
+        work.brief((2 * self.received + self.arrived) * self.full)
         work.take(self.arrived * self.full)
 
     def unpack_backward(self, work: Ledger) -> None:
@@ -162,16 +162,16 @@ class Deduplicated:
     def pack_backward(self, work: Ledger) -> None:
         """From the gradients of rows to those of copies; rows and copies go."""
         work.release_kept(self.arrived, self.full)
-        work.take(self.copies)
-        work.brief(self.copies)
+        work.take(self.received)
+        work.brief(self.received)
         work.drop(self.arrived)
         work.drop(self.arriving_weights, of="activations")
-        work.drop(2 * self.copies, of=BUFFER)
+        work.drop(2 * self.received, of=BUFFER)
 
     def gather(self, work: Ledger) -> None:
         """What has come back is summed up already."""
 
     def _weigh(self, work: Ledger) -> None:
         """The rows by their weights, and their sums by copy, which start from zeros."""
-        work.take(self.copies, self.arrived, self.copies)
-        work.drop(self.copies)
+        work.take(self.received, self.arrived, self.received)
+        work.drop(self.received)

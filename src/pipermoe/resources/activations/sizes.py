@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipermoe.resources.activations.ledger import BY_BIRTH, Amount
-from pipermoe.resources.dispatch import balanced_copies, kept_rows
+from pipermoe.resources.dispatch import kept_rows, skewed_copies
 from pipermoe.resources.kinds import distinct
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.strategy_table import DISPATCHER_NAMES, RECOMPUTE_NAMES, StrategyTable
@@ -94,14 +94,22 @@ class Sizes:
         return np.ceil(self.rows * self.etp * self._within_capacity(self.imbalance))
 
     @property
-    def exchanged(self) -> Any:
-        """Rows that this rank sends to others in a plain dispatch and the combine after it.
+    def chosen_elsewhere(self) -> Any:
+        """Rows that a plain dispatch sends to other ranks.
 
-        All ranks choose alike: of its own rows a rank keeps as many as each of the ep - 1 others sends it, and combine
-        sends those back. So the busiest rank sends fewer in the one and more in the other.
+        All ranks choose alike: of its own rows the busiest rank keeps as many as each of the others sends it.
         """
-        balanced = 2 * (self.leaving * (self.ep - 1) // self.ep)
-        return balanced + (self.ep - 2) * np.rint((self.computed - self.leaving) / self.ep).astype(np.int64)
+        return self.leaving * (self.ep - 1) // self.ep - self._excess
+
+    @property
+    def chosen_from_elsewhere(self) -> Any:
+        """Rows that the combine after it sends back."""
+        return self.leaving * (self.ep - 1) // self.ep + (self.ep - 1) * self._excess
+
+    @property
+    def _excess(self) -> Any:
+        """Rows that every rank sends the busiest one beyond an even share."""
+        return np.rint((self.computed - self.leaving) / self.ep).astype(np.int64)
 
     @property
     def computed(self) -> Any:
@@ -114,20 +122,26 @@ class Sizes:
 
     @cached_property
     def copies(self) -> Any:
-        """Copies of tokens that a deduplicated dispatch sends to ranks, the sender itself included; as many arrive."""
-        return self._copies(1)
+        """Copies of tokens that a deduplicated dispatch sends to ranks, the sender itself included."""
+        return self._copies(1, 1)
+
+    @cached_property
+    def arriving_copies(self) -> Any:
+        """Copies that the rank receives which receives most, its own included."""
+        return self._copies(1, 0)
 
     @cached_property
     def crossing(self) -> Any:
         """Copies that it sends to nodes before, the sender's own included; 0 where a node is a rank."""
-        return self._copies(self.ranks_per_copy) * (np.asarray(self.ranks_per_copy) > 1)
+        return self._copies(self.ranks_per_copy, 1) * (np.asarray(self.ranks_per_copy) > 1)
 
-    def _copies(self, ranks_per_copy: Any) -> Any:
-        moe, factor = self.model.moe, self.capacity_factor
+    def _copies(self, ranks_per_copy: Any, over: int) -> Any:
+        """The most of any rank: summed `over` sources (0) or destinations (1)."""
+        moe, limits = self.model.moe, (self.capacity_factor, self.imbalance)
         each = np.broadcast_arrays(self.deduplicated, self.rows, self.ep, ranks_per_copy)
         kinds = distinct([np.ravel(column).astype(np.int64) for column in each])
         found = [
-            balanced_copies(int(rows), moe.top_k, moe.num_experts, int(ep), factor, int(block)).sum(1).max()
+            skewed_copies(int(rows), moe.top_k, moe.num_experts, int(ep), *limits, int(block)).sum(over).max()
             if deduplicated and ep > 1
             else 0
             for deduplicated, rows, ep, block in zip(*(column.ravel()[kinds.rows] for column in each), strict=True)
