@@ -21,7 +21,7 @@ from pipermoe.specs.legality import legal_mask
 from pipermoe.specs.platform import Host, Platform
 from pipermoe.specs.platform_file import load_platform
 from pipermoe.specs.strategy import RECOMPUTE_MODULES, Strategy
-from pipermoe.specs.strategy_table import StrategyTable
+from pipermoe.specs.strategy_table import SCHEDULE_NAMES, StrategyTable
 from pipermoe.specs.train import TrainConfig
 
 RANKS = 16
@@ -141,6 +141,28 @@ def test_a_strategy_is_judged_alone_as_among_others(case):
         alone = evaluate(model, machine_, train, table.take(np.array([row])))
         assert alone.bound[0] == together.bound[row]
         assert alone.peak_bytes[0] == together.peak_bytes[row]
+
+
+def test_a_table_is_judged_in_any_order_of_its_rows():
+    """Side by side rows are grouped as runs, others by sorting."""
+    axes = {
+        "schedule": [SCHEDULE_NAMES.index(name) for name in ("1f1b", "zb-h1-overlap", "gpipe")],
+        "pipeline_parallel": [2, 4],
+        "data_parallel": [4],
+        "expert_parallel": [2, 4],
+        "micro_batch_size": [1, 2],
+        "dispatcher": [0, 1],
+        "exchange": [0, 1],
+        "recompute": [0, 2],
+        "zero_dense": [0, 1, 3],
+        "zero_expert": [0, 1, 3],
+    }
+    model, machine_, train = model_of("mixtral-8x7b"), platform_of("dgx-h100"), JOBS["mixtral-8x7b"]
+    table = StrategyTable.product(**axes)
+    anyhow = np.random.default_rng(0).permutation(len(table))
+    for judge in (partial(memory_floor, model, train), partial(step_bound, model, machine_, train)):
+        assert (judge(table)[anyhow] == judge(table.take(anyhow))).all()
+        assert (judge(table)[anyhow[:40]] == [judge(table.take(anyhow[i : i + 1]))[0] for i in range(40)]).all()
 
 
 @settings(deadline=None, max_examples=10)

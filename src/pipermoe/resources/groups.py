@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pipermoe.resources.chains import Chains, chains
 from pipermoe.resources.communication import hop_levels
-from pipermoe.resources.kinds import Kinds, distinct, run_starts
+from pipermoe.resources.kinds import Kinds, begins, distinct
 from pipermoe.resources.stages import StageShapes, shapes_of
 from pipermoe.resources.unit_seconds import COMPUTED, EXCHANGED, SHAPE
 from pipermoe.schedule.builders import RECIPES
@@ -32,6 +32,8 @@ from pipermoe.specs.train import TrainConfig
 INSIDE = (*COMPUTED, *(name for name in EXCHANGED if name not in COMPUTED))
 PIPELINE = ("schedule", "pipeline_parallel", "virtual_stages", "layer_split")
 PLACE = ("data_parallel", "expert_data_parallel", "rank_order")  # how ranks lie
+HEAD = (*PIPELINE, *PLACE, *SHAPE)
+TAIL = tuple(name for name in INSIDE if name not in SHAPE)  # what is recomputed, and how tokens travel
 DEGREES = ("pipeline_parallel", *PLACE, *SHAPE[1:])
 ZERO_LEVELS = 4
 BLOCK = 1 << 11  # combos whose figures stay in the cache
@@ -64,18 +66,21 @@ class Groups:
 
     def __init__(self, model: ModelSpec, train: TrainConfig, table: StrategyTable, levels: Ways = ({},)) -> None:
         self.model, self.table, self.levels = model, table, levels
-        starts = run_starts(_columns(table, (*PIPELINE, *INSIDE, *PLACE)))
-        combos = _combos(table, starts)
-        head = _heads(table, combos.rows, train.global_batch_size)
-        order = sorted_by(head.of, len(head.rows))
-        self.rows, self.head = combos.rows[order], Kinds(head.rows, head.of[order])
+        of_heads, of_tails = (begins(_columns(table, names)) for names in (HEAD, TAIL))
+        starts = np.flatnonzero(of_heads | of_tails)  # of runs: rows that agree in all but ZeRO with the one before
+        head = _heads(table, np.flatnonzero(of_heads), train.global_batch_size)
+        head_of_run = head.of[np.cumsum(of_heads[starts]) - 1]
+        combos = _combos(head_of_run, _columns(table, TAIL, starts), len(table))
+        order = sorted_by(head_of_run[combos.rows], len(head.rows))
+        self.rows = starts[combos.rows[order]]
+        self.head = Kinds(head.rows, head_of_run[combos.rows[order]])
         self._runs = _inverse(order)[combos.of], np.diff(starts, append=len(table))
-        self.heads = table.take(combos.rows[head.rows])
+        self.heads = table.take(head.rows)
         self.microbatches = self.heads.microbatches(train.global_batch_size)
         self.pipe = distinct(_columns(self.heads, PIPELINE))
         self.schedule = distinct([self.pipe.of, self.microbatches])
         shape = distinct(_columns(self.heads, SHAPE)).of[self.head.of]
-        self.inside = distinct([shape, *_columns(table, [name for name in INSIDE if name not in SHAPE], self.rows)])
+        self.inside = distinct([shape, *_columns(table, TAIL, self.rows)])
 
     @cached_property
     def combo(self) -> NDArray[np.int64]:
@@ -197,20 +202,18 @@ def _columns(
     return [table.columns[name][rows] for name in names]
 
 
-def _combos(table: StrategyTable, starts: NDArray[np.int64]) -> Kinds:
-    """The kinds of the runs that begin at `starts`: where most rows agree with the one before, each is its own."""
-    if 2 * len(starts) <= len(table):
-        return Kinds(starts, np.arange(len(starts)))
-    found = distinct(_columns(table, (*PIPELINE, *INSIDE, *PLACE), starts))
-    return Kinds(starts[found.rows], found.of)
+def _combos(head: NDArray[np.int64], tail: list[NDArray[np.integer]], rows: int) -> Kinds:
+    """The kinds of runs by head and tail: where most of the `rows` agree with the one before, each is its own."""
+    every = np.arange(len(head))
+    return Kinds(every, every) if 2 * len(head) <= rows else distinct([head, *tail])
 
 
 def _heads(table: StrategyTable, rows: NDArray[np.int64], global_batch_size: int) -> Kinds:
-    """Kinds of `rows` by all but what is recomputed and sharded and how tokens travel, sorted by schedule."""
-    data_parallel, *others = _columns(table, ("data_parallel", *SHAPE), rows)
-    microbatches = global_batch_size // (data_parallel * others[0].astype(np.int64))
-    place = _columns(table, PLACE[1:], rows)
-    return distinct([*_columns(table, PIPELINE, rows), microbatches, data_parallel, *place, *others])
+    """The kinds of `rows` by all but their tails, sorted by schedule: their rows in the table, and the kind of each."""
+    chosen = table.take(rows)
+    microbatches = chosen.microbatches(global_batch_size)
+    found = distinct([*_columns(chosen, PIPELINE), microbatches, *_columns(chosen, (*PLACE, *SHAPE))])
+    return Kinds(rows[found.rows], found.of)
 
 
 def sorted_by(kind: NDArray[np.int64], count: int) -> NDArray[np.int64]:

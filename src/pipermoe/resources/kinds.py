@@ -27,24 +27,19 @@ class Kinds(NamedTuple):
 
 def distinct(columns: Columns) -> Kinds:
     """The kinds of rows that differ in `columns`, sorted by them, the first before all others."""
-    begins = _begins(columns)
-    if 2 * np.count_nonzero(begins) > len(begins):
+    differs = begins(columns)
+    if 2 * np.count_nonzero(differs) > len(differs):
         return _kinds(columns)
-    alike = _runs(begins)
+    alike = _runs(differs)
     return _kinds([column[alike.rows] for column in columns]).within(alike)
 
 
 def runs(columns: Columns) -> Kinds:
     """The same where rows that agree lie side by side; where they do not, a kind comes more than once."""
-    return _runs(_begins(columns))
+    return _runs(begins(columns))
 
 
-def run_starts(columns: Columns) -> NDArray[np.int64]:
-    """The rows that differ in `columns` from the one before."""
-    return np.flatnonzero(_begins(columns))
-
-
-def _begins(columns: Columns) -> NDArray[np.bool_]:
+def begins(columns: Columns) -> NDArray[np.bool_]:
     """Which rows differ from the one before."""
     found = np.zeros(len(columns[0]), dtype=bool)
     found[:1] = True
@@ -54,9 +49,9 @@ def _begins(columns: Columns) -> NDArray[np.bool_]:
     return found
 
 
-def _runs(begins: NDArray[np.bool_]) -> Kinds:
-    starts = np.flatnonzero(begins)
-    return Kinds(starts, np.repeat(np.arange(len(starts)), np.diff(starts, append=len(begins))))
+def _runs(differs: NDArray[np.bool_]) -> Kinds:
+    starts = np.flatnonzero(differs)
+    return Kinds(starts, np.repeat(np.arange(len(starts)), np.diff(starts, append=len(differs))))
 
 
 def _kinds(columns: Columns) -> Kinds:
