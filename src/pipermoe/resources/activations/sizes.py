@@ -30,7 +30,7 @@ class MemoryProfile:
     `materialised_attention` keeps the probabilities of the attention core instead of its log-sum-exp, as torch does
     where no fused kernel takes the operands.
     The head works on `loss_chunks` slices of the tokens in turn; `logits_bytes` is the element in which logits are kept
-    (0: that of activations). What allocators and communication libraries
+    (0: fp32, in which the loss is computed). What allocators and communication libraries
     hold beside tensors is the machine's: `Platform.reserved_bytes`.
     """
 
