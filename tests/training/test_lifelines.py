@@ -68,6 +68,16 @@ def test_whoever_says_goodbye_has_not_ended(parting):
     both[1 - parting].close()
 
 
+def test_every_rank_that_calls_is_held():
+    first, others = Lifelines(), [Lifelines() for _ in range(4)]
+    address = first.listen(5)
+    for rank, other in enumerate(others, 1):
+        other.connect(rank, "localhost", *address)
+    assert told_when(first, [1, 2, 3, 4]) == []
+    for each in (first, *others):
+        each.close()
+
+
 def test_a_stranger_is_turned_away():
     first, stranger = Lifelines(), Lifelines()
     port, _ = first.listen(8)

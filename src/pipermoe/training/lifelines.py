@@ -30,6 +30,7 @@ class Lifelines:
         both = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if both else socket.AF_INET
         server = socket.create_server(("", 0), family=family, backlog=ranks, dualstack_ipv6=both)
+        server.setblocking(False)
         self._ends.register(server, EVENT_READ)
         self._secret = secrets.token_hex(16)
         return server.getsockname()[1], self._secret
@@ -47,7 +48,9 @@ class Lifelines:
             end = key.fileobj
             assert isinstance(end, socket.socket)
             if key.data is None:
-                self._accept(end)
+                with suppress(BlockingIOError):  # once all that have called are in
+                    while True:
+                        self._welcome(end.accept()[0])
                 continue
             if _closed_without_goodbye(end):
                 self._closed_at[key.data] = time.monotonic()
@@ -66,8 +69,7 @@ class Lifelines:
             end.close()
         self._ends.close()
 
-    def _accept(self, server: socket.socket) -> None:
-        end, _ = server.accept()
+    def _welcome(self, end: socket.socket) -> None:
         end.settimeout(CONNECT_SECONDS)
         with suppress(OSError):
             greeting = end.recv(_GREETING.size)
