@@ -17,7 +17,7 @@ from pipermoe.resources.price_list import Price, cheapest, in_each
 from pipermoe.resources.sharded_units import least_whole_bytes
 from pipermoe.resources.stages import rank_classes
 from pipermoe.resources.turns import Part
-from pipermoe.schedule.ramps import ramps
+from pipermoe.schedule.ramps import Ramp, ramps
 from pipermoe.schedule.traits import stages_of_ranks
 from pipermoe.specs.model import ModelSpec
 from pipermoe.specs.strategy_table import StrategyTable
@@ -112,35 +112,44 @@ def _floor_prices(price: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 _TOP_SETS = [[top for top in range(len(TOPS)) if each >> top & 1] for each in range(1, 1 << len(TOPS))]
+# The columns of `_floor_prices`.
+_KEPT = slice(0, len(SHAPES))
+_WAITING = slice(_KEPT.stop, 2 * len(SHAPES))
+_LEAST = slice(_WAITING.stop, _WAITING.stop + len(_TOP_SETS))
+_PAIR = slice(_LEAST.stop, _LEAST.stop + len(PAIR))
 
 
 @lru_cache(maxsize=8192)
 def _floor(name: str, ranks: int, chunks: int, parts: Parts, microbatches: int) -> _Floor:
     stages_of = stages_of_ranks(name, ranks, chunks)
     holds, class_of, alike = rank_classes(stages_of, parts)
-    found, nothing = ramps(name, ranks, chunks, microbatches), (0,) * len(stages_of[0])
-    rank, kept, waiting = zip(
-        *(
-            (rank, *held)
-            for rank, ramp in enumerate(found)
-            for held in (*((kept, nothing) for kept in ramp.kept), *ramp.waiting)
-        ),
-        strict=True,
-    )
+    found = ramps(name, ranks, chunks, microbatches)
     each = np.array(parts, dtype=np.int64)[np.array(stages_of)]  # (ranks, chunks, parts)
-    counts = (np.einsum("ic,icp->ip", np.array(held), each[list(rank)]) for held in (kept, waiting))
-    no_pair = np.zeros((len(rank), len(PAIR)), dtype=np.int64)
-    rows = np.column_stack([class_of[list(rank)], *counts, _begins_with(each)[list(rank)], no_pair])
     paired = _pairs(each, class_of, [ramp.paired for ramp in found])
-    owner, *held = zip(*sorted({tuple(row) for each in (rows, *paired) for row in each.tolist()}), strict=True)
+    instants = [_ramping(each, class_of, found), *paired]  # a class, then counts
+    owner, *held = zip(*sorted({tuple(row) for each in instants for row in each.tolist()}), strict=True)
     starts = np.searchsorted(owner, np.arange(len(holds))).tolist()
     return _Floor(holds, alike, np.array(held, dtype=np.float64).T, starts)
+
+
+def _ramping(each: NDArray[np.int64], class_of: NDArray[np.int64], found: Sequence[Ramp]) -> NDArray[np.int64]:
+    """What every rank holds while a backward runs: rows of a class and counts."""
+    held: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = []
+    for rank, ramp in enumerate(found):
+        held += [(rank, kept, (0,) * len(kept)) for kept in ramp.kept]
+        held += [(rank, kept, waiting) for kept, waiting in ramp.waiting]
+    rank, *by_chunk = map(np.array, zip(*held, strict=True))
+    counts = np.zeros((len(held), _PAIR.stop), dtype=np.int64)
+    for columns, count in zip((_KEPT, _WAITING), by_chunk, strict=True):
+        counts[:, columns] = np.einsum("ic,icp->ip", count, each[rank])
+    counts[:, _LEAST] = _begins_with(each)[rank]
+    return np.column_stack([class_of[rank], counts])
 
 
 def _pairs(
     each: NDArray[np.int64], class_of: NDArray[np.int64], paired: Sequence[tuple[tuple[int, tuple[int, ...], int], ...]]
 ) -> Iterator[NDArray[np.int64]]:
-    """Pairs of chunks of layers with experts alone: rows of a class and counts, of the rank of it that keeps most."""
+    """The same of pairs of chunks of layers with experts alone, of the rank of a class that keeps most."""
     most: dict[tuple[int, int], tuple[NDArray[np.int64], int]] = {}
     for rank, pairs in enumerate(paired):
         for chunk, held, messages in pairs:
@@ -150,12 +159,12 @@ def _pairs(
                 most[key] = kept, messages
     for (owner, layers), (kept, messages) in most.items():
         found = pair_instants(layers)
-        rows = np.zeros((len(found), 1 + 2 * len(SHAPES) + len(_TOP_SETS) + len(PAIR)), dtype=np.int64)
-        rows[:, 0], rows[:, 1 : 1 + len(SHAPES)], rows[:, -len(PAIR) :] = owner, kept, found[:, PAIR]
-        rows[:, 1] += found[:, KEPT[Part.MOE]]
-        rows[:, 1 + len(SHAPES)] += found[:, DEFERRED[Part.MOE]]
-        rows[:, -len(PAIR)] += messages - 2  # as large as a stream; of two the pair has made its own
-        yield rows
+        counts = np.zeros((len(found), _PAIR.stop), dtype=np.int64)
+        counts[:, _KEPT], counts[:, _PAIR] = kept, found[:, PAIR]
+        counts[:, _KEPT.start] += found[:, KEPT[Part.MOE]]
+        counts[:, _WAITING.start] += found[:, DEFERRED[Part.MOE]]
+        counts[:, _PAIR.start] += messages - 2  # as large as a stream; of two the pair has made its own
+        yield np.column_stack([np.full(len(found), owner), counts])
 
 
 def _begins_with(each: NDArray[np.int64]) -> NDArray[np.bool_]:
