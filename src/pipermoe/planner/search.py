@@ -91,7 +91,7 @@ class Field:
 def smallest(job: Job, space: Space, selection: Selection) -> int:
     """Of the smallest selected micro-batch, and what recomputes most, the place that holds least; -1 if there is none.
 
-    Those that hold least at the least are weighed.
+    Those that hold least at the least are weighed, schedule by schedule: some have thousands of actions to go through.
     """
     size = space.heads.micro_batch_size
     least = size == size[selection.heads].min(initial=size.max(initial=1))
@@ -103,13 +103,20 @@ def smallest(job: Job, space: Space, selection: Selection) -> int:
         places = space.places(heads[start : start + HEADS_WEIGHED], narrow)
         candidates.add(places, memory_floor(job.model, job.train, space.table(places), job.imbalance))
         candidates = Pool(candidates.items[:WEIGHED], candidates.bounds[:WEIGHED])
-    best, peak = -1, np.inf
-    while candidates.least < peak:
-        places = np.sort(candidates.take(WEIGHED_AT_ONCE, np.inf))
+    least, best = np.inf, -1
+    while candidates.least < least:
+        near = space.table(candidates.items[:WEIGHED_AT_ONCE])
+        places, _ = candidates.remove(_of_first_kind(schedule_kinds(job, near), len(candidates)))
         peaks = peak_bytes(job.model, job.train, space.table(places), imbalance=job.imbalance)
-        if peaks.min() < peak:
-            best, peak = int(places[np.argmin(peaks)]), float(peaks.min())
+        least, best = min((least, best), *zip(peaks.tolist(), places.tolist(), strict=True))
     return best
+
+
+def _of_first_kind(kinds: NDArray, count: int) -> NDArray[np.bool_]:
+    """Of `count` items whose first have these kinds, which are known to be of that of the first one."""
+    same = np.zeros(count, dtype=bool)
+    same[: len(kinds)] = kinds == kinds[0]
+    return same
 
 
 class _Search:
@@ -195,9 +202,7 @@ class _Search:
         """The first item of a pool of places, and with it those of its schedule whose turn may come; they leave it."""
         near = slice(0, int(np.searchsorted(pool.bounds, min(self.worst, pool.least * NEAR), side="right")))
         kinds = schedule_kinds(self.job, self.space.table(pool.items[near]))
-        same = np.zeros(len(pool), dtype=bool)
-        same[near] = kinds == kinds[0]
-        return pool.remove(same)
+        return pool.remove(_of_first_kind(kinds, len(pool)))
 
     def _simulate(self, places: NDArray) -> None:
         seconds, peaks = self.steps.seconds(places), self.peaks.peaks(places)
