@@ -68,6 +68,7 @@ test-frameworks: $(FRAMEWORKS)/.ready
 	for framework in megatron torchtitan deepspeed; do \
 	  $(FRAMEWORKS)/bin/pytest -m slow tests/export/test_$${framework}_accepts.py || exit 1; \
 	done
+	$(FRAMEWORKS)/bin/pytest tests/distributed/test_trainer.py -k tensorboard  # which torchtitan brings along
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -112,7 +112,7 @@ def _begin(output: Path, recipe: Recipe) -> None:
                 f"{output}: holds the start of a preparation from other sources, tokenizer or field; "
                 "choose another --output, or remove it"
             )
-        for begun in output.glob(".*"):  # of a source with a mistake, say, which is mended now
+        for begun in output.glob(".[0-9]*"):  # shards of a source with a mistake, say, which is mended now
             begun.unlink()
     save(mark, recipe)
 
